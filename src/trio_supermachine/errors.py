@@ -1,0 +1,234 @@
+"""The exceptions of this library: one class per thing that failed.
+
+Each carries, as attributes, the values a program needs to react, and a message that says what
+to do next. Failures of single file or process calls inside the guest are not here: they are
+plain :class:`OSError` subclasses with the guest's errno.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+__all__ = [
+    "AcquireTimeout",
+    "AdmissionRefused",
+    "AssetNotFound",
+    "BakeFailed",
+    "ConfigError",
+    "EngineUnavailable",
+    "ExecEof",
+    "FileTooLarge",
+    "ImageCorrupt",
+    "ImageNotFound",
+    "NotSupported",
+    "ReferenceInvalid",
+    "RegistryError",
+    "ResourceError",
+    "ResourceErrorKind",
+    "RestoreTimeout",
+    "SnapshotIncompatible",
+    "SnapshotInvalid",
+    "StartTimeout",
+    "SupermachineError",
+    "VmExited",
+]
+
+
+class SupermachineError(Exception):
+    """Base of every exception that this library defines."""
+
+
+class ConfigError(SupermachineError, ValueError):
+    """A configuration value makes no sense; raised where it is written."""
+
+
+class ResourceErrorKind(Enum):
+    """What :meth:`VmResources.validate_for_run` found wrong, in the order it looks."""
+
+    ZERO_MEMORY = "zero-memory"
+    ZERO_VCPUS = "zero-vcpus"
+    MISSING_KERNEL = "missing-kernel"
+    SNAPSHOT_TRIGGER_WITHOUT_OUTPUT = "snapshot-trigger-without-output"
+
+
+class ResourceError(ConfigError):
+    """A :class:`VmResources` cannot be run; :attr:`kind` says why."""
+
+    def __init__(self, kind: ResourceErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class NotSupported(SupermachineError):
+    """A feature that this version or engine does not have was asked for; :attr:`feature` names it."""
+
+    def __init__(self, feature: str, message: str | None = None) -> None:
+        super().__init__(message or f"{feature} is not supported by this version; leave it out")
+        self.feature = feature
+
+
+class ReferenceInvalid(SupermachineError):
+    """An image reference does not parse."""
+
+    def __init__(self, reference: str, reason: str) -> None:
+        super().__init__(f"invalid image reference {reference!r}: {reason}")
+        self.reference = reference
+        self.reason = reason
+
+
+class ImageNotFound(SupermachineError):
+    """The image that a reference names does not exist."""
+
+    def __init__(self, reference: str, reason: str) -> None:
+        super().__init__(f"image {reference!r} not found: {reason}")
+        self.reference = reference
+        self.reason = reason
+
+
+class ImageCorrupt(SupermachineError):
+    """An image's content is damaged, lies about its digest or tries to leave its root."""
+
+    def __init__(self, reference: str, reason: str) -> None:
+        super().__init__(f"image {reference!r} is corrupt: {reason}")
+        self.reference = reference
+        self.reason = reason
+
+
+class RegistryError(SupermachineError):
+    """A registry refused or failed; :attr:`status` is the HTTP status, if there was one."""
+
+    def __init__(self, message: str, *, registry: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.registry = registry
+        self.status = status
+
+
+class BakeFailed(SupermachineError):
+    """A bake did not reach its capture; :attr:`console` is the tail of the guest's console."""
+
+    def __init__(self, message: str, *, console: str = "") -> None:
+        super().__init__(_with_console(message, console))
+        self.console = console
+
+
+class SnapshotInvalid(SupermachineError):
+    """A snapshot is truncated, corrupt or incomplete; :attr:`path` is the file at fault."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"snapshot {path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class SnapshotIncompatible(SnapshotInvalid):
+    """A snapshot is sound, but made by another format version, engine or machine."""
+
+
+class AssetNotFound(SupermachineError):
+    """A file or tool this library needs is missing; the message names the remedy.
+
+    :attr:`asset` is the thing (``"kernel"``, ``"sqfstar"``); :attr:`remedy` the command to run.
+    """
+
+    def __init__(self, asset: str, reason: str, *, remedy: str) -> None:
+        super().__init__(f"{asset}: {reason}; to get it: {remedy}")
+        self.asset = asset
+        self.reason = reason
+        self.remedy = remedy
+
+
+class EngineUnavailable(SupermachineError):
+    """No engine can run a guest here; :attr:`tried` maps each engine's name to why it said no."""
+
+    def __init__(self, tried: Mapping[str, str]) -> None:
+        said = "; ".join(f"{name}: {reason}" for name, reason in tried.items())
+        super().__init__(f"no engine can start a VM here ({said})")
+        self.tried = dict(tried)
+
+
+class StartTimeout(SupermachineError, TimeoutError):
+    """A guest did not answer within the start timeout; :attr:`console` is its console's tail."""
+
+    def __init__(self, seconds: float, *, console: str = "") -> None:
+        super().__init__(_with_console(f"the guest did not answer within {seconds:g} s", console))
+        self.seconds = seconds
+        self.console = console
+
+
+class RestoreTimeout(SupermachineError, TimeoutError):
+    """A restored guest did not answer within ``restore_timeout``."""
+
+    def __init__(self, seconds: float, *, console: str = "") -> None:
+        super().__init__(
+            _with_console(f"the restored guest did not answer within {seconds:g} s", console)
+        )
+        self.seconds = seconds
+        self.console = console
+
+
+class AcquireTimeout(SupermachineError, TimeoutError):
+    """A pool had no VM to give within its acquire timeout."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no VM became free within {seconds:g} s; raise the pool's max")
+        self.seconds = seconds
+
+
+class VmExited(SupermachineError):
+    """The VM ended by itself: power-off, reboot, panic, or its engine died.
+
+    :attr:`reason` is one of ``"shutdown"`` (power-off), ``"reset"`` (reboot or panic),
+    ``"killed"`` (the engine's process was killed), ``"failed"`` (the engine gave up) or
+    ``"stopped"`` (:meth:`Vm.stop` was called). :attr:`console` is the tail of the console.
+    """
+
+    def __init__(self, reason: str, detail: str = "", *, console: str = "") -> None:
+        message = f"the VM has exited ({reason})" + (f": {detail}" if detail else "")
+        super().__init__(_with_console(message, console))
+        self.reason = reason
+        self.detail = detail
+        self.console = console
+
+
+class ExecEof(SupermachineError):
+    """The agent's connection of an exec ended early.
+
+    :attr:`is_setup_failure` is true when the program had not been started yet, so that trying
+    again cannot run it twice.
+    """
+
+    def __init__(self, message: str, *, is_setup_failure: bool) -> None:
+        super().__init__(message)
+        self.is_setup_failure = is_setup_failure
+
+
+class AdmissionRefused(SupermachineError):
+    """A guest asks for more memory than could ever be admitted. Sizes in MiB."""
+
+    def __init__(self, requested_mib: int, limit_mib: int) -> None:
+        super().__init__(
+            f"a guest of {requested_mib} MiB can never fit the admission limit of {limit_mib} MiB;"
+            " raise memory_admission.limit or ask for less"
+        )
+        self.requested_mib = requested_mib
+        self.limit_mib = limit_mib
+
+
+class FileTooLarge(SupermachineError):
+    """A guest file is larger than the caller's cap. Sizes in bytes; ``size`` may be unknown."""
+
+    def __init__(self, path: str, max_bytes: int, size: int | None = None) -> None:
+        actual = "more" if size is None else f"{size} bytes"
+        super().__init__(
+            f"{path}: {actual}, the cap is {max_bytes} bytes; use vm.open_read for a stream"
+        )
+        self.path = path
+        self.max_bytes = max_bytes
+        self.size = size
+
+
+def _with_console(message: str, console: str) -> str:
+    if not console:
+        return message
+    return f"{message}\n--- console ---\n{console.rstrip()}"

@@ -1,0 +1,139 @@
+"""The one interface between the library and a hypervisor engine.
+
+An :class:`Engine` tells whether it can run here and opens a :class:`Machine`: one running
+virtual machine, alive for the length of an ``async with`` block. Nothing above this module
+knows which engine it talks to, and an engine knows nothing of images, execs or the agent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Literal
+
+import attrs
+import trio
+
+ExitReason = Literal["shutdown", "reset", "killed", "failed", "stopped"]
+
+
+@attrs.frozen(kw_only=True)
+class Disk:
+    """A virtio-blk disk; guests see disks in the order given (``/dev/vda`` first)."""
+
+    path: Path
+    readonly: bool = True
+
+
+@attrs.frozen(kw_only=True)
+class MachineSpec:
+    """The hardware of one machine and what it boots.
+
+    ``cmdline`` is what the caller needs on the kernel's command line; an engine adds its own
+    words (console, timer calibration).
+    """
+
+    kernel: Path
+    initramfs: Path
+    cmdline: str = ""
+    memory_mib: int = 256
+    vcpus: int = 1
+    disks: tuple[Disk, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class MachineExit:
+    """How a machine ended; ``detail`` is for people."""
+
+    reason: ExitReason
+    detail: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class EngineReport:
+    """What an engine's probe found. ``detail`` says what, or why not; ``remedy`` what to install."""
+
+    name: str
+    available: bool
+    detail: str
+    remedy: str | None = None
+
+
+class Console(ABC):
+    """The guest's console: a bounded ring of bytes with any number of readers."""
+
+    @abstractmethod
+    def tail(self, max_bytes: int = 4096) -> bytes:
+        """The newest bytes."""
+
+    @abstractmethod
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Iterate over chunks: first what the ring still holds, then as it comes, to its end.
+
+        A reader slower than the ring is wide loses the oldest bytes, never blocks the guest.
+        """
+
+
+class Machine(ABC):
+    """One running virtual machine. Only :meth:`Engine.open` makes one."""
+
+    #: The engine's name, such as ``"qemu"``.
+    engine: str
+    console: Console
+
+    @abstractmethod
+    async def dial(self, port: int) -> trio.abc.HalfCloseableStream:
+        """Open a stream to vsock ``port`` in the guest.
+
+        :raises ConnectionRefusedError: nothing listens there.
+        :raises VmExited: the machine is gone.
+        """
+
+    @abstractmethod
+    def listen(self, port: int) -> trio.abc.Listener[trio.abc.HalfCloseableStream]:
+        """Accept streams that the guest opens to vsock ``port`` of the host, from this call on.
+
+        The backlog is bounded; connections beyond it are refused. ``accept`` raises
+        :exc:`VmExited` when the machine is gone. :raises OSError: (``EADDRINUSE``) port taken.
+        """
+
+    @abstractmethod
+    async def pause(self) -> None:
+        """Stop the vCPUs; returns when they stand still. Idempotent."""
+
+    @abstractmethod
+    async def resume(self) -> None:
+        """Let the vCPUs run again. Idempotent."""
+
+    @abstractmethod
+    async def wait_exit(self) -> MachineExit:
+        """Wait until the machine has ended by itself or by :meth:`kill`; any number of waiters."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End the machine at once. Plain and idempotent; :meth:`wait_exit` tells when it is done."""
+
+
+class Engine(ABC):
+    """A way to run machines."""
+
+    name: str
+
+    @abstractmethod
+    async def probe(self) -> EngineReport:
+        """Find out whether this engine can run a guest here, cheaply and without side effects."""
+
+    @abstractmethod
+    def open(self, spec: MachineSpec) -> AbstractAsyncContextManager[Machine]:
+        """Start a machine: entered when its vCPUs run; left when nothing of it remains.
+
+        Leaving the block by any path, a cancellation included, kills the machine and waits,
+        shielded and bounded, until its process, files and descriptors are gone. Exceptions of
+        the body come out as themselves. The machine's own end does not end the block: whoever
+        opened it watches :meth:`Machine.wait_exit`; streams break with ``BrokenResourceError``.
+
+        :raises AssetNotFound: the engine's program is not installed.
+        :raises VmExited: the engine refused to start the machine.
+        """
