@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
+import trio
+
 __all__ = [
     "AcquireTimeout",
     "AdmissionRefused",
@@ -61,7 +63,7 @@ class ResourceError(ConfigError):
 
 
 class NotSupported(SupermachineError):
-    """A feature that this version or engine does not have was asked for; :attr:`feature` names it."""
+    """A feature that this version or engine does not have; :attr:`feature` names it."""
 
     def __init__(self, feature: str, message: str | None = None) -> None:
         super().__init__(message or f"{feature} is not supported by this version; leave it out")
@@ -175,8 +177,10 @@ class AcquireTimeout(SupermachineError, TimeoutError):
         self.seconds = seconds
 
 
-class VmExited(SupermachineError):
-    """The VM ended by itself: power-off, reboot, panic, or its engine died.
+class VmExited(SupermachineError, trio.BrokenResourceError):
+    """The VM has ended: power-off, reboot, panic, its engine died, or it was stopped.
+
+    It is a :exc:`trio.BrokenResourceError` too, so that streams into a VM raise it.
 
     :attr:`reason` is one of ``"shutdown"`` (power-off), ``"reset"`` (reboot or panic),
     ``"killed"`` (the engine's process was killed), ``"failed"`` (the engine gave up) or
@@ -191,8 +195,8 @@ class VmExited(SupermachineError):
         self.console = console
 
 
-class ExecEof(SupermachineError):
-    """The agent's connection of an exec ended early.
+class ExecEof(SupermachineError, trio.BrokenResourceError):
+    """The agent's connection of an exec ended early; also what its streams then raise.
 
     :attr:`is_setup_failure` is true when the program had not been started yet, so that trying
     again cannot run it twice.

@@ -1,0 +1,321 @@
+"""Talks to the agent in one guest: the lifeline, one-shot calls, and file streams."""
+
+from __future__ import annotations
+
+import contextlib
+import errno as errno_names
+import os
+import secrets
+import time
+from typing import NoReturn, final
+
+import attrs
+import trio
+
+from ..errors import ExecEof, FileTooLarge, VmExited
+from ..hv.base import Machine, MachineExit
+from . import wire
+from .wire import Frame, FrameType, GuestError, WireError
+
+_RECEIVE = 65536
+_EXIT_GRACE = 1.0  # seconds to learn that a broken connection was the machine's end
+
+
+@attrs.define
+class FrameStream:
+    """Frames over one connection to the agent."""
+
+    stream: trio.abc.HalfCloseableStream
+    _decoder: wire.FrameDecoder = attrs.field(factory=wire.FrameDecoder, init=False)
+
+    async def send(self, data: bytes) -> None:
+        await self.stream.send_all(data)
+
+    async def receive(self) -> Frame | None:
+        """The next frame, or ``None`` at the end. A cancellation loses nothing.
+
+        :raises WireError: the guest broke the protocol, or the connection ends within a frame.
+        """
+        while True:
+            for frame in self._decoder.frames():
+                return frame
+            data = await self.stream.receive_some(_RECEIVE)
+            if not data:
+                if self._decoder.partial:
+                    raise WireError("connection ended within a frame")
+                return None
+            self._decoder.feed(data)
+
+
+@final
+class AgentClient:
+    """The host's side of the agent protocol for one :class:`~.hv.base.Machine`."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._lifeline_listener = machine.listen(wire.LIFELINE_PORT)
+        self._lifeline: FrameStream | None = None
+
+    @property
+    def machine(self) -> Machine:
+        return self._machine
+
+    async def aclose(self) -> None:
+        """Close the lifeline: the guest powers off, if it still can."""
+        await trio.aclose_forcefully(self._lifeline_listener)
+        if self._lifeline is not None:
+            await trio.aclose_forcefully(self._lifeline.stream)
+
+    async def set_up(self, setup: wire.Setup) -> wire.Hello:
+        """Wait until the guest has booted, tell it what to be, and wait until it is.
+
+        :raises VmExited: the machine ended first.
+        :raises OSError: the guest could not do something; the message says what.
+        """
+        try:
+            stream = await self._lifeline_listener.accept()
+            await self._lifeline_listener.aclose()
+            self._lifeline = FrameStream(stream)
+            frame = await self._expect(self._lifeline, FrameType.HELLO)
+            hello = wire.Hello.decode(frame.payload)
+            if hello.version != wire.VERSION:
+                raise WireError(f"the guest speaks version {hello.version}, not {wire.VERSION}")
+            await self._lifeline.send(setup.encode())
+            await self._expect(self._lifeline, FrameType.READY)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, WireError) as exc:
+            await self.raise_failure(exc, "setting up the guest")
+        return hello
+
+    async def dial(self) -> FrameStream:
+        """A new connection to the agent."""
+        return FrameStream(await self._machine.dial(wire.AGENT_PORT))
+
+    async def call(self, request: bytes, *, path: str | bytes | None = None) -> Frame:
+        """Make a one-shot request and give its answer.
+
+        :raises OSError: the guest's answer was an error; its ``filename`` is ``path``.
+        :raises VmExited: the machine is gone.
+        """
+        try:
+            connection = await self.dial()
+            async with connection.stream:
+                await connection.send(request)
+                frame = await connection.receive()
+        except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:
+            await self.raise_failure(exc, "a call to the guest's agent")
+        if frame is None:
+            await self.raise_failure(None, "a call to the guest's agent")
+        if frame.type == FrameType.ERROR:
+            raise guest_os_error(GuestError.decode(frame.payload), path)
+        return frame
+
+    async def _expect(self, connection: FrameStream, type_: FrameType) -> Frame:
+        frame = await connection.receive()
+        if frame is None:
+            raise WireError("connection ended")
+        if frame.type == FrameType.ERROR:
+            raise guest_os_error(GuestError.decode(frame.payload), None)
+        if frame.type != type_:
+            raise WireError(f"frame {frame.type} instead of {type_.name}")
+        return frame
+
+    async def failure(
+        self, cause: Exception | None, what: str, *, setup: bool = False
+    ) -> Exception:
+        """Say what a broken connection means: the end of the machine, or of ``what`` alone.
+
+        ``setup`` says that nothing had been started in the guest yet.
+        """
+        if isinstance(cause, VmExited):
+            return cause
+        with trio.move_on_after(_EXIT_GRACE):
+            return exited(await self._machine.wait_exit(), self._machine)
+        reason = f"{what} failed: " + (str(cause) if cause else "the connection ended early")
+        return ExecEof(reason, is_setup_failure=setup)
+
+    async def raise_failure(self, cause: Exception | None, what: str) -> NoReturn:
+        """Raise :meth:`failure`."""
+        raise await self.failure(cause, what) from cause
+
+    # Files
+
+    async def open_read(self, path: str | bytes, max_bytes: int = wire.NO_CAP) -> FileReceiveStream:
+        """Open a guest file for reading. :raises OSError: with the guest's errno.
+
+        :raises FileTooLarge: it is larger than ``max_bytes``.
+        """
+        connection, answer = await self._open_file(wire.read_file(path, max_bytes), path, max_bytes)
+        return FileReceiveStream(self, connection, path, max_bytes, wire.decode_u64(answer.payload))
+
+    async def open_write(self, path: str | bytes, mode: int) -> FileSendStream:
+        """Open a temporary sibling of a guest file. :raises OSError: with the guest's errno."""
+        connection, _ = await self._open_file(wire.write_file(path, mode), path)
+        return FileSendStream(self, connection, path)
+
+    async def _open_file(
+        self, request: bytes, path: str | bytes, max_bytes: int = 0
+    ) -> tuple[FrameStream, Frame]:
+        connection: FrameStream | None = None
+        try:
+            try:
+                connection = await self.dial()
+                await connection.send(request)
+                return connection, await self.file_answer(connection, path, max_bytes)
+            except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:
+                await self.raise_failure(exc, f"opening {os.fsdecode(path)}")
+        except BaseException:
+            if connection is not None:
+                await trio.aclose_forcefully(connection.stream)
+            raise
+
+    async def file_answer(
+        self, connection: FrameStream, path: str | bytes, max_bytes: int = 0
+    ) -> Frame:
+        """The guest's OK on a file connection, its ERROR raised."""
+        frame = await connection.receive()
+        if frame is not None and frame.type == FrameType.ERROR:
+            raise file_error(GuestError.decode(frame.payload), path, max_bytes)
+        if frame is None or frame.type != FrameType.OK:
+            raise WireError("no answer" if frame is None else f"unexpected frame {frame.type}")
+        return frame
+
+
+@final
+class FileReceiveStream(trio.abc.ReceiveStream):
+    """The content of a guest file. Its factory is :meth:`AgentClient.open_read`.
+
+    :attr:`size` is what ``stat`` said when it was opened; a file that grows gives more.
+    """
+
+    def __init__(
+        self,
+        client: AgentClient,
+        connection: FrameStream,
+        path: str | bytes,
+        max_bytes: int,
+        size: int,
+    ) -> None:
+        self._client = client
+        self._connection = connection
+        self._path = path
+        self._max_bytes = max_bytes
+        self._rest = b""
+        self._ended = False
+        self.size = size
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be >= 1")
+        if self._rest or self._ended:
+            await trio.lowlevel.checkpoint()
+        else:
+            self._rest = await self._next_chunk()
+        chunk = self._rest if max_bytes is None else self._rest[:max_bytes]
+        self._rest = self._rest[len(chunk) :]
+        return chunk
+
+    async def _next_chunk(self) -> bytes:
+        try:
+            while (frame := await self._connection.receive()) is not None:
+                if frame.type == FrameType.ERROR:
+                    error = GuestError.decode(frame.payload)
+                    raise file_error(error, self._path, self._max_bytes)
+                if frame.type == FrameType.END:
+                    self._ended = True
+                    return b""
+                if frame.type != FrameType.DATA:
+                    raise WireError(f"unexpected frame {frame.type}")
+                if frame.payload:
+                    return frame.payload
+            raise WireError("the connection ended early")
+        except (trio.BrokenResourceError, WireError) as exc:
+            await self._client.raise_failure(exc, f"reading {os.fsdecode(self._path)}")
+
+    async def aclose(self) -> None:
+        await self._connection.stream.aclose()
+
+
+@final
+class FileSendStream(trio.abc.SendStream):
+    """The new content of a guest file. Its factory is :meth:`AgentClient.open_write`.
+
+    :meth:`publish` renames it into place; :meth:`aclose` without that discards it.
+    """
+
+    def __init__(self, client: AgentClient, connection: FrameStream, path: str | bytes) -> None:
+        self._client = client
+        self._connection = connection
+        self._path = path
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if not data:
+            await self._connection.stream.wait_send_all_might_not_block()
+        try:
+            for frame in wire.data_frames(wire.StreamId.FILE, data):
+                await self._connection.send(frame)
+        except trio.BrokenResourceError as exc:
+            await self._raise_guest_error(exc)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._connection.stream.wait_send_all_might_not_block()
+
+    async def publish(self) -> None:
+        """Rename the file into place and close the stream. :raises OSError: it could not be."""
+        try:
+            await self._connection.send(wire.end(wire.StreamId.FILE))
+            await self._client.file_answer(self._connection, self._path)
+        except (trio.BrokenResourceError, WireError) as exc:
+            await self._raise_guest_error(exc)
+        await self.aclose()
+
+    async def _raise_guest_error(self, cause: Exception) -> NoReturn:
+        # A guest that cannot write (its disk is full) says why before it closes.
+        with contextlib.suppress(trio.BrokenResourceError, WireError):
+            await self._client.file_answer(self._connection, self._path)
+        await self._client.raise_failure(cause, f"writing {os.fsdecode(self._path)}")
+
+    async def aclose(self) -> None:
+        await trio.aclose_forcefully(self._connection.stream)
+
+
+def guest_os_error(error: GuestError, path: str | bytes | None) -> OSError:
+    """A guest's ERROR as the :class:`OSError` subclass of its errno."""
+    errno = error.errno or errno_names.EIO
+    return OSError(errno, error.message or os.strerror(errno), path)
+
+
+def file_error(error: GuestError, path: str | bytes, max_bytes: int) -> Exception:
+    """The same for a file call with a cap, where ``EFBIG`` means the cap."""
+    if error.errno == errno_names.EFBIG and max_bytes:
+        return FileTooLarge(os.fsdecode(path), max_bytes, error.value or None)
+    return guest_os_error(error, path)
+
+
+def exited(exit_: MachineExit, machine: Machine) -> VmExited:
+    """A machine's end as an exception."""
+    console = machine.console.tail().decode("utf-8", "replace")
+    return VmExited(exit_.reason, exit_.detail, console=console)
+
+
+def fresh_setup(
+    *,
+    hostname: str,
+    layers: int,
+    environment: tuple[str, ...],
+    workdir: str,
+    user: str,
+    workload: tuple[str, ...],
+    stop_signal: int,
+) -> wire.Setup:
+    """A :class:`~.wire.Setup` with the time of now and new entropy."""
+    return wire.Setup(
+        realtime_ns=time.time_ns(),
+        seed=secrets.token_bytes(64),
+        hostname=hostname,
+        layers=layers,
+        environment=environment,
+        workdir=workdir,
+        user=user,
+        workload=workload,
+        stop_signal=stop_signal,
+    )

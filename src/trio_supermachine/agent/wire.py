@@ -1,0 +1,399 @@
+"""Agent frames as bytes: a sans-io codec for the format on the "Wire formats" page of the docs.
+
+Encoders are plain functions from values to ``bytes``. :class:`FrameDecoder` takes bytes in any
+chunking and gives :class:`Frame`; :class:`Reader` takes payloads apart. The guest is not trusted:
+whatever breaks a bound raises :exc:`WireError`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from enum import IntEnum, IntFlag
+from typing import Final
+
+import attrs
+
+VERSION: Final = 1
+AGENT_PORT: Final = 1028
+LIFELINE_PORT: Final = 1029
+
+#: The largest payload of a DATA frame that this side sends, and of one that it accepts.
+MAX_DATA: Final = 65536
+MAX_PAYLOAD: Final = 2 << 20
+MAX_ITEMS: Final = 65536
+NO_CAP: Final = (1 << 64) - 1
+
+_HEADER: Final = struct.Struct("<IBBH")
+_U32: Final = struct.Struct("<I")
+
+
+class WireError(Exception):
+    """The peer broke the protocol, or a request does not fit into it."""
+
+
+class FrameType(IntEnum):
+    """Frame types; the names are those of the docs page."""
+
+    HELLO = 1
+    SETUP = 2
+    READY = 3
+    ERROR = 4
+    OK = 5
+    EXEC = 8
+    STARTED = 9
+    DATA = 10
+    END = 11
+    WINDOW = 12
+    CLOSE = 13
+    SIGNAL = 14
+    ACK = 15
+    RESIZE = 16
+    EXIT = 17
+    READ_FILE = 24
+    WRITE_FILE = 25
+    PING = 32
+    SHUTDOWN = 33
+    WORKLOAD_SIGNAL = 34
+    WORKLOAD_WAIT = 35
+    SET_CLOCK = 36
+
+
+class StreamId(IntEnum):
+    """The ``stream`` of DATA, END, WINDOW and CLOSE frames."""
+
+    STDIN = 0
+    STDOUT = 1
+    STDERR = 2
+    STAGED = 3
+
+    #: The one stream of READ_FILE and WRITE_FILE.
+    FILE = 0
+
+
+class ExecFlags(IntFlag):
+    """Flags of EXEC."""
+
+    NONE = 0
+    TTY = 1
+    STDIN = 2
+    REPLACE_ENV = 4
+    NULL_STDOUT = 8
+    NULL_STDERR = 16
+    STDERR_TO_STDOUT = 32
+
+
+EXIT_TIMED_OUT: Final = 1
+
+
+@attrs.frozen
+class Frame:
+    """One frame. ``type`` is a plain int so that an unknown one can be reported."""
+
+    type: int
+    stream: int
+    payload: bytes
+
+
+class FrameDecoder:
+    """Bytes in any chunking in, whole frames out."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._offset = 0
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Add what was received; :meth:`frames` gives what it completed."""
+        if self._offset:
+            del self._buffer[: self._offset]
+            self._offset = 0
+        self._buffer += data
+
+    def frames(self) -> Iterator[Frame]:
+        """Iterate over the complete frames. :raises WireError: a header breaks a bound."""
+        while len(self._buffer) - self._offset >= _HEADER.size:
+            length, type_, stream, zero = _HEADER.unpack_from(self._buffer, self._offset)
+            if length > (MAX_DATA if type_ == FrameType.DATA else MAX_PAYLOAD) or zero:
+                raise WireError(f"bad frame header: type {type_}, length {length}")
+            start = self._offset + _HEADER.size
+            if len(self._buffer) - start < length:
+                return
+            self._offset = start + length
+            yield Frame(type_, stream, bytes(memoryview(self._buffer)[start : start + length]))
+
+    @property
+    def partial(self) -> bool:
+        """Whether a frame has begun and is not complete."""
+        return len(self._buffer) > self._offset
+
+
+@attrs.define
+class Reader:
+    """Takes a payload apart, field by field. Every method raises :exc:`WireError` at its end."""
+
+    payload: bytes
+    offset: int = 0
+
+    def _struct(self, layout: str) -> int:
+        size = struct.calcsize(layout)
+        if len(self.payload) - self.offset < size:
+            raise WireError("payload too short")
+        (value,) = struct.unpack_from(layout, self.payload, self.offset)
+        self.offset += size
+        assert isinstance(value, int)
+        return value
+
+    def u32(self) -> int:
+        return self._struct("<I")
+
+    def i32(self) -> int:
+        return self._struct("<i")
+
+    def u64(self) -> int:
+        return self._struct("<Q")
+
+    def string(self) -> str:
+        length = self.u32()
+        if len(self.payload) - self.offset < length:
+            raise WireError("payload too short")
+        raw = self.payload[self.offset : self.offset + length]
+        self.offset += length
+        return raw.decode("utf-8", "surrogateescape")
+
+    def end(self) -> None:
+        if self.offset != len(self.payload):
+            raise WireError("payload too long")
+
+
+def frame(type_: FrameType, payload: bytes = b"", stream: int = 0) -> bytes:
+    """A frame as bytes. :raises WireError: the payload is larger than a frame can be."""
+    if len(payload) > MAX_PAYLOAD:
+        raise WireError(f"{type_.name} of {len(payload)} bytes; the most is {MAX_PAYLOAD}")
+    return _HEADER.pack(len(payload), type_, stream, 0) + payload
+
+
+def data_frames(stream: int, data: bytes | bytearray | memoryview) -> Iterator[bytes]:
+    """``data`` as DATA frames."""
+    view = memoryview(data).cast("B")
+    for start in range(0, len(view), MAX_DATA):
+        part = view[start : start + MAX_DATA]
+        yield b"".join((_HEADER.pack(len(part), FrameType.DATA, stream, 0), part))
+
+
+def end(stream: int) -> bytes:
+    return frame(FrameType.END, stream=stream)
+
+
+def close(stream: int) -> bytes:
+    return frame(FrameType.CLOSE, stream=stream)
+
+
+def window(stream: int, credit: int) -> bytes:
+    return frame(FrameType.WINDOW, _U32.pack(credit), stream)
+
+
+def signal(sequence: int, signum: int, *, group: bool) -> bytes:
+    return frame(FrameType.SIGNAL, struct.pack("<IiI", sequence, signum, group))
+
+
+def resize(columns: int, rows: int) -> bytes:
+    return frame(FrameType.RESIZE, struct.pack("<HH", columns, rows))
+
+
+def string(value: str | bytes) -> bytes:
+    """A string field. :raises ValueError: it holds NUL, which no path, argument or name can."""
+    raw = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+    if b"\0" in raw:
+        raise ValueError(f"embedded null byte in {value!r}")
+    return blob(raw)
+
+
+def blob(raw: bytes) -> bytes:
+    """A string field that may hold any byte."""
+    return _U32.pack(len(raw)) + raw
+
+
+def strings(values: Sequence[str | bytes]) -> bytes:
+    if len(values) > MAX_ITEMS:
+        raise WireError(f"a list of {len(values)} strings; the most is {MAX_ITEMS}")
+    return _U32.pack(len(values)) + b"".join(map(string, values))
+
+
+@attrs.frozen(kw_only=True)
+class Setup:
+    """What a freshly booted guest is told."""
+
+    realtime_ns: int
+    seed: bytes = attrs.field(repr=False)
+    hostname: str
+    layers: int
+    environment: Sequence[str] = ()
+    workdir: str = "/"
+    user: str = ""
+    workload: Sequence[str] = ()
+    stop_signal: int = 15
+
+    def encode(self) -> bytes:
+        """As a SETUP frame."""
+        return frame(
+            FrameType.SETUP,
+            b"".join(
+                (
+                    struct.pack("<IQ", VERSION, self.realtime_ns),
+                    string(self.hostname),
+                    blob(self.seed),
+                    _U32.pack(self.layers),
+                    strings(self.environment),
+                    string(self.workdir),
+                    string(self.user),
+                    strings(self.workload),
+                    struct.pack("<i", self.stop_signal),
+                )
+            ),
+        )
+
+
+@attrs.frozen(kw_only=True)
+class StagedFile:
+    """A file that the guest writes before a program starts."""
+
+    path: str | bytes
+    data: bytes = attrs.field(repr=False)
+    mode: int = 0o644
+
+
+@attrs.frozen(kw_only=True)
+class ExecRequest:
+    """What to run. ``timeout`` in seconds; ``window`` in bytes for stdout and for stderr."""
+
+    chain: Sequence[Sequence[str | bytes]]
+    flags: ExecFlags = ExecFlags.NONE
+    timeout: float | None = None
+    columns: int = 0
+    rows: int = 0
+    window: int = 256 * 1024
+    cwd: str | bytes = ""
+    user: str = ""
+    environment: Sequence[str | bytes] = ()
+    files: Sequence[StagedFile] = ()
+
+    def encode(self) -> Iterator[bytes]:
+        """As an EXEC frame and the staged files' DATA frames.
+
+        :raises ValueError: NUL in a string. :raises WireError: larger than the protocol allows.
+        """
+        timeout_ms = 0 if self.timeout is None else max(1, round(self.timeout * 1000))
+        payload = [
+            struct.pack(
+                "<IIHHI",
+                self.flags,
+                min(timeout_ms, 0xFFFFFFFF),
+                self.columns,
+                self.rows,
+                self.window,
+            ),
+            string(self.cwd),
+            string(self.user),
+            strings(self.environment),
+            _U32.pack(len(self.chain)),
+            *map(strings, self.chain),
+            _U32.pack(len(self.files)),
+        ]
+        for file in self.files:
+            payload += (string(file.path), struct.pack("<IQ", file.mode, len(file.data)))
+        yield frame(FrameType.EXEC, b"".join(payload))
+        for file in self.files:
+            yield from data_frames(StreamId.STAGED, file.data)
+
+
+def read_file(path: str | bytes, max_bytes: int = NO_CAP) -> bytes:
+    return frame(FrameType.READ_FILE, string(path) + struct.pack("<Q", max_bytes))
+
+
+def write_file(path: str | bytes, mode: int) -> bytes:
+    return frame(FrameType.WRITE_FILE, string(path) + _U32.pack(mode))
+
+
+def shutdown(grace_ms: int) -> bytes:
+    return frame(FrameType.SHUTDOWN, _U32.pack(grace_ms))
+
+
+def workload_signal(signum: int) -> bytes:
+    return frame(FrameType.WORKLOAD_SIGNAL, struct.pack("<i", signum))
+
+
+def set_clock(realtime_ns: int) -> bytes:
+    return frame(FrameType.SET_CLOCK, struct.pack("<Q", realtime_ns))
+
+
+@attrs.frozen
+class Hello:
+    """The guest's first words."""
+
+    version: int
+    restored: bool
+    kernel: str
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Hello:
+        reader = Reader(payload)
+        hello = cls(reader.u32(), reader.u32() == 1, reader.string())
+        reader.end()
+        return hello
+
+
+@attrs.frozen
+class GuestError:
+    """An ERROR frame."""
+
+    errno: int
+    message: str
+    value: int
+
+    @classmethod
+    def decode(cls, payload: bytes) -> GuestError:
+        reader = Reader(payload)
+        error = cls(reader.i32(), reader.string(), reader.u64())
+        reader.end()
+        return error
+
+
+@attrs.frozen
+class Exit:
+    """An EXIT frame; ``duration`` in seconds, ``peak_rss_kib`` as ``getrusage`` counts it."""
+
+    returncode: int
+    timed_out: bool
+    duration: float
+    peak_rss_kib: int
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Exit:
+        reader = Reader(payload)
+        exit_ = cls(
+            reader.i32(), bool(reader.u32() & EXIT_TIMED_OUT), reader.u64() / 1e6, reader.u64()
+        )
+        reader.end()
+        return exit_
+
+
+def decode_u32(payload: bytes) -> int:
+    reader = Reader(payload)
+    value = reader.u32()
+    reader.end()
+    return value
+
+
+def decode_u64(payload: bytes) -> int:
+    reader = Reader(payload)
+    value = reader.u64()
+    reader.end()
+    return value
+
+
+def decode_ack(payload: bytes) -> tuple[int, int]:
+    """The sequence number and the errno of an ACK frame."""
+    reader = Reader(payload)
+    ack = reader.u32(), reader.i32()
+    reader.end()
+    return ack

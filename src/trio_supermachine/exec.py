@@ -1,0 +1,439 @@
+"""Programs running in a guest: what :meth:`Vm.exec` gives.
+
+An exec is one connection to the agent. Two tasks in the VM's nursery carry its frames; leaving
+its block ends them. All protocol state is in :class:`~.agent.execution.ExecProtocol`.
+"""
+
+from __future__ import annotations
+
+import errno as errno_names
+import operator
+import os
+import signal as signals
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final, final
+
+import trio
+
+from .agent import wire
+from .agent.client import AgentClient, FrameStream, guest_os_error
+from .agent.execution import ExecProtocol
+from .agent.wire import ExecFlags, ExecRequest, Exit, StreamId, WireError
+from .trace import trace
+
+_KILL_CONFIRMATION: Final = 2.0  # seconds: the longest that a cancellation waits for the guest
+_RECEIVE: Final = 256 * 1024
+_MAX_SIGNAL: Final = 64
+
+
+@final
+class _Connection:
+    """The I/O of one exec: moves bytes between its agent connection and its protocol state."""
+
+    def __init__(self, client: AgentClient, frames: FrameStream, request: ExecRequest) -> None:
+        flags = request.flags
+        outputs = []
+        if not flags & ExecFlags.NULL_STDOUT:
+            outputs.append(StreamId.STDOUT)
+        if not flags & (ExecFlags.TTY | ExecFlags.NULL_STDERR | ExecFlags.STDERR_TO_STDOUT):
+            outputs.append(StreamId.STDERR)
+        has_stdin = bool(flags & (ExecFlags.STDIN | ExecFlags.TTY))
+        self.protocol = ExecProtocol(request.window, outputs=tuple(outputs), stdin=has_stdin)
+        #: Why the connection is of no use any more: VmExited or ExecEof.
+        self.failure: Exception | None = None
+        self._client = client
+        self._stream = frames.stream
+        self._request = request
+        self._changed = trio.lowlevel.ParkingLot()
+        self._writable = trio.Event()
+        self._stdin: bytes | None = None
+        self._scope = trio.CancelScope()
+        self._done = trio.Event()
+
+    async def run(self) -> None:
+        """Carry the exec's frames until the connection ends or :meth:`close`."""
+        try:
+            with self._scope:
+                try:
+                    for part in self._request.encode():
+                        await self._stream.send_all(part)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._write)
+                        await self._read()
+                        nursery.cancel_scope.cancel()
+                except* (trio.BrokenResourceError, WireError) as group:
+                    await self._fail(_first_leaf(group))
+        finally:
+            self._done.set()
+            self._changed.unpark_all()
+            await trio.aclose_forcefully(self._stream)
+
+    async def _read(self) -> None:
+        while data := await self._stream.receive_some(_RECEIVE):
+            self.protocol.receive(data)
+            self._changed.unpark_all()
+        if not self.protocol.finished and self.protocol.error is None:
+            await self._fail(None)
+
+    async def _write(self) -> None:
+        while True:
+            await self._writable.wait()
+            self._writable = trio.Event()
+            # Stdin goes first: its END may be among the other frames.
+            stdin, frames = self._stdin, self.protocol.outgoing()
+            await self._stream.send_all(stdin + frames if stdin else frames)
+            if stdin:
+                self._stdin = None
+                self._changed.unpark_all()
+
+    async def _fail(self, cause: Exception | None) -> None:
+        setup = self.protocol.pid is None
+        self.failure = await self._client.failure(cause, "an exec", setup=setup)
+        self._changed.unpark_all()
+
+    def flush(self) -> None:
+        """Let the writing task send what the protocol has to say, and waiters look again."""
+        self._writable.set()
+        self._changed.unpark_all()
+
+    async def changed(self) -> None:
+        """Wait until the protocol's state may have changed.
+
+        :raises VmExited: the machine has ended.
+        :raises ExecEof: the connection has ended early.
+        :raises trio.ClosedResourceError: the exec's block has been left.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self.over:
+            raise trio.ClosedResourceError("this exec's block has been left")
+        await self._changed.park()
+
+    @property
+    def over(self) -> bool:
+        """Whether no more frames will come."""
+        return self._done.is_set() or self.failure is not None
+
+    async def stdin_ready(self) -> None:
+        """Wait until there is credit and nothing of stdin waits to be sent."""
+        while self._stdin is not None or not self.protocol.stdin_credit:
+            if self.protocol.stdin_closed and self.failure is None:
+                raise trio.BrokenResourceError("the program has closed its stdin, or has ended")
+            await self.changed()
+
+    async def send_stdin(self, data: memoryview) -> int:
+        """Send some of ``data``; gives how much. A cancelled call may have sent it or not."""
+        await self.stdin_ready()
+        size = min(len(data), self.protocol.stdin_credit, wire.MAX_DATA)
+        frame = self._stdin = self.protocol.stdin_data(data[:size])
+        self.flush()
+        while self._stdin is frame:
+            await self.changed()
+        return size
+
+    async def wait_started(self) -> None:
+        """Wait until the program runs. :raises OSError: it could not be started."""
+        while self.protocol.pid is None:
+            if self.protocol.error is not None:
+                program = self._request.chain[0][0]
+                raise guest_os_error(self.protocol.error, program)
+            await self.changed()
+
+    async def wait_exit(self) -> Exit:
+        """Wait until the program has ended."""
+        while self.protocol.exit is None:
+            await self.changed()
+        return self.protocol.exit
+
+    async def drain(self) -> None:
+        """Close stdin, throw away all output, and wait until the program has ended."""
+        self.protocol.end_stdin()
+        while True:
+            self.protocol.discard(StreamId.STDOUT)
+            self.protocol.discard(StreamId.STDERR)
+            self.flush()
+            if self.protocol.exit is not None:
+                return
+            await self.changed()
+
+    async def kill(self) -> None:
+        """Kill the process group and wait, shielded and bounded, until its leader has ended."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _KILL_CONFIRMATION):
+            while not self.over and self.protocol.pid is None and self.protocol.error is None:
+                await self._changed.park()
+            if self.protocol.exit is None:
+                self.protocol.signal(signals.SIGKILL, group=True)
+                self.flush()
+            while not self.over and self.protocol.exit is None and self.protocol.error is None:
+                await self._changed.park()
+
+    async def close(self) -> None:
+        """Reset the connection, upon which the agent kills what is left of the process group."""
+        self._scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self._done.wait()
+
+
+def _first_leaf(group: BaseExceptionGroup[Exception]) -> Exception:
+    exc: BaseException = group
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    assert isinstance(exc, Exception)
+    return exc
+
+
+class _Use:
+    """Refuses a second task in a method that only one may be in."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        if self._held:
+            raise trio.BusyResourceError(f"another task is already {self._what}")
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+
+@final
+class _StdinStream(trio.abc.SendStream):
+    """The program's stdin."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._use = _Use("sending to this stdin")
+        self._closed = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        with self._use.held():
+            self._check_open()
+            await trio.lowlevel.checkpoint()
+            with memoryview(data).cast("B") as view:
+                sent = 0
+                while sent < len(view):
+                    self._check_open()
+                    sent += await self._connection.send_stdin(view[sent:])
+
+    async def wait_send_all_might_not_block(self) -> None:
+        with self._use.held():
+            self._check_open()
+            await trio.lowlevel.checkpoint()
+            await self._connection.stdin_ready()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("stdin is closed")
+
+    async def aclose(self) -> None:
+        """Close the program's stdin (a terminal gets Ctrl-D). Idempotent."""
+        self._closed = True
+        self._connection.protocol.end_stdin()
+        self._connection.flush()
+        await trio.lowlevel.checkpoint()
+
+
+@final
+class _OutputStream(trio.abc.ReceiveStream):
+    """The program's stdout or stderr."""
+
+    def __init__(self, connection: _Connection, stream: StreamId) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._use = _Use(f"receiving from this {stream.name.lower()}")
+        self._closed = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if max_bytes is not None and operator.index(max_bytes) < 1:
+            raise ValueError("max_bytes must be >= 1")
+        with self._use.held():
+            await trio.lowlevel.checkpoint()
+            while True:
+                if self._closed:
+                    raise trio.ClosedResourceError(f"{self._stream.name.lower()} is closed")
+                chunk = self._connection.protocol.take(self._stream, max_bytes)
+                if chunk is not None:
+                    self._connection.flush()
+                    return chunk
+                await self._connection.changed()
+
+    async def aclose(self) -> None:
+        """Close the reading end: the program's next write there gets SIGPIPE. Idempotent."""
+        self._closed = True
+        self._connection.protocol.close_output(self._stream)
+        self._connection.flush()
+        await trio.lowlevel.checkpoint()
+
+
+@final
+class ExecSignaler:
+    """Sends signals to the program of an exec. It may outlive it: after its exit a no-op."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+
+    def send_signal(self, signum: int) -> None:
+        """Send a signal to the process, without waiting for the guest.
+
+        :raises ValueError: there is no such signal.
+        """
+        if not 1 <= signum <= _MAX_SIGNAL:
+            raise ValueError(f"{signum} is not a signal number")
+        if self._connection.protocol.exit is None and not self._connection.over:
+            self._connection.protocol.signal(signum)
+            self._connection.flush()
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signals.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL to the process; see :meth:`ExecChild.abort` for its whole group."""
+        self.send_signal(signals.SIGKILL)
+
+    async def signal(self, signum: int) -> None:
+        """Send a signal and wait until the agent has acknowledged it.
+
+        Cancelling may leave it sent or not. :raises ValueError: there is no such signal.
+        """
+        await trio.lowlevel.checkpoint()
+        if not 1 <= signum <= _MAX_SIGNAL:
+            raise ValueError(f"{signum} is not a signal number")
+        protocol = self._connection.protocol
+        if protocol.exit is not None:
+            return
+        sequence = protocol.signal(signum)
+        self._connection.flush()
+        with protocol.awaited_ack(sequence):
+            while sequence not in protocol.acks:
+                if protocol.exit is not None:
+                    return
+                await self._connection.changed()
+            errno = protocol.acks[sequence]
+        if errno not in (0, errno_names.ESRCH):
+            raise OSError(errno, os.strerror(errno))
+
+
+@final
+class ExecChild:
+    """A program running in a guest, much like a :class:`trio.Process`. :meth:`Vm.exec` makes it.
+
+    :ivar stdin: a :class:`trio.abc.SendStream`, or ``None`` without ``stdin=True``.
+    :ivar stdout: a :class:`trio.abc.ReceiveStream`; so is ``stderr``, empty for a terminal.
+    :ivar pid: the process id in the guest.
+    :ivar args: the argument vector it was started with.
+    """
+
+    def __init__(self, connection: _Connection, request: ExecRequest) -> None:
+        assert connection.protocol.pid is not None
+        self._connection = connection
+        self._signaler = ExecSignaler(connection)
+        self.args = list(request.chain[0])
+        self.pid = connection.protocol.pid
+        self.stdin: trio.abc.SendStream | None = None
+        if request.flags & (ExecFlags.STDIN | ExecFlags.TTY):
+            self.stdin = _StdinStream(connection)
+        self.stdout: trio.abc.ReceiveStream = _OutputStream(connection, StreamId.STDOUT)
+        self.stderr: trio.abc.ReceiveStream = _OutputStream(connection, StreamId.STDERR)
+
+    def __repr__(self) -> str:
+        status = "running" if self.returncode is None else f"exited with {self.returncode}"
+        return f"<ExecChild {self.args!r} pid {self.pid}: {status}>"
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, negative for a signal; ``None`` while it runs."""
+        exit_ = self._connection.protocol.exit
+        return None if exit_ is None else exit_.returncode
+
+    async def wait(self) -> int:
+        """Wait until the program has ended and give its :attr:`returncode`.
+
+        Cancelling ends the waiting alone.
+
+        :raises VmExited: the VM ended first.
+        :raises ExecEof: the agent's connection ended first.
+        """
+        await trio.lowlevel.checkpoint()
+        return (await self._connection.wait_exit()).returncode
+
+    def send_signal(self, signum: int) -> None:
+        """Send a signal to the process, without waiting; after its exit a no-op."""
+        self._signaler.send_signal(signum)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self._signaler.terminate()
+
+    def kill(self) -> None:
+        """Send SIGKILL to the process; see :meth:`abort` for its whole group."""
+        self._signaler.kill()
+
+    async def signal(self, signum: int) -> None:
+        """Send a signal and wait until the agent has acknowledged it; after its exit a no-op."""
+        await self._signaler.signal(signum)
+
+    def signaler(self) -> ExecSignaler:
+        """A handle that can only signal, and may outlive this block."""
+        return self._signaler
+
+    async def resize(self, cols: int, rows: int) -> None:
+        """Set the size of the terminal, in characters; the program gets SIGWINCH.
+
+        :raises ValueError: a size is not in 1..65535.
+        """
+        check_winsize(cols, rows)
+        self._connection.protocol.resize(cols, rows)
+        self._connection.flush()
+        await trio.lowlevel.checkpoint()
+
+    def abort(self) -> None:
+        """Send SIGKILL to the whole process group, without waiting."""
+        if not self._connection.over:
+            self._connection.protocol.signal(signals.SIGKILL, group=True)
+            self._connection.flush()
+
+    @property
+    def exit(self) -> Exit | None:
+        """Return code, duration and peak memory as the agent measured them, after the end."""
+        return self._connection.protocol.exit
+
+
+@asynccontextmanager
+async def open_exec(
+    client: AgentClient, nursery: trio.Nursery, request: ExecRequest
+) -> AsyncIterator[ExecChild]:
+    """Start a program; its frames are carried by tasks in ``nursery``.
+
+    Leaving the block normally closes stdin, discards unread output and waits for the program's
+    end. Leaving it by an exception or a cancellation kills the process group first.
+    """
+    trace("exec", "start %r", request.chain)
+    try:
+        frames = await client.dial()
+    except (trio.BrokenResourceError, ConnectionRefusedError) as exc:
+        raise await client.failure(exc, "an exec", setup=True) from exc
+    connection = _Connection(client, frames, request)
+    nursery.start_soon(connection.run, name=f"exec {request.chain[0][0]!r}")
+    try:
+        try:
+            await connection.wait_started()
+            yield ExecChild(connection, request)
+            await connection.drain()
+        except BaseException:
+            await connection.kill()
+            raise
+    finally:
+        await connection.close()
+        trace("exec", "end of %r: %r", request.chain, connection.protocol.exit)
+
+
+def check_winsize(cols: int, rows: int) -> None:
+    """Refuse terminal sizes that do not fit the wire. :raises ValueError: not in 1..65535."""
+    if not (1 <= cols <= 0xFFFF and 1 <= rows <= 0xFFFF):
+        raise ValueError(f"a terminal cannot be {cols} by {rows}")

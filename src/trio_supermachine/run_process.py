@@ -1,0 +1,214 @@
+"""``vm.run_process``: :func:`trio.run_process`, with the process in a guest."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Final, Protocol, TypeAlias
+
+import trio
+
+from ._nursery import open_flat_nursery
+from .agent.wire import ExecFlags
+from .exec import ExecChild
+
+StrOrBytes: TypeAlias = str | bytes
+StrOrBytesPath: TypeAlias = StrOrBytes | os.PathLike[str] | os.PathLike[bytes]
+Command: TypeAlias = StrOrBytesPath | Sequence[StrOrBytesPath]
+
+
+class HasFileno(Protocol):
+    """An open host file."""
+
+    def fileno(self) -> int: ...
+
+
+OutputTarget: TypeAlias = int | HasFileno | None
+
+#: A write of this size to a pipe that polls as writable does not block.
+_ATOMIC: Final = 4096
+#: Seconds to wait for the last output of a program that has ended, where a process that has left
+#: its group may hold the pipes open for ever.
+LAST_OUTPUT: Final = 2.0
+
+
+class OpenExec(Protocol):
+    """How a VM opens the exec of a call."""
+
+    def __call__(
+        self, argv: list[StrOrBytes], flags: ExecFlags
+    ) -> AbstractAsyncContextManager[ExecChild]: ...
+
+
+async def run_process(
+    open_exec: OpenExec,
+    command: Command,
+    *,
+    stdin: bytes | bytearray | memoryview | int,
+    capture_stdout: bool,
+    capture_stderr: bool,
+    check: bool,
+    stdout: OutputTarget,
+    stderr: OutputTarget,
+    shell: bool,
+    task_status: trio.TaskStatus[ExecChild],
+) -> subprocess.CompletedProcess[bytes]:
+    """See :meth:`Vm.run_process`."""
+    argv = command_argv(command, shell=shell)
+    if capture_stdout and stdout is not None:
+        raise ValueError("can't specify both stdout and capture_stdout")
+    if capture_stderr and stderr is not None:
+        raise ValueError("can't specify both stderr and capture_stderr")
+    stdout = subprocess.PIPE if capture_stdout else stdout
+    stderr = subprocess.PIPE if capture_stderr else stderr
+    _check_stdin(stdin)
+    if task_status is trio.TASK_STATUS_IGNORED:
+        _refuse_pipes(
+            stdin=stdin,
+            stdout=None if capture_stdout else stdout,
+            stderr=None if capture_stderr else stderr,
+        )
+
+    captured: dict[str, list[bytes | bytearray]] = {"stdout": [], "stderr": []}
+    async with open_exec(argv, _flags(stdin, stdout, stderr)) as child:
+        with trio.CancelScope() as copying:
+            async with open_flat_nursery() as nursery:
+                if not isinstance(stdin, int):
+                    assert child.stdin is not None
+                    nursery.start_soon(_feed, child.stdin, stdin)
+                    child.stdin = None
+                for name, capture, target, own_fd in (
+                    ("stdout", capture_stdout, stdout, 1),
+                    ("stderr", capture_stderr, stderr, 2),
+                ):
+                    stream = getattr(child, name)
+                    if capture:
+                        nursery.start_soon(collect, stream, captured[name])
+                    elif target is None:
+                        nursery.start_soon(_copy_to_host, stream, own_fd)
+                    elif not isinstance(target, int):
+                        nursery.start_soon(_copy_to_host, stream, target.fileno())
+                    elif target >= 0:
+                        nursery.start_soon(_copy_to_host, stream, target)
+                task_status.started(child)
+                await child.wait()
+                if not (capture_stdout or capture_stderr):
+                    # A process on the host would have written its output itself by now. Here
+                    # some may be on its way, but a descendant may also hold the pipe for long.
+                    child.abort()
+                    copying.deadline = trio.current_time() + LAST_OUTPUT
+    returncode = child.returncode
+    assert returncode is not None
+    out = b"".join(captured["stdout"]) if capture_stdout else None
+    err = b"".join(captured["stderr"]) if capture_stderr else None
+    if check and returncode:
+        raise subprocess.CalledProcessError(returncode, command, output=out, stderr=err)
+    return subprocess.CompletedProcess(command, returncode, out, err)
+
+
+def command_argv(command: Command, *, shell: bool = False) -> list[StrOrBytes]:
+    """An argument vector as the wire has it.
+
+    :raises TypeError: a string without ``shell``, or a sequence with it.
+    :raises ValueError: it is empty, or holds NUL.
+    """
+    if isinstance(command, (str, bytes, os.PathLike)):
+        if not shell:
+            raise TypeError("command must be a sequence (not a string or bytes) if shell=False")
+        argv: list[StrOrBytes] = ["/bin/sh", "-c", os.fspath(command)]
+    elif shell:
+        raise TypeError("command must be a string or bytes (not a sequence) if shell=True")
+    else:
+        argv = [os.fspath(argument) for argument in command]
+    if not argv:
+        raise ValueError("command is empty; give at least a program")
+    for argument in argv:
+        check_no_nul(argument)
+    return argv
+
+
+def check_no_nul(text: StrOrBytes) -> None:
+    """:raises ValueError: ``text`` holds NUL, which cannot be passed to a program."""
+    if (b"\0" if isinstance(text, bytes) else "\0") in text:  # type: ignore[operator]
+        raise ValueError("embedded null byte")
+
+
+def _check_stdin(stdin: object) -> None:
+    if isinstance(stdin, str):
+        raise UnicodeError("process stdin must be bytes, not str")
+    if isinstance(stdin, (bytes, bytearray, memoryview)):
+        return
+    if stdin not in (subprocess.PIPE, subprocess.DEVNULL):
+        raise ValueError("stdin must be bytes, subprocess.PIPE or subprocess.DEVNULL")
+
+
+def _refuse_pipes(**targets: object) -> None:
+    for name, target in targets.items():
+        if isinstance(target, int) and target == subprocess.PIPE:
+            raise ValueError(
+                f"{name}=subprocess.PIPE is only valid with nursery.start, "
+                "since that's the only way to access the pipe"
+            )
+
+
+def _flags(stdin: object, stdout: OutputTarget, stderr: OutputTarget) -> ExecFlags:
+    flags = ExecFlags.NONE
+    if stdin != subprocess.DEVNULL:
+        flags |= ExecFlags.STDIN
+    if stdout == subprocess.DEVNULL:
+        flags |= ExecFlags.NULL_STDOUT
+    if stderr == subprocess.DEVNULL:
+        flags |= ExecFlags.NULL_STDERR
+    elif stderr == subprocess.STDOUT:
+        flags |= ExecFlags.STDERR_TO_STDOUT
+    return flags
+
+
+# A broken exec breaks all of its streams at once; child.wait() is the one that tells why.
+
+
+async def _feed(stream: trio.abc.SendStream, data: bytes | bytearray | memoryview) -> None:
+    with suppress(trio.BrokenResourceError):
+        await stream.send_all(data)
+    await stream.aclose()
+
+
+async def collect(stream: trio.abc.ReceiveStream, chunks: list[bytes | bytearray]) -> None:
+    """Append all that comes to ``chunks``, until its end or until the exec breaks."""
+    try:
+        async for chunk in stream:
+            chunks.append(chunk)
+    except trio.BrokenResourceError:
+        pass
+
+
+async def _copy_to_host(stream: trio.abc.ReceiveStream, fd: int) -> None:
+    # A copy of its own: Trio lets one task wait for a descriptor, and two calls may write here.
+    fd = os.dup(fd)
+    try:
+        async for chunk in stream:
+            await write_to_host(fd, chunk)
+    except trio.BrokenResourceError:
+        pass
+    except BrokenPipeError:
+        await stream.aclose()  # as SIGPIPE would have it
+    finally:
+        os.close(fd)
+
+
+async def write_to_host(fd: int, data: bytes | bytearray) -> None:
+    """Write all of ``data`` to a host file that may be a blocking one, cancellably."""
+    view = memoryview(data)
+    while view:
+        try:
+            await trio.lowlevel.wait_writable(fd)
+        except OSError as exc:
+            if exc.errno != errno.EPERM:  # regular files cannot be polled, and need not be
+                raise
+            await trio.lowlevel.checkpoint()
+            view = view[os.write(fd, view) :]
+        else:
+            view = view[os.write(fd, view[:_ATOMIC]) :]

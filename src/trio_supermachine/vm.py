@@ -1,0 +1,400 @@
+"""A running virtual machine as users hold it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Final, Literal, final
+
+import trio
+
+from ._nursery import open_flat_nursery
+from .agent import wire
+from .agent.client import AgentClient, exited, fresh_setup
+from .agent.wire import ExecFlags, ExecRequest, Exit
+from .config import VmConfig
+from .errors import ExecEof, FileTooLarge, StartTimeout, VmExited
+from .exec import ExecChild, check_winsize, open_exec
+from .exec_builder import ExecBuilder, check_mode, env_entry, user_field
+from .hv.base import Console, Disk, Machine, MachineSpec
+from .hv.select import choose_engine
+from .kernels import prepare_kernel
+from .run_process import (
+    Command,
+    OutputTarget,
+    StrOrBytes,
+    StrOrBytesPath,
+    check_no_nul,
+    command_argv,
+    run_process,
+)
+from .trace import trace
+
+if TYPE_CHECKING:
+    from .images.image import Image
+
+#: The default of :meth:`Vm.read_file`, in bytes.
+READ_FILE_CAP: Final = 32 << 20
+
+_DEFAULT_HOSTNAME: Final = "supermachine"
+_CONSOLE_TAIL: Final = 4096
+_POWER_OFF: Final = 2.0  # seconds for the guest kernel to power off, beyond the grace
+
+
+@final
+class Vm:
+    """A running virtual machine. Only :meth:`Vm.start` makes one.
+
+    Every call that needs the guest waits while the VM is paused, raises :exc:`VmExited` once it
+    has ended, and is cancellable.
+
+    :ivar image: the :class:`Image` it runs.
+    :ivar config: the :class:`VmConfig` it was started with.
+    :ivar engine: the name of the engine that runs it.
+    :ivar started_by: ``"boot"`` or ``"restore"``.
+    :ivar console: the guest's console, kernel and workload alike: ``async for chunk in
+        vm.console`` gives bytes from the boot on, to any number of readers, out of a bounded ring.
+    """
+
+    def __init__(
+        self, image: Image, config: VmConfig, client: AgentClient, nursery: trio.Nursery
+    ) -> None:
+        self.image = image
+        self.config = config
+        self.engine: str = client.machine.engine
+        self.started_by: Literal["boot", "restore"] = "boot"
+        self.console: Console = client.machine.console
+        self._client = client
+        self._machine: Machine = client.machine
+        self._nursery = nursery
+        self._body = trio.CancelScope()
+        self._stopping = False
+        self._exited: VmExited | None = None
+
+    def __repr__(self) -> str:
+        state = "running" if self._exited is None else f"exited ({self._exited.reason})"
+        return f"<Vm {self.image.reference!r} on {self.engine}: {state}>"
+
+    @staticmethod
+    def start(
+        image: Image, config: VmConfig | None = None, *, workload: bool = True
+    ) -> AbstractAsyncContextManager[Vm]:
+        """Start a VM: an async context manager, entered when the guest's agent has answered.
+
+        The image's own entrypoint and command run as the workload unless ``workload`` is false.
+        Leaving the block, by any path, ends the VM at once and waits until nothing of it is
+        left on the host. A VM that ends by itself cancels the body, and the block raises
+        :exc:`VmExited`.
+
+        :raises NotSupported: the configuration asks for what this version does not have.
+        :raises EngineUnavailable: no engine can run a guest here.
+        :raises AssetNotFound: a kernel or a tool is missing; the message says how to get it.
+        :raises StartTimeout: the guest did not answer within ``config.start_timeout`` seconds.
+        :raises VmExited: the guest ended before it answered.
+        """
+        return _start(image, config or VmConfig(), workload)
+
+    # Programs
+
+    def exec(
+        self,
+        argv: Sequence[StrOrBytesPath],
+        *,
+        env: Mapping[str, str] | Mapping[bytes, bytes] | None = None,
+        cwd: StrOrBytesPath | None = None,
+        user: str | int | None = None,
+        tty: bool = False,
+        winsize: tuple[int, int] | None = None,
+        stdin: bool = True,
+    ) -> AbstractAsyncContextManager[ExecChild]:
+        """Run a program: an async context manager giving an :class:`ExecChild`.
+
+        Leaving the block normally closes its stdin, discards unread output and waits for its
+        end. Leaving it by an exception or a cancellation kills its process group first.
+
+        :param argv: the program and its arguments; looked up in ``PATH`` without a slash.
+        :param env: its whole environment, as for :class:`subprocess.Popen`; ``None`` is the
+            image's. (:meth:`ExecBuilder.env` adds to the image's.)
+        :param cwd: its working directory, from the image's; ``None`` is the image's.
+        :param user: name or id with an optional group (``"app"``, ``"1234:1234"``, ``1234``).
+        :param tty: give it a terminal; then ``stderr`` is empty.
+        :param winsize: columns and rows of the terminal.
+        :param stdin: give it a pipe as its stdin, instead of ``/dev/null``.
+        :raises ValueError: ``argv`` is empty, or something holds NUL.
+        :raises OSError: it could not be started (:exc:`FileNotFoundError` and so on), on entry.
+        """
+        flags = ExecFlags.NONE
+        if stdin:
+            flags |= ExecFlags.STDIN
+        if tty:
+            flags |= ExecFlags.TTY
+        columns, rows = winsize or (0, 0)
+        if winsize is not None:
+            check_winsize(columns, rows)
+        return self._open(
+            _request(command_argv(argv), flags, env, cwd, user, columns=columns, rows=rows)
+        )
+
+    def exec_builder(self) -> ExecBuilder:
+        """An empty :class:`ExecBuilder`."""
+        return ExecBuilder(self._open)
+
+    async def run_process(
+        self,
+        command: Command,
+        *,
+        stdin: bytes | bytearray | memoryview | int = b"",
+        capture_stdout: bool = False,
+        capture_stderr: bool = False,
+        check: bool = True,
+        stdout: OutputTarget = None,
+        stderr: OutputTarget = None,
+        env: Mapping[str, str] | Mapping[bytes, bytes] | None = None,
+        cwd: StrOrBytesPath | None = None,
+        user: str | int | None = None,
+        shell: bool = False,
+        task_status: trio.TaskStatus[ExecChild] = trio.TASK_STATUS_IGNORED,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a program to its end, as :func:`trio.run_process` does on the host.
+
+        With ``await nursery.start(vm.run_process, ...)`` it hands out the :class:`ExecChild`, and
+        ``subprocess.PIPE`` may be given. What is not captured goes to the host's own stdout and
+        stderr, to an open host file given as ``stdout`` or ``stderr``, or nowhere
+        (``subprocess.DEVNULL``).
+
+        Cancelling it kills the process group in the guest, with SIGKILL, and waits, shielded and
+        for 2 s at most, until that is confirmed.
+
+        :param stdin: its input, ``subprocess.PIPE`` or ``subprocess.DEVNULL``.
+        :param env: its whole environment; ``None`` is the image's.
+        :param shell: ``command`` is a string for the guest's ``/bin/sh``.
+        :raises subprocess.CalledProcessError: ``check`` is true and it did not return 0.
+        :raises OSError: it could not be started.
+        """
+
+        def open_child(
+            argv: list[StrOrBytes], flags: ExecFlags
+        ) -> AbstractAsyncContextManager[ExecChild]:
+            return self._open(_request(argv, flags, env, cwd, user))
+
+        return await run_process(
+            open_child,
+            command,
+            stdin=stdin,
+            capture_stdout=capture_stdout,
+            capture_stderr=capture_stderr,
+            check=check,
+            stdout=stdout,
+            stderr=stderr,
+            shell=shell,
+            task_status=task_status,
+        )
+
+    def _open(self, request: ExecRequest) -> AbstractAsyncContextManager[ExecChild]:
+        return open_exec(self._client, self._nursery, request)
+
+    # Files
+
+    async def write_file(
+        self, path: StrOrBytesPath, data: bytes | bytearray | memoryview, *, mode: int = 0o644
+    ) -> None:
+        """Write a guest file atomically: a temporary sibling is renamed to ``path``.
+
+        Cancelled or failed, it leaves the old file as it was. :raises OSError: as in the guest.
+        """
+        async with self.open_write(path, mode=mode) as stream:
+            await stream.send_all(data)
+
+    async def read_file(self, path: StrOrBytesPath) -> bytes:
+        """The content of a guest file of up to 32 MiB.
+
+        :raises FileTooLarge: it is larger. :raises OSError: as in the guest.
+        """
+        return await self.read_file_with_max_bytes(path, READ_FILE_CAP)
+
+    async def read_file_with_max_bytes(self, path: StrOrBytesPath, max_bytes: int) -> bytes:
+        """The content of a guest file of up to ``max_bytes`` bytes; the guest enforces it.
+
+        :raises FileTooLarge: it is larger. :raises OSError: as in the guest.
+        """
+        if not 0 <= max_bytes < wire.NO_CAP:
+            raise ValueError("max_bytes is out of range")
+        path = guest_path(path)
+        data = bytearray()
+        async with await self._client.open_read(path, max_bytes) as stream:
+            async for chunk in stream:
+                data += chunk
+                if len(data) > max_bytes:  # the guest is not trusted with the host's memory
+                    raise FileTooLarge(os.fsdecode(path), max_bytes)
+        return bytes(data)
+
+    @asynccontextmanager
+    async def open_read(self, path: StrOrBytesPath) -> AsyncIterator[trio.abc.ReceiveStream]:
+        """Read a guest file of any size in constant memory: ``async with`` gives a stream.
+
+        :raises OSError: as in the guest, on entry.
+        """
+        async with await self._client.open_read(guest_path(path)) as stream:
+            yield stream
+
+    @asynccontextmanager
+    async def open_write(
+        self, path: StrOrBytesPath, *, mode: int = 0o644
+    ) -> AsyncIterator[trio.abc.SendStream]:
+        """Write a guest file of any size in constant memory: ``async with`` gives a stream.
+
+        The file is renamed to ``path`` when the block ends well, and discarded when it does not.
+
+        :raises OSError: as in the guest, on entry, while sending, or at the end.
+        """
+        check_mode(mode)
+        async with await self._client.open_write(guest_path(path), mode) as stream:
+            yield stream
+            await stream.publish()
+
+    # The workload and the machine
+
+    async def workload_signal(self, signum: int) -> None:
+        """Send a signal to the image's workload.
+
+        :raises ProcessLookupError: there is none, or it has ended.
+        """
+        await self._client.call(wire.workload_signal(signum))
+
+    async def wait_workload(self) -> int:
+        """Wait for the end of the image's workload; its return code, negative for a signal.
+
+        127 and 126 say that it could not be started, as in a shell; the console says why.
+
+        :raises ProcessLookupError: the image has none.
+        """
+        answer = await self._client.call(wire.frame(wire.FrameType.WORKLOAD_WAIT))
+        return Exit.decode(answer.payload).returncode
+
+    async def pause(self) -> None:
+        """Stop the guest's CPUs. Idempotent. Calls to the guest wait until :meth:`resume`."""
+        await self._machine.pause()
+
+    async def resume(self) -> None:
+        """Let the guest's CPUs run again, and set its clock. Idempotent."""
+        await self._machine.resume()
+        await self._client.call(wire.set_clock(time.time_ns()))
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Shut the guest down in order: stop signals, ``grace`` seconds, sync, power off.
+
+        A guest that has not powered off by then is killed, and so is one whose agent does not
+        answer. When this returns the machine has ended. The block goes on, but calls to the
+        guest raise :exc:`VmExited`. Cancelled, it kills the machine.
+        """
+        if not 0 <= grace <= 3600:
+            raise ValueError("grace must be 0 to 3600 seconds")
+        self._stopping = True
+        try:
+            with trio.move_on_after(grace + _POWER_OFF):
+                with suppress(OSError, VmExited, ExecEof):
+                    await self._client.call(wire.shutdown(round(grace * 1000)))
+                await self._machine.wait_exit()
+        finally:
+            self._machine.kill()
+        await self._machine.wait_exit()
+
+    async def _watch(self) -> None:
+        exit_ = await self._machine.wait_exit()
+        trace("vm", "%r exited: %s", self, exit_.reason)
+        self._exited = exited(exit_, self._machine)
+        if not self._stopping:
+            self._body.cancel()
+
+
+@asynccontextmanager
+async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterator[Vm]:
+    config.refuse_unbuilt()
+    engine = await choose_engine(config.engine)
+    boot = await prepare_kernel(config.assets)
+    spec = MachineSpec(
+        kernel=boot.kernel,
+        initramfs=boot.initramfs,
+        memory_mib=config.effective_memory_mib,
+        vcpus=config.effective_vcpus,
+        disks=tuple(Disk(path=layer) for layer in image.layers),
+    )
+    setup = fresh_setup(
+        hostname=config.hostname or _DEFAULT_HOSTNAME,
+        layers=len(image.layers),
+        environment=image.config.env,
+        workdir=image.config.workdir,
+        user=image.config.user,
+        workload=image.config.argv if workload else (),
+        stop_signal=image.config.stop_signal,
+    )
+    trace("vm", "start %r on %s: %r", image.reference, engine.name, spec)
+    async with engine.open(spec) as machine:
+        client = AgentClient(machine)
+        try:
+            await _set_up(client, setup, config.start_timeout)
+            async with _running(image, config, client) as vm:
+                yield vm
+        finally:
+            await client.aclose()
+
+
+async def _set_up(client: AgentClient, setup: wire.Setup, seconds: float) -> None:
+    with trio.move_on_after(seconds) as scope:
+        await client.set_up(setup)
+    if scope.cancelled_caught:
+        console = client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
+        raise StartTimeout(seconds, console=console)
+
+
+@asynccontextmanager
+async def _running(image: Image, config: VmConfig, client: AgentClient) -> AsyncIterator[Vm]:
+    try:
+        async with open_flat_nursery() as nursery:
+            vm = Vm(image, config, client, nursery)
+            nursery.start_soon(vm._watch)
+            with vm._body:
+                yield vm
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # Tasks of the body that were in calls to the guest all tell the same.
+        if vm._exited is not None and group.split((VmExited, trio.Cancelled))[1] is None:
+            raise vm._exited from None
+        raise
+    if vm._body.cancelled_caught and vm._exited is not None:
+        raise vm._exited
+
+
+def guest_path(path: StrOrBytesPath) -> StrOrBytes:
+    """A path in the guest as the wire has it. :raises ValueError: it is empty or holds NUL."""
+    raw = os.fspath(path)
+    if not raw:
+        raise ValueError("the path is empty")
+    check_no_nul(raw)
+    return raw
+
+
+def _request(
+    argv: list[StrOrBytes],
+    flags: ExecFlags,
+    env: Mapping[str, str] | Mapping[bytes, bytes] | None,
+    cwd: StrOrBytesPath | None,
+    user: str | int | None,
+    *,
+    columns: int = 0,
+    rows: int = 0,
+) -> ExecRequest:
+    if env is not None:
+        flags |= ExecFlags.REPLACE_ENV
+    return ExecRequest(
+        chain=[argv],
+        flags=flags,
+        columns=columns,
+        rows=rows,
+        cwd="" if cwd is None else guest_path(cwd),
+        user="" if user is None else user_field(user),
+        environment=[env_entry(key, value) for key, value in (env or {}).items()],
+    )

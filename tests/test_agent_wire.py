@@ -1,0 +1,106 @@
+"""The codec of agent frames holds its bounds and loses nothing in any chunking."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_supermachine.agent import wire
+from trio_supermachine.agent.wire import ExecRequest, FrameDecoder, FrameType, Reader, WireError
+
+frames = st.lists(
+    st.tuples(st.sampled_from(FrameType), st.binary(max_size=300), st.integers(0, 255)), max_size=8
+)
+
+
+def chunked(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@given(frames, st.lists(st.integers(0, 10_000)))
+def test_frames_survive_any_chunking(
+    sent: list[tuple[FrameType, bytes, int]], cuts: list[int]
+) -> None:
+    data = b"".join(wire.frame(type_, payload, stream) for type_, payload, stream in sent)
+    decoder = FrameDecoder()
+    got = []
+    for chunk in chunked(data, cuts):
+        decoder.feed(chunk)
+        got += list(decoder.frames())
+    assert [(f.type, f.payload, f.stream) for f in got] == sent
+    assert not decoder.partial
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused_or_waits_for_more_but_never_grows(data: bytes) -> None:
+    decoder = FrameDecoder()
+    decoder.feed(data)
+    try:
+        consumed = sum(8 + len(f.payload) for f in decoder.frames())
+    except WireError:
+        return
+    assert consumed <= len(data)
+
+
+@pytest.mark.parametrize(
+    ("type_", "length"), [(FrameType.DATA, wire.MAX_DATA + 1), (FrameType.OK, wire.MAX_PAYLOAD + 1)]
+)
+def test_a_frame_beyond_its_bound_is_refused_by_its_header(type_: FrameType, length: int) -> None:
+    decoder = FrameDecoder()
+    decoder.feed(struct.pack("<IBBH", length, type_, 0, 0))
+    with pytest.raises(WireError):
+        list(decoder.frames())
+
+
+@given(st.binary(max_size=64))
+def test_decoders_of_payloads_raise_wire_error_and_nothing_else(payload: bytes) -> None:
+    for decode in (
+        wire.Hello.decode,
+        wire.GuestError.decode,
+        wire.Exit.decode,
+        wire.decode_u32,
+        wire.decode_u64,
+        wire.decode_ack,
+    ):
+        try:
+            decode(payload)
+        except WireError:
+            pass
+
+
+@given(st.lists(st.binary().map(lambda b: b.replace(b"\0", b"x")), min_size=1, max_size=5))
+def test_arguments_are_carried_as_they_are(argv: list[bytes]) -> None:
+    (frame,) = ExecRequest(chain=[argv]).encode()
+    reader = Reader(frame, 8)
+    assert [reader.u32(), reader.u32(), reader.u32(), reader.u32()] == [0, 0, 0, 256 * 1024]
+    assert (reader.string(), reader.string()) == ("", "")
+    assert reader.u32() == 0
+    assert (reader.u32(), reader.u32()) == (1, len(argv))
+    got = [reader.string().encode("utf-8", "surrogateescape") for _ in argv]
+    assert got == argv
+    assert reader.u32() == 0
+    reader.end()
+
+
+def test_nul_is_refused_in_strings() -> None:
+    with pytest.raises(ValueError, match="null byte"):
+        list(ExecRequest(chain=[["a\0b"]]).encode())
+
+
+def test_a_request_that_does_not_fit_is_refused_before_it_is_sent() -> None:
+    with pytest.raises(WireError):
+        list(ExecRequest(chain=[["x" * wire.MAX_PAYLOAD]]).encode())
+
+
+@given(st.binary(max_size=3 * wire.MAX_DATA))
+def test_data_frames_hold_all_data_in_order(data: bytes) -> None:
+    decoder = FrameDecoder()
+    for frame in wire.data_frames(1, data):
+        decoder.feed(frame)
+    got = list(decoder.frames())
+    assert b"".join(f.payload for f in got) == data
+    assert all(0 < len(f.payload) <= wire.MAX_DATA for f in got)
