@@ -1,0 +1,89 @@
+"""What tests share: real VMs, and a check that each test leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from trio_supermachine import Image, Vm
+
+
+def open_files() -> dict[int, str]:
+    """The process's file descriptors and what they are."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            pass  # the one that listed the directory
+    return found
+
+
+def child_processes() -> dict[int, str]:
+    """The process's living children and their names."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().partition(" (")[2].rpartition(") ")
+        except OSError:
+            continue
+        state, parent = rest.split()[:2]
+        if int(parent) == os.getpid() and state != "Z":
+            found[int(stat.parent.name)] = name
+    return found
+
+
+def own_threads() -> set[threading.Thread]:
+    """Threads, without the worker threads that Trio keeps for a while for the next call."""
+    return {t for t in threading.enumerate() if not t.name.startswith("Trio thread")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Every test leaves as many descriptors, children and threads as it found."""
+    before = open_files(), child_processes(), own_threads()
+    yield
+    after = open_files(), child_processes(), own_threads()
+    new_files = {fd: what for fd, what in after[0].items() if before[0].get(fd) != what}
+    assert not new_files
+    assert not after[1].keys() - before[1].keys(), after[1]
+    assert not after[2] - before[2]
+
+
+@pytest.fixture
+async def busybox() -> Image:
+    """The embedded image."""
+    return await Image.from_oci("builtin:busybox")
+
+
+@pytest.fixture
+async def vm(busybox: Image) -> AsyncIterator[Vm]:
+    """A freshly booted VM of the embedded image."""
+    async with Vm.start(busybox) as vm:
+        yield vm
+
+
+async def guest_processes(vm: Vm, name: str) -> list[str]:
+    """The command lines of the guest's living processes that contain ``name``."""
+    script = (
+        "for d in /proc/[0-9]*; do [ -r $d/cmdline ] && "
+        "tr '\\0' ' ' <$d/cmdline 2>/dev/null && echo; done; true"
+    )
+    done = await vm.run_process(["sh", "-c", script], capture_stdout=True)
+    lines = done.stdout.decode().splitlines()
+    return [line for line in lines if name in line and "cmdline" not in line]
+
+
+async def read_until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
+    """Receive until what has come ends with ``end``."""
+    got = b""
+    while not got.endswith(end):
+        chunk = await stream.receive_some()
+        assert chunk, got
+        got += chunk
+    return got

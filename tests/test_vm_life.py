@@ -1,0 +1,238 @@
+"""How VMs start, end and fail, and what everybody who waits is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from trio_supermachine import (
+    AssetPaths,
+    Image,
+    NotSupported,
+    StartTimeout,
+    Vm,
+    VmConfig,
+    VmExited,
+    VolumeSpec,
+)
+
+from .conftest import child_processes, read_until
+
+pytestmark = pytest.mark.vm
+
+
+def engine_pid() -> int:
+    (pid,) = [pid for pid, name in child_processes().items() if "qemu" in name]
+    return pid
+
+
+async def test_a_vm_knows_what_it_is(vm: Vm) -> None:
+    assert (vm.engine, vm.started_by) == ("qemu", "boot")
+    assert "builtin:busybox" in repr(vm)
+    done = await vm.run_process(["sh", "-c", "hostname; id -u; pwd"], capture_stdout=True)
+    assert done.stdout.decode().split() == ["supermachine", "0", "/"]
+
+
+async def test_memory_cpus_and_hostname_are_as_configured(busybox: Image) -> None:
+    config = VmConfig(memory_mib=384, vcpus=2, hostname="box")
+    async with Vm.start(busybox, config) as vm:
+        done = await vm.run_process(
+            ["sh", "-c", "hostname; nproc; grep MemTotal /proc/meminfo"], capture_stdout=True
+        )
+    name, cpus, _, memory, _ = done.stdout.decode().split()
+    assert (name, cpus) == ("box", "2")
+    assert 300_000 < int(memory) < 384 * 1024
+
+
+@pytest.mark.parametrize("how", ["poweroff -f", "reboot -f", "echo c >/proc/sysrq-trigger"])
+async def test_a_guest_that_ends_surfaces_as_a_bare_vm_exited(busybox: Image, how: str) -> None:
+    with pytest.raises(VmExited) as caught:
+        async with Vm.start(busybox) as vm, trio.open_nursery() as nursery:
+            nursery.start_soon(vm.run_process, ["sleep", "1000"])
+            await vm.run_process(["sh", "-c", f"{how}; sleep 1000"], check=False)
+            await trio.sleep_forever()
+    assert caught.value.reason in ("shutdown", "reset")
+    if "sysrq" in how:
+        assert "Kernel panic" in caught.value.console
+
+
+async def test_a_killed_engine_is_told_to_every_pending_call(busybox: Image) -> None:
+    told: list[str] = []
+
+    async def expect_exit(name: str, vm: Vm, started: trio.Event) -> None:
+        with pytest.raises(VmExited):
+            if name == "run":
+                started.set()
+                await vm.run_process(["sleep", "1000"])
+            elif name == "receive":
+                async with vm.exec(["sleep", "1000"]) as child:
+                    started.set()
+                    await child.stdout.receive_some()
+            elif name == "wait":
+                async with vm.exec(["sleep", "1000"]) as child:
+                    started.set()
+                    await child.wait()
+            elif name == "workload":
+                started.set()
+                await vm.wait_workload()
+        told.append(name)
+
+    names = ["run", "receive", "wait"]
+    async with trio.open_nursery() as outside:
+        with pytest.raises(VmExited) as caught:
+            async with Vm.start(busybox) as vm:
+                for name in names:
+                    started = trio.Event()
+                    outside.start_soon(expect_exit, name, vm, started)
+                    await started.wait()
+                os.kill(engine_pid(), signal.SIGKILL)
+                with trio.fail_after(5):
+                    await trio.sleep_forever()
+        assert caught.value.reason == "killed"
+    assert sorted(told) == sorted(names)
+    with pytest.raises(VmExited):
+        await vm.run_process(["true"])
+
+
+async def test_the_bodys_own_error_comes_out_as_itself(busybox: Image) -> None:
+    with pytest.raises(KeyError) as caught:
+        async with Vm.start(busybox):
+            raise KeyError("mine")
+    assert caught.value.__context__ is None
+
+
+async def test_stop_is_orderly_and_keeps_the_block_going(busybox: Image) -> None:
+    async with Vm.start(busybox) as vm:
+        script = "trap 'echo bye >/dev/console; exit' TERM; echo up; while :; do sleep 0.1; done"
+        with pytest.raises(VmExited):
+            async with vm.exec(["sh", "-c", script]) as child:
+                await read_until(child.stdout, b"up\n")
+                await vm.stop()
+        assert b"bye" in vm.console.tail()
+        with pytest.raises(VmExited) as caught:
+            await vm.run_process(["true"])
+        assert caught.value.reason == "shutdown"
+
+
+async def test_a_guest_whose_agent_is_stopped_is_killed_at_the_end_of_the_grace(
+    busybox: Image,
+) -> None:
+    async with Vm.start(busybox) as vm:
+        # The agent is PID 1's child; stopping it makes the guest deaf.
+        await vm.exec_builder().argv(["sh", "-c", "kill -STOP 1; kill -STOP $PPID"]).timeout(
+            5
+        ).spawn().__aenter__()
+        await vm.stop(grace=0.2)
+
+
+async def test_a_paused_guest_stands_still_and_its_clock_is_right_afterwards(vm: Vm) -> None:
+    await vm.pause()
+    await vm.pause()
+    with trio.move_on_after(0.5) as scope:
+        await vm.run_process(["true"])
+    assert scope.cancelled_caught
+    await vm.resume()
+    await vm.resume()
+    before = time.time()
+    done = await vm.run_process(["date", "+%s"], capture_stdout=True)
+    assert before - 1 <= int(done.stdout) <= time.time() + 1
+
+
+async def test_the_workload_runs_by_itself_and_can_be_signalled(tmp_path: Path) -> None:
+    image = await workload_image(tmp_path, ["sh", "-c", "echo work; trap 'exit 5' USR1; "
+        "while :; do sleep 0.05; done"])
+    async with Vm.start(image) as vm:
+        async for chunk in vm.console:
+            if b"work" in chunk:
+                break
+        pid = int(await vm.read_file("/run/supermachine-workload.pid"))
+        await vm.run_process(["kill", "-0", str(pid)])
+        await vm.workload_signal(signal.SIGUSR1)
+        assert await vm.wait_workload() == 5
+        with pytest.raises(ProcessLookupError):
+            await vm.workload_signal(signal.SIGUSR1)
+        await vm.run_process(["true"])
+    async with Vm.start(image, workload=False) as vm:
+        with pytest.raises(ProcessLookupError):
+            await vm.wait_workload()
+
+
+async def workload_image(directory: Path, cmd: list[str]) -> Image:
+    """The embedded image with another command, as an OCI layout made by umoci."""
+    root = await Image.from_oci("builtin:busybox")
+    layout = directory / "oci"
+    unpacked = directory / "root"
+    await trio.run_process(["unsquashfs", "-q", "-d", str(unpacked), str(root.layers[0])],
+        capture_stdout=True)
+    await trio.run_process(["umoci", "init", "--layout", str(layout)])
+    await trio.run_process(["umoci", "new", "--image", f"{layout}:t"])
+    await trio.run_process(["umoci", "insert", "--image", f"{layout}:t", str(unpacked), "/"])
+    config = ["umoci", "config", "--image", f"{layout}:t"]
+    for word in cmd:
+        config += ["--config.cmd", word]
+    config += ["--config.env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
+    await trio.run_process(config)
+    return await Image.from_oci(f"oci:{layout}:t")
+
+
+async def test_a_workload_that_cannot_start_says_127(tmp_path: Path) -> None:
+    image = await workload_image(tmp_path, ["no-such-program"])
+    async with Vm.start(image) as vm:
+        assert await vm.wait_workload() == 127
+        assert b"no-such-program" in vm.console.tail()
+
+
+async def test_a_guest_that_hangs_at_boot_is_a_start_timeout_with_its_console(
+    busybox: Image,
+) -> None:
+    with pytest.raises(StartTimeout) as caught:
+        async with Vm.start(busybox, VmConfig(start_timeout=0.7)):
+            pytest.fail("entered")
+    assert caught.value.seconds == 0.7
+
+
+async def test_a_guest_that_panics_at_boot_is_vm_exited_with_its_console(
+    busybox: Image, tmp_path: Path
+) -> None:
+    empty = tmp_path / "initramfs"
+    empty.write_bytes(b"0707010000000000000000" + b"0" * 88)
+    with pytest.raises(VmExited) as caught:
+        async with Vm.start(busybox, VmConfig(assets=AssetPaths(initramfs=empty))):
+            pytest.fail("entered")
+    assert "panic" in caught.value.console
+
+
+async def test_what_is_not_built_is_refused_before_any_work(busybox: Image) -> None:
+    for config, feature in (
+        (VmConfig(balloon=True), "balloon"),
+        (VmConfig(volumes=(VolumeSpec("/tmp/x", "/x"),)), "volumes"),
+    ):
+        with pytest.raises(NotSupported) as caught:
+            async with Vm.start(busybox, config):
+                pytest.fail("entered")
+        assert caught.value.feature == feature
+
+
+async def test_four_vms_at_once(busybox: Image) -> None:
+    async def one(number: int) -> None:
+        async with Vm.start(busybox) as vm:
+            done = await vm.run_process(["echo", str(number)], capture_stdout=True)
+            assert done.stdout == b"%d\n" % number
+
+    async with trio.open_nursery() as nursery:
+        for number in range(4):
+            nursery.start_soon(one, number)
+
+
+async def test_an_idle_vm_uses_no_cpu_of_this_process(vm: Vm) -> None:
+    await vm.run_process(["true"])
+    with trio.move_on_after(3):
+        before = time.process_time()
+        await trio.sleep_forever()
+    # Not a timing assert: a loop that polls at 100 Hz would use ten times this.
+    assert time.process_time() - before < 0.01
