@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from functools import partial
 
 import pytest
 import trio
@@ -187,12 +188,7 @@ async def test_a_terminal(vm: Vm) -> None:
 async def test_run_process_in_a_nursery_hands_out_the_child(vm: Vm) -> None:
     async with trio.open_nursery() as nursery:
         child: ExecChild = await nursery.start(
-            lambda task_status: vm.run_process(
-                ["cat"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                task_status=task_status,
-            )
+            partial(vm.run_process, ["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         )
         assert child.stdin is not None
         await child.stdin.send_all(b"hello\n")

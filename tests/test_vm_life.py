@@ -124,9 +124,13 @@ async def test_a_guest_whose_agent_is_stopped_is_killed_at_the_end_of_the_grace(
 ) -> None:
     async with Vm.start(busybox) as vm:
         # The agent is PID 1's child; stopping it makes the guest deaf.
-        await vm.exec_builder().argv(["sh", "-c", "kill -STOP 1; kill -STOP $PPID"]).timeout(
-            5
-        ).spawn().__aenter__()
+        await (
+            vm.exec_builder()
+            .argv(["sh", "-c", "kill -STOP 1; kill -STOP $PPID"])
+            .timeout(5)
+            .spawn()
+            .__aenter__()
+        )
         await vm.stop(grace=0.2)
 
 
@@ -144,8 +148,9 @@ async def test_a_paused_guest_stands_still_and_its_clock_is_right_afterwards(vm:
 
 
 async def test_the_workload_runs_by_itself_and_can_be_signalled(tmp_path: Path) -> None:
-    image = await workload_image(tmp_path, ["sh", "-c", "echo work; trap 'exit 5' USR1; "
-        "while :; do sleep 0.05; done"])
+    image = await workload_image(
+        tmp_path, ["sh", "-c", "echo work; trap 'exit 5' USR1; while :; do sleep 0.05; done"]
+    )
     async with Vm.start(image) as vm:
         async for chunk in vm.console:
             if b"work" in chunk:
@@ -167,8 +172,9 @@ async def workload_image(directory: Path, cmd: list[str]) -> Image:
     root = await Image.from_oci("builtin:busybox")
     layout = directory / "oci"
     unpacked = directory / "root"
-    await trio.run_process(["unsquashfs", "-q", "-d", str(unpacked), str(root.layers[0])],
-        capture_stdout=True)
+    await trio.run_process(
+        ["unsquashfs", "-q", "-d", str(unpacked), str(root.layers[0])], capture_stdout=True
+    )
     await trio.run_process(["umoci", "init", "--layout", str(layout)])
     await trio.run_process(["umoci", "new", "--image", f"{layout}:t"])
     await trio.run_process(["umoci", "insert", "--image", f"{layout}:t", str(unpacked), "/"])

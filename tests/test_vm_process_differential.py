@@ -45,8 +45,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "stdin str": (["cat"], {"stdin": "text"}),
     "stdin pipe": (["cat"], {"stdin": subprocess.PIPE}),
     "stdout pipe": (["cat"], {"stdout": subprocess.PIPE}),
-    "devnull": (["sh", "-c", "echo a; echo b >&2"], {"stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL}),
+    "devnull": (
+        ["sh", "-c", "echo a; echo b >&2"],
+        {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
+    ),
     "stdout twice": (["true"], {"capture_stdout": True, "stdout": subprocess.DEVNULL}),
     "stderr twice": (["true"], {"capture_stderr": True, "stderr": subprocess.DEVNULL}),
     "shell": ("echo $((6*7)); exit 4", {"shell": True, "check": False, **BOTH}),
