@@ -1,0 +1,486 @@
+"""Streams and listeners over a carrier of vsock packets: the I/O around :class:`Mux`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Final, final
+
+import trio
+
+from .carrier import Carrier
+from .connection import Connection, State
+from .muxer import Listening, Mux
+from .packet import GUEST_CID, HOST_CID, MAX_PAYLOAD, PacketDecoder, VsockProtocolError
+
+#: How much is handed to the carrier in one go, in bytes; also the bound of what waits for it.
+_BATCH: Final = 128 * 1024
+#: Packets handled before other tasks get a turn.
+_TURN: Final = 64
+
+
+class _Parking:
+    """A place for one waiting task."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self) -> None:
+        self._task: trio.lowlevel.Task | None = None
+
+    async def park(self) -> None:
+        """Wait for :meth:`wake`. May return without a reason: look again."""
+        self._task = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._task = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def wake(self) -> None:
+        task = self._task
+        if task is not None:
+            self._task = None
+            trio.lowlevel.reschedule(task)
+
+
+class _OneAtATime:
+    """Finds two tasks in the same operation."""
+
+    __slots__ = ("_busy", "_message")
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._busy = False
+
+    def __enter__(self) -> None:
+        if self._busy:
+            raise trio.BusyResourceError(self._message)
+        self._busy = True
+
+    def __exit__(self, *_: object) -> None:
+        self._busy = False
+
+
+@final
+class VsockStream(trio.abc.HalfCloseableStream):
+    """One connection. :meth:`VsockMux.dial` and :meth:`VsockListener.accept` make them.
+
+    When the carrier ends, what has been received can still be read; then, and for sending at
+    once, :exc:`trio.BrokenResourceError`.
+    """
+
+    def __init__(self, mux: VsockMux, connection: Connection) -> None:
+        self._mux = mux
+        self._connection = connection
+        self._closed = False
+        self._sending = _OneAtATime("another task is sending on this stream")
+        self._receiving = _OneAtATime("another task is receiving on this stream")
+        self._sender = _Parking()
+        self._receiver = _Parking()
+        self._dialing = connection.state is State.DIALING
+
+    def __repr__(self) -> str:
+        connection = self._connection
+        state = "closed" if self._closed else connection.state.value
+        return f"<VsockStream {connection.local_port}:{connection.peer_port} {state}>"
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send ``data``; waits while the peer has no room. Other streams get their turns.
+
+        Returns when the data is on its way, not when the peer has read it. A cancelled call
+        has sent an unknown part.
+
+        :raises trio.BrokenResourceError: the peer does not receive any more.
+        :raises trio.ClosedResourceError: closed here, or :meth:`send_eof` was called.
+        :raises trio.BusyResourceError: another task is sending.
+        """
+        with self._sending:
+            self._check_sending()
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if data:
+                connection = self._connection
+                self._mux._offer(connection, memoryview(data).cast("B"))
+                if connection.pending is not None:
+                    await self._wait_sent()
+                    return
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def _wait_sent(self) -> None:
+        connection = self._connection
+        try:
+            while connection.pending is not None:
+                await self._sender.park()
+                self._check_sending()
+        finally:
+            self._mux._core.withdraw(connection)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the peer has room. Raises as :meth:`send_all` does."""
+        with self._sending:
+            self._check_sending()
+            await trio.lowlevel.checkpoint()
+            while not self._connection.credit:
+                self._check_sending()
+                await self._sender.park()
+            self._check_sending()
+
+    async def send_eof(self) -> None:
+        """Tell the peer that no more data comes; receiving goes on. Idempotent.
+
+        A cancelled call may have done it or not. Raises as :meth:`send_all` does.
+        """
+        with self._sending:
+            if self._closed:
+                raise trio.ClosedResourceError("this stream is closed")
+            await trio.lowlevel.checkpoint()
+            connection = self._connection
+            if connection.ended_sending and not self._closed:
+                return
+            self._check_sending()
+            self._mux._core.end_sending(connection)
+            self._mux._flush()
+
+    def _check_sending(self) -> None:
+        connection = self._connection
+        if self._closed:
+            raise trio.ClosedResourceError("this stream is closed")
+        if connection.ended_sending:
+            raise trio.ClosedResourceError("send_eof was called on this stream")
+        if connection.peer_ended_receiving or connection.state is State.GONE:
+            raise trio.BrokenResourceError(self._mux._reason or "the peer has left")
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Wait for data, at most ``max_bytes``; empty when the peer has ended sending.
+
+        A cancelled call takes nothing out.
+
+        :raises trio.BrokenResourceError: the connection was reset, or the carrier has ended.
+        :raises trio.ClosedResourceError: closed here.
+        :raises trio.BusyResourceError: another task is receiving.
+        """
+        if max_bytes is not None and operator.index(max_bytes) < 1:
+            raise ValueError("max_bytes must be at least 1")
+        with self._receiving:
+            connection = self._connection
+            parked = False
+            while True:
+                if self._closed:
+                    raise trio.ClosedResourceError("this stream is closed")
+                if connection.buffered:
+                    if parked:
+                        break
+                    await trio.lowlevel.checkpoint()
+                    parked = True
+                elif connection.peer_ended_sending:
+                    if not parked:
+                        await trio.lowlevel.checkpoint()
+                    return b""
+                elif connection.state is State.GONE:
+                    raise trio.BrokenResourceError(
+                        self._mux._reason or "the peer reset the connection"
+                    )
+                else:
+                    await self._receiver.park()
+                    parked = True
+            return self._mux._read(connection, max_bytes)
+
+    async def aclose(self) -> None:
+        """Leave. What was sent still reaches the peer; what was not read is lost.
+
+        The work is done at once, also when cancelled; then this is a checkpoint.
+        """
+        if not self._closed:
+            self._closed = True
+            self._mux._core.close(self._connection)
+            self._left()
+        await trio.lowlevel.checkpoint()
+
+    def abort(self) -> None:
+        """Leave by resetting the connection: what the peer has not read may be lost. Plain."""
+        if not self._closed:
+            self._closed = True
+            self._mux._core.abort(self._connection)
+            self._left()
+
+    def _left(self) -> None:
+        self._mux._streams.pop(self._connection, None)
+        self._wake()
+        self._mux._flush()
+
+    def _wake(self) -> None:
+        self._sender.wake()
+        self._receiver.wake()
+
+    def _touched(self) -> None:
+        """The connection's state may have changed: wake whom it concerns."""
+        connection = self._connection
+        if connection.state is State.GONE or connection.peer_ended_receiving:
+            self._wake()
+            return
+        if connection.buffered or connection.peer_ended_sending or self._dialing:
+            self._receiver.wake()
+        if connection.credit and connection.pending is None:
+            self._sender.wake()
+
+
+@final
+class VsockListener(trio.abc.Listener[VsockStream]):
+    """Accepts what the peer dials. :meth:`VsockMux.listen` makes them."""
+
+    def __init__(self, mux: VsockMux, listening: Listening) -> None:
+        self._mux = mux
+        self._listening = listening
+        self._closed = False
+        self._waiters = trio.lowlevel.ParkingLot()
+
+    async def accept(self) -> VsockStream:
+        """Wait for a connection; any number of tasks may. A cancelled call takes none.
+
+        :raises trio.BrokenResourceError: the carrier has ended (or what ``mux.close`` was given).
+        :raises trio.ClosedResourceError: closed here.
+        """
+        await trio.lowlevel.checkpoint()
+        while True:
+            if self._closed:
+                raise trio.ClosedResourceError("this listener is closed")
+            self._mux._check_alive()
+            if self._listening.backlog:
+                return self._mux._adopt(self._listening.backlog.popleft())
+            await self._waiters.park()
+
+    async def aclose(self) -> None:
+        """Refuse from now on, and reset what nobody has accepted. Accepted streams live on."""
+        if not self._closed:
+            self._closed = True
+            self._mux._unlisten(self)
+        await trio.lowlevel.checkpoint()
+
+
+@final
+class VsockMux:
+    """All vsock connections of one machine, over one carrier that it owns.
+
+    Nothing moves unless :meth:`run` runs, except that sending tries the carrier at once.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        *,
+        local_cid: int = HOST_CID,
+        peer_cid: int = GUEST_CID,
+        max_payload: int = MAX_PAYLOAD,
+    ) -> None:
+        self._carrier = carrier
+        self._core = Mux(local_cid=local_cid, peer_cid=peer_cid, max_payload=max_payload)
+        self._streams: dict[Connection, VsockStream] = {}
+        self._listeners: dict[int, VsockListener] = {}
+        self._unsent: list[bytes | memoryview] = []
+        self._writer = _Parking()
+        self._reader = _Parking()
+        self._scope: trio.CancelScope | None = None
+        self._reason: str | None = None
+        self._error: Callable[[], BaseException] | None = None
+
+    async def run(self) -> None:
+        """Move packets until the carrier ends, :meth:`close` is called, or this is cancelled.
+
+        On return by any path the carrier is closed and every stream is broken. Call it once.
+
+        :raises VsockProtocolError: the peer sent nonsense.
+        """
+        fault: VsockProtocolError | None = None
+        if self._reason is not None:
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                self._scope = nursery.cancel_scope
+                nursery.start_soon(self._write_loop)
+                try:
+                    await self._read_loop()
+                except VsockProtocolError as exc:
+                    fault = exc
+                except (OSError, trio.ClosedResourceError) as exc:
+                    self._end(f"the machine's channel broke: {exc}")
+                nursery.cancel_scope.cancel()
+        finally:
+            self._end(str(fault or "the machine's channel has ended"))
+        if fault is not None:
+            raise fault
+
+    async def dial(self, port: int) -> VsockStream:
+        """Connect to the peer's ``port``; waits for its answer. Cancelling gives the attempt up.
+
+        :raises ConnectionRefusedError: nothing listens there.
+        :raises trio.BrokenResourceError: the carrier has ended (or what ``close`` was given).
+        :raises OSError: (``EMFILE``) too many connections.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check_alive()
+        connection = self._core.dial(port)
+        stream = self._adopt(connection)
+        self._flush()
+        try:
+            while connection.state is State.DIALING:
+                await stream._receiver.park()
+        except BaseException:
+            stream.abort()
+            raise
+        stream._dialing = False
+        self._check_alive()
+        if connection.state is State.GONE and not connection.peer_ended_sending:
+            stream.abort()
+            raise ConnectionRefusedError(f"nothing listens on vsock port {port}")
+        return stream
+
+    def listen(self, port: int, backlog: int = 64) -> VsockListener:
+        """Accept connections to ``port`` from now on; beyond ``backlog`` unaccepted, refuse them.
+
+        :raises OSError: (``EADDRINUSE``) the port has a listener.
+        """
+        listening = self._core.listen(port, backlog)
+        listener = self._listeners[port] = VsockListener(self, listening)
+        return listener
+
+    def close(self, error: Callable[[], BaseException] | None = None) -> None:
+        """End everything now. Plain and idempotent; :meth:`run` returns.
+
+        ``error`` makes the exception that dials and accepts raise from now on, in the place of
+        :exc:`trio.BrokenResourceError`.
+        """
+        if error is not None:
+            self._error = error
+        self._end("the machine's channel was closed")
+
+    # --- for streams and listeners ---
+
+    def _check_alive(self) -> None:
+        if self._reason is not None:
+            raise trio.BrokenResourceError(self._reason) if self._error is None else self._error()
+
+    def _adopt(self, connection: Connection) -> VsockStream:
+        stream = VsockStream(self, connection)
+        if connection.state is not State.GONE:
+            self._streams[connection] = stream
+        return stream
+
+    def _unlisten(self, listener: VsockListener) -> None:
+        listening = listener._listening
+        if self._listeners.get(listening.port) is listener:
+            del self._listeners[listening.port]
+        self._core.unlisten(listening)
+        listener._waiters.unpark_all()
+        self._flush()
+
+    def _offer(self, connection: Connection, data: memoryview) -> None:
+        self._core.offer(connection, data)
+        self._flush()
+
+    def _read(self, connection: Connection, max_bytes: int | None) -> bytes:
+        data = self._core.read(connection, max_bytes)
+        if self._core.has_output:
+            self._flush()
+        return data
+
+    # --- the carrier ---
+
+    async def _read_loop(self) -> None:
+        decoder = PacketDecoder()
+        core = self._core
+        while True:
+            data = await self._carrier.receive()
+            if not data:
+                return
+            for count, packet in enumerate(decoder.feed(data), 1):
+                connection = core.receive(packet)
+                if connection is not None:
+                    self._touched(connection)
+                if count % _TURN == 0:
+                    self._flush()
+                    while core.congested:
+                        await self._reader.park()
+                    await trio.lowlevel.checkpoint()
+            if core.has_output:
+                self._flush()
+
+    def _touched(self, connection: Connection) -> None:
+        stream = self._streams.get(connection)
+        if stream is not None:
+            stream._touched()
+            if connection.state is State.GONE:
+                del self._streams[connection]
+            return
+        listener = self._listeners.get(connection.local_port)
+        if listener is not None and listener._listening.backlog:
+            listener._waiters.unpark()
+
+    def _flush(self) -> None:
+        """Send what there is until the carrier is full; the writing task does the rest."""
+        core = self._core
+        while core.has_output and not self._unsent and self._reason is None:
+            self._unsent = core.pull(_BATCH)
+            self._send_unsent()
+            drained = core.drained
+            if drained:
+                for connection in drained:
+                    stream = self._streams.get(connection)
+                    if stream is not None:
+                        stream._sender.wake()
+                drained.clear()
+        if self._unsent:
+            self._writer.wake()
+        if not core.congested:
+            self._reader.wake()
+
+    def _send_unsent(self) -> None:
+        buffers = self._unsent
+        try:
+            while buffers:
+                sent = self._carrier.send_nowait(buffers)
+                if not sent:
+                    return
+                _consume(buffers, sent)
+        except OSError as exc:
+            buffers.clear()
+            self._end(f"the machine's channel broke: {exc}")
+
+    async def _write_loop(self) -> None:
+        try:
+            while True:
+                if self._unsent:
+                    await self._carrier.wait_writable()
+                    self._send_unsent()
+                    self._flush()
+                else:
+                    await self._writer.park()
+        except (OSError, trio.ClosedResourceError) as exc:
+            self._end(f"the machine's channel broke: {exc}")
+
+    def _end(self, reason: str) -> None:
+        if self._reason is not None:
+            return
+        self._reason = reason
+        self._unsent.clear()
+        self._core.shut()
+        for stream in self._streams.values():
+            stream._wake()
+        self._streams.clear()
+        for listener in self._listeners.values():
+            listener._waiters.unpark_all()
+        if self._scope is not None:
+            self._scope.cancel()
+        self._carrier.close()
+
+
+def _consume(buffers: list[bytes | memoryview], size: int) -> None:
+    """Take ``size`` bytes off the front."""
+    for index, buffer in enumerate(buffers):
+        if size < len(buffer):
+            del buffers[:index]
+            if size:
+                buffers[0] = memoryview(buffer)[size:]
+            return
+        size -= len(buffer)
+    buffers.clear()
