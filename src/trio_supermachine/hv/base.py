@@ -53,7 +53,7 @@ class MachineExit:
 
 @attrs.frozen(kw_only=True)
 class EngineReport:
-    """What an engine's probe found. ``detail`` says what, or why not; ``remedy`` what to install."""
+    """What an engine's probe found: ``detail`` says what, or why not; ``remedy`` how to get it."""
 
     name: str
     available: bool
@@ -113,7 +113,7 @@ class Machine(ABC):
 
     @abstractmethod
     def kill(self) -> None:
-        """End the machine at once. Plain and idempotent; :meth:`wait_exit` tells when it is done."""
+        """End the machine at once. Plain and idempotent; :meth:`wait_exit` tells when it is."""
 
 
 class Engine(ABC):

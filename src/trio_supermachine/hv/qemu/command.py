@@ -1,0 +1,168 @@
+"""From a :class:`MachineSpec` to QEMU's command line. A pure function.
+
+Nothing in it is a host path but the kernel's and the initramfs's, which QEMU takes as plain
+arguments: disks and channels are descriptors that the process inherits. So no name can be
+misread as an option, and the files are the ones that were opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from ...errors import ConfigError
+from ..base import MachineSpec
+
+#: The virtio-serial port that carries vsock packets; the guest looks for this name.
+VSOCK_PORT_NAME: Final = "org.trio-supermachine.vsock"
+
+#: Translated code that QEMU keeps, in MiB. Its own default is an eighth of the host's memory, up
+#: to 1 GiB *for each machine*, and grows over a guest's life; beyond this bound it starts over.
+TB_SIZE_MIB: Final = 128
+
+# Slot 0 is the host bridge, slot 1 has the channel and the random number generator; disks take
+# the others, eight functions each.
+_FIRST_DISK_SLOT: Final = 2
+_FUNCTIONS: Final = 8
+MAX_DISKS: Final = (32 - _FIRST_DISK_SLOT) * _FUNCTIONS
+
+_SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+#: What the engine adds to the kernel's command line.
+_CMDLINE: Final = (
+    "console=ttyS0",
+    "reboot=t",  # a triple fault: QEMU leaves at once, with -no-reboot
+    "panic=-1",
+    "quiet",
+    "8250.nr_uarts=1",
+    "random.trust_cpu=on",
+    "cryptomgr.notests",
+    # Emulated CPUs do not speculate, so the mitigations cost time for nothing.
+    "mitigations=off",
+    # The timer check and the calibration of the TSC against an emulated timer fail at random
+    # when the host is busy, and the kernel then hangs.
+    "no_timer_check",
+)
+
+
+@attrs.frozen(kw_only=True)
+class MachineFds:
+    """The descriptors that QEMU inherits."""
+
+    qmp: int
+    console: int
+    vsock: int
+    disks: tuple[int, ...] = ()
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        return (self.qmp, self.console, self.vsock, *self.disks)
+
+
+def kernel_command_line(spec: MachineSpec, tsc_khz: int | None) -> str:
+    """The guest's: the engine's words first, then the caller's, which win."""
+    words = [*_CMDLINE]
+    if tsc_khz is not None:
+        words.append(f"tsc_early_khz={tsc_khz}")
+    if spec.cmdline:
+        words.append(spec.cmdline)
+    return " ".join(words)
+
+
+def command_line(
+    qemu: Path, spec: MachineSpec, fds: MachineFds, *, tsc_khz: int | None
+) -> list[bytes]:
+    """QEMU's arguments for ``spec``, from the program on.
+
+    :param tsc_khz: the host's TSC frequency, which is the guest's under emulation.
+    :raises ConfigError: more disks than the machine has places for.
+    """
+    if len(spec.disks) > MAX_DISKS:
+        raise ConfigError(f"{len(spec.disks)} disks; the most is {MAX_DISKS}")
+    threads = "multi" if spec.vcpus > 1 else "single"
+    arguments: list[str | bytes] = [
+        os.fsencode(qemu),
+        *("-M", "microvm,acpi=on,pcie=on,memory-backend=memory"),
+        *("-accel", f"tcg,thread={threads},tb-size={TB_SIZE_MIB}"),
+        *("-cpu", "max"),
+        *("-smp", str(spec.vcpus)),
+        *("-m", f"{spec.memory_mib}M"),
+        *_object("memory-backend-ram", "memory", size=spec.memory_mib << 20, dump=False),
+        *("-sandbox", _SANDBOX),
+        *("-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none"),
+        *("-kernel", os.fsencode(spec.kernel.absolute())),
+        *("-initrd", os.fsencode(spec.initramfs.absolute())),
+        *("-append", kernel_command_line(spec, tsc_khz)),
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp}"),
+        *("-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=console,fd={fds.console}"),
+        *("-serial", "chardev:console"),
+        *("-chardev", f"socket,id=vsock,fd={fds.vsock}"),
+        *_device("virtio-serial-pci", "serial", slot=1, function=0, properties={"max_ports": 2}),
+        *("-device", json.dumps(_vsock_port())),
+        *_object("rng-builtin", "entropy"),
+        *_device("virtio-rng-pci", "rng", slot=1, function=1, properties={"rng": "entropy"}),
+    ]
+    for index, (disk, fd) in enumerate(zip(spec.disks, fds.disks, strict=True)):
+        slot, function = divmod(index, _FUNCTIONS)
+        name = f"disk{index}"
+        arguments += [
+            *("-add-fd", f"fd={fd},set={index}"),
+            *("-blockdev", json.dumps(_block_node(name, index, disk.readonly))),
+            *_device(
+                "virtio-blk-pci",
+                f"vd{index}",
+                slot=_FIRST_DISK_SLOT + slot,
+                function=function,
+                properties={"drive": name, "num-queues": 1},
+            ),
+        ]
+    return [os.fsencode(argument) for argument in arguments]
+
+
+def _object(kind: str, name: str, **properties: object) -> tuple[str, str]:
+    return "-object", json.dumps({"qom-type": kind, "id": name, **properties})
+
+
+def _device(
+    driver: str, name: str, *, slot: int, function: int, properties: dict[str, Any]
+) -> tuple[str, str]:
+    device = {
+        "driver": driver,
+        "id": name,
+        "bus": "pcie.0",
+        "addr": f"{slot:#x}.{function}",
+        "multifunction": True,
+        "disable-legacy": "on",
+        **properties,
+    }
+    return "-device", json.dumps(device)
+
+
+def _vsock_port() -> dict[str, Any]:
+    return {
+        "driver": "virtserialport",
+        "id": "vsock-port",
+        "bus": "serial.0",
+        "nr": 1,
+        "chardev": "vsock",
+        "name": VSOCK_PORT_NAME,
+    }
+
+
+def _block_node(name: str, fd_set: int, readonly: bool) -> dict[str, Any]:
+    return {
+        "driver": "raw",
+        "node-name": name,
+        "read-only": readonly,
+        "file": {
+            "driver": "file",
+            "filename": f"/dev/fdset/{fd_set}",
+            "read-only": readonly,
+        },
+    }

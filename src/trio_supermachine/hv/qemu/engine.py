@@ -1,0 +1,81 @@
+"""QEMU as an engine: emulation (TCG) on any host."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import final
+
+from ..._nursery import open_flat_nursery
+from ...assets import AssetPaths, find_qemu
+from ...errors import AssetNotFound
+from ...guest import launcher_binary
+from ..base import Engine, EngineReport, Machine, MachineSpec
+from .command import MachineFds, command_line
+from .machine import QemuMachine
+from .probe import probe_binary, tsc_khz
+from .process import REAP_TIMEOUT, engine_process
+
+
+@final
+class QemuEngine(Engine):
+    """One QEMU process for each machine, driven over QMP.
+
+    :param assets: where to find QEMU, if not where :func:`find_qemu` looks by itself.
+    """
+
+    name = "qemu"
+
+    def __init__(self, assets: AssetPaths | None = None) -> None:
+        self._assets = assets
+
+    async def probe(self) -> EngineReport:
+        try:
+            qemu = find_qemu(self._assets)
+        except AssetNotFound as exc:
+            return EngineReport(
+                name=self.name, available=False, detail=exc.reason, remedy=exc.remedy
+            )
+        return await probe_binary(qemu)
+
+    def open(self, spec: MachineSpec) -> AbstractAsyncContextManager[Machine]:
+        return self._open(spec)
+
+    @asynccontextmanager
+    async def _open(self, spec: MachineSpec) -> AsyncIterator[Machine]:
+        qemu = find_qemu(self._assets)
+        launcher = launcher_binary()
+        khz = await tsc_khz(launcher)
+        async with AsyncExitStack() as ours:
+            with ExitStack() as theirs:  # QEMU's descriptors: ours only until it has them
+                qmp, qmp_fd = _channel(ours, theirs)
+                console, console_fd = _channel(ours, theirs)
+                vsock, vsock_fd = _channel(ours, theirs)
+                disks = tuple(_open_disk(theirs, disk.path, disk.readonly) for disk in spec.disks)
+                fds = MachineFds(qmp=qmp_fd, console=console_fd, vsock=vsock_fd, disks=disks)
+                argv = command_line(qemu, spec, fds, tsc_khz=khz)
+                process = await ours.enter_async_context(engine_process(launcher, argv, fds.all))
+            machine = QemuMachine(process, qmp=qmp, console=console, vsock=vsock)
+            async with open_flat_nursery() as nursery:
+                nursery.start_soon(machine._run)
+                try:
+                    await machine._start()
+                    yield machine
+                finally:
+                    machine._end_within(REAP_TIMEOUT)
+
+
+def _channel(ours: AsyncExitStack, theirs: ExitStack) -> tuple[socket.socket, int]:
+    mine, other = socket.socketpair()
+    ours.callback(mine.close)
+    theirs.callback(other.close)
+    return mine, other.fileno()
+
+
+def _open_disk(files: ExitStack, path: Path, readonly: bool) -> int:
+    fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+    files.callback(os.close, fd)
+    return fd

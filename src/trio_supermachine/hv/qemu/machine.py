@@ -1,0 +1,210 @@
+"""One machine that QEMU runs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, TypeVar, final
+
+import trio
+
+from ...devices.vsock.carrier import SocketCarrier
+from ...devices.vsock.packet import VsockProtocolError
+from ...devices.vsock.stream import VsockListener, VsockMux
+from ...errors import VmExited
+from ..base import ExitReason, Machine, MachineExit
+from ..console import ConsoleRing
+from .process import EngineProcess
+from .qmp import QmpClient, QmpError, QmpProtocolError
+
+_T = TypeVar("_T")
+
+_RECEIVE: Final = 64 * 1024
+_CONSOLE_TAIL: Final = 4096
+#: How long channels may stay open when the process is dead, and the process when its guest
+#: channel has ended. In seconds.
+_GRACE: Final = 1.0
+
+#: Causes of QMP's SHUTDOWN event.
+_SHUTDOWN_CAUSES: Final[Mapping[str, ExitReason]] = {
+    "guest-shutdown": "shutdown",
+    "guest-reset": "reset",
+    "guest-panic": "reset",
+    "subsystem-reset": "reset",
+    "host-signal": "killed",
+}
+
+
+@final
+class QemuMachine(Machine):
+    """Only :meth:`QemuEngine.open` makes one."""
+
+    engine = "qemu"
+
+    def __init__(
+        self,
+        process: EngineProcess,
+        *,
+        qmp: socket.socket,
+        console: socket.socket,
+        vsock: socket.socket,
+    ) -> None:
+        self.console: ConsoleRing = ConsoleRing()
+        self._process = process
+        self._qmp = QmpClient(_stream(qmp), self._on_event)
+        self._console_stream = _stream(console)
+        self._mux = VsockMux(SocketCarrier(vsock))
+        self._stopped = False
+        self._cause: str | None = None
+        self._fault: str | None = None
+        self._exit: MachineExit | None = None
+        self._gone = trio.Event()  # the process
+        self._exited = trio.Event()  # and its channels are drained
+        self._scope = trio.CancelScope(shield=True)
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        return self._process.pid
+
+    async def dial(self, port: int) -> trio.abc.HalfCloseableStream:
+        return await self._or_exited(self._mux.dial, port)
+
+    def listen(self, port: int) -> trio.abc.Listener[trio.abc.HalfCloseableStream]:
+        return _Listener(self, self._mux.listen(port))
+
+    async def pause(self) -> None:
+        await self._or_exited(self._qmp.execute, "stop")
+
+    async def resume(self) -> None:
+        await self._or_exited(self._qmp.execute, "cont")
+
+    async def wait_exit(self) -> MachineExit:
+        await self._exited.wait()
+        assert self._exit is not None
+        return self._exit
+
+    def kill(self) -> None:
+        if self._exit is None:
+            self._stopped = True
+            self._process.kill()
+
+    async def _or_exited(self, operation: Callable[..., Awaitable[_T]], *args: object) -> _T:
+        """Run ``operation``; if it breaks because the machine is gone, say so."""
+        try:
+            return await operation(*args)
+        except trio.BrokenResourceError:
+            await self._exited.wait()
+            raise self._vm_exited() from None
+        except QmpError:
+            # The guest is already shutting down: there is nothing left to stop or to run.
+            if self._cause is None:
+                raise
+            await self._exited.wait()
+            raise self._vm_exited() from None
+
+    def _vm_exited(self) -> VmExited:
+        assert self._exit is not None
+        console = self.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
+        return VmExited(self._exit.reason, self._exit.detail, console=console)
+
+    # The machine's life. All below runs in tasks that the engine's ``open`` owns.
+
+    async def _start(self) -> None:
+        """Wait until the machine runs. :raises VmExited: QEMU refused."""
+        await self._or_exited(self._qmp.negotiate)
+
+    def _end_within(self, seconds: float) -> None:
+        self.kill()
+        self._scope.deadline = trio.current_time() + seconds
+
+    async def _run(self) -> None:
+        """Serve the machine's channels until its process is gone, and tell how it ended.
+
+        Shielded: while the owner is being cancelled, calls to the guest that clean up still
+        go through; the owner ends this by killing the process.
+        """
+        status: int | None = None
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._serve_console)
+                    nursery.start_soon(self._serve_qmp)
+                    nursery.start_soon(self._serve_vsock)
+                    nursery.start_soon(self._process.drain_stderr)
+                    status = await self._process.wait()
+                    self._gone.set()
+                    # What it wrote before its end is still to be read, up to the end of file.
+                    nursery.cancel_scope.deadline = trio.current_time() + _GRACE
+        finally:
+            self._exit = self._how_it_ended(status)
+            self.console.end()
+            self._mux.close(self._vm_exited)
+            self._exited.set()
+
+    async def _serve_console(self) -> None:
+        try:
+            while data := await self._console_stream.receive_some(_RECEIVE):
+                self.console.feed(data)
+        except trio.BrokenResourceError:
+            pass
+
+    async def _serve_qmp(self) -> None:
+        try:
+            await self._qmp.run()
+        except QmpProtocolError as exc:
+            self._give_up(f"QEMU's control channel: {exc}")
+
+    async def _serve_vsock(self) -> None:
+        try:
+            await self._mux.run()
+        except VsockProtocolError as exc:
+            self._give_up(f"the guest broke the vsock protocol: {exc}")
+            return
+        # QEMU closes the channel on its way out. A machine without one is of no use.
+        with trio.move_on_after(_GRACE) as scope:
+            await self._gone.wait()
+        if scope.cancelled_caught:
+            self._give_up("the guest's channel has ended")
+
+    def _give_up(self, fault: str) -> None:
+        self._fault = fault
+        self._process.kill()
+
+    def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        if name == "SHUTDOWN":
+            self._cause = str(data.get("reason", ""))
+
+    def _how_it_ended(self, status: int | None) -> MachineExit:
+        if self._cause is not None and self._cause in _SHUTDOWN_CAUSES:
+            return MachineExit(reason=_SHUTDOWN_CAUSES[self._cause], detail=self._last_words())
+        if self._fault is not None:
+            return MachineExit(reason="failed", detail=self._fault)
+        if self._stopped:
+            return MachineExit(reason="stopped")
+        if status is not None and status < 0:
+            return MachineExit(reason="killed", detail=f"QEMU was killed by signal {-status}")
+        detail = self._process.stderr_tail or f"QEMU left with status {status}"
+        return MachineExit(reason="failed", detail=detail)
+
+    def _last_words(self) -> str:
+        """The panic that the console ends with, if there was one."""
+        _, panic, rest = self.console.tail(2 * _CONSOLE_TAIL).partition(b"Kernel panic - ")
+        return (panic + rest.splitlines()[0]).decode("utf-8", "replace") if panic and rest else ""
+
+
+@final
+class _Listener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
+    def __init__(self, machine: QemuMachine, inner: VsockListener) -> None:
+        self._machine = machine
+        self._inner = inner
+
+    async def accept(self) -> trio.abc.HalfCloseableStream:
+        return await self._machine._or_exited(self._inner.accept)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+def _stream(sock: socket.socket) -> trio.SocketStream:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))

@@ -1,0 +1,86 @@
+"""What this host's QEMU and clock are. Found once, and remembered by the program's identity."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from ...errors import EngineUnavailable
+from ..base import EngineReport
+
+#: The oldest version that is known to take this engine's command line (JSON for ``-device``).
+MINIMUM: Final = (6, 2)
+_TIMEOUT: Final = 20.0  # seconds; a cold start from a slow disk takes one or two
+_REMEDY: Final = "apt-get install qemu-system-x86"
+
+_Identity = tuple[str, int, int, int, int]
+_reports: dict[_Identity, EngineReport] = {}
+_frequencies: dict[_Identity, int] = {}
+
+
+async def probe_binary(qemu: Path) -> EngineReport:
+    """Whether ``qemu`` is a QEMU that can run our machines."""
+    identity = _identity(qemu)
+    if identity not in _reports:
+        available, detail = await _examine(qemu)
+        remedy = None if available else _REMEDY
+        _reports[identity] = EngineReport(
+            name="qemu", available=available, detail=detail, remedy=remedy
+        )
+    await trio.lowlevel.checkpoint()
+    return _reports[identity]
+
+
+async def tsc_khz(launcher: Path) -> int:
+    """The frequency of this host's TSC, in kHz: measured once, in 20 ms.
+
+    :raises EngineUnavailable: it cannot be measured.
+    """
+    identity = _identity(launcher)
+    if identity not in _frequencies:
+        said = await _output([launcher, "tsc-khz"])
+        if said is None or not said.strip().isdigit():
+            raise EngineUnavailable({"qemu": f"{launcher} cannot measure this host's TSC"})
+        _frequencies[identity] = int(said)
+    await trio.lowlevel.checkpoint()
+    return _frequencies[identity]
+
+
+async def _examine(qemu: Path) -> tuple[bool, str]:
+    said = await _output([qemu, "--version"])
+    match = re.search(r"version (\d+)\.(\d+)", said or "")
+    if said is None or match is None:
+        return False, f"{qemu} does not run, or is not QEMU"
+    version = int(match[1]), int(match[2])
+    name = f"QEMU {version[0]}.{version[1]} ({qemu})"
+    if version < MINIMUM:
+        return False, f"{name} is older than {MINIMUM[0]}.{MINIMUM[1]}"
+    machines = await _output([qemu, "-machine", "help"])
+    if not re.search(r"^microvm\s", machines or "", re.MULTILINE):
+        return False, f"{name} has no machine 'microvm'"
+    return True, f"{name}, emulation (TCG)"
+
+
+async def _output(command: list[Path | str]) -> str | None:
+    """What ``command`` prints; nothing if it fails."""
+    try:
+        with trio.fail_after(_TIMEOUT):
+            done = await trio.run_process(
+                command,
+                capture_stdout=True,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+    except (OSError, subprocess.CalledProcessError, trio.TooSlowError):
+        return None
+    return done.stdout.decode("utf-8", "replace")
+
+
+def _identity(program: Path) -> _Identity:
+    status = os.stat(program)
+    return str(program), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
