@@ -1,0 +1,220 @@
+"""Does ``/dev/kvm`` open here, and does it run kernel code at the speed of the hardware?
+
+Some hosts have a ``/dev/kvm`` that interprets supervisor code one instruction after the other:
+the module ``kvm_pvm`` does with ordinary guest kernels. Tiny guests work there, Linux does not
+get through its boot. So the probe runs a loop in 64-bit supervisor mode and times it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import platform
+import struct
+import sys
+import time
+from contextlib import ExitStack
+from typing import Final
+
+import attrs
+import trio
+
+from . import _abi
+
+_DEVICE: Final = "/dev/kvm"
+
+# One chunk is _ROUNDS times some privileged instructions and a loop of _LOOPS * 5 plain ones.
+_ROUNDS: Final = 4
+_LOOPS: Final = 1000
+_CHUNK: Final = _ROUNDS * _LOOPS * 5
+_CHUNKS: Final = 50
+
+#: Instructions per second that divide hardware, with some 10**9, from emulation, with some 10**6.
+_BOUND: Final = 10_000_000
+#: Seconds of processor time that the chunks may take, and of wall time on a busy machine.
+_CPU_LIMIT: Final = _CHUNK * _CHUNKS / _BOUND
+_WALL_LIMIT: Final = 0.25
+
+_MEMORY: Final = 0x10000
+_PML4, _PDPT, _PD, _CODE, _STACK = 0x1000, 0x2000, 0x3000, 0x4000, 0x8000
+
+
+@attrs.frozen(kw_only=True)
+class KvmProbe:
+    """What :func:`probe_kvm` found.
+
+    ``opens``: this user may use the device. ``hardware_speed``: ``None`` when it could not be
+    measured. ``detail`` says what was found, for people; ``remedy`` what may help.
+    ``instructions_per_second`` is the rate of the probe's guest in supervisor mode.
+    """
+
+    opens: bool
+    hardware_speed: bool | None
+    detail: str
+    remedy: str | None = None
+    instructions_per_second: float | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether Linux guests will run well."""
+        return self.opens and self.hardware_speed is True
+
+
+async def probe_kvm(device: str = _DEVICE) -> KvmProbe:
+    """Probe ``device`` by running a tiny guest in a worker thread, 0.3 s at most.
+
+    Never raises for what is wrong with the host. A cancellation is heeded when the guest has
+    ended; nothing is left open.
+    """
+    return await trio.to_thread.run_sync(_probe, device)
+
+
+def _probe(device: str) -> KvmProbe:
+    if sys.platform != "linux":
+        return KvmProbe(opens=False, hardware_speed=None, detail="KVM is a part of Linux")
+    try:
+        kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        return _unopened(device, exc)
+    try:
+        if platform.machine() != "x86_64":
+            detail = f"{device} opens, but the probe does not know {platform.machine()} hosts"
+            return KvmProbe(opens=True, hardware_speed=None, detail=detail)
+        rate = _measure(kvm)
+    except (OSError, _Unfit) as exc:
+        return KvmProbe(
+            opens=True,
+            hardware_speed=None,
+            detail=f"{device} opens, but a tiny guest does not run on it: {exc}",
+            remedy="look for other hypervisors in use, and in the kernel's log (dmesg)",
+        )
+    finally:
+        os.close(kvm)
+    return _verdict(device, rate)
+
+
+def _unopened(device: str, exc: OSError) -> KvmProbe:
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        reason = "this user may not open it"
+        remedy = "join its group (sudo usermod -aG kvm $USER) and log in again"
+    elif exc.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+        reason = "there is no such device"
+        remedy = (
+            "load the module (sudo modprobe kvm_intel, or kvm_amd); if that fails, enable"
+            " virtualization in the firmware or, in a cloud VM, nested virtualization"
+        )
+    else:
+        reason, remedy = os.strerror(exc.errno or 0), "look in the kernel's log (dmesg)"
+    return KvmProbe(opens=False, hardware_speed=None, detail=f"{device}: {reason}", remedy=remedy)
+
+
+def _verdict(device: str, rate: float) -> KvmProbe:
+    speed = f"{rate / 1e6:,.0f} million instructions a second"
+    if rate >= _BOUND:
+        return KvmProbe(
+            opens=True,
+            hardware_speed=True,
+            detail=f"{device} runs supervisor code at hardware speed ({speed})",
+            instructions_per_second=rate,
+        )
+    return KvmProbe(
+        opens=True,
+        hardware_speed=False,
+        detail=(
+            f"{device} opens, but it emulates supervisor code ({speed}, where hardware does"
+            " about 1,000 million):"
+            " a Linux guest would not get through its boot"
+        ),
+        remedy="use a host with hardware or nested virtualization; until then QEMU is the engine",
+        instructions_per_second=rate,
+    )
+
+
+class _Unfit(Exception):
+    """The device answers, but not as KVM should."""
+
+
+def _measure(kvm: int) -> float:
+    """Instructions per second of processor time in 64-bit supervisor mode."""
+    if (version := fcntl.ioctl(kvm, _abi.GET_API_VERSION, 0)) != _abi.API_VERSION:
+        raise _Unfit(f"it speaks version {version} of the interface, not {_abi.API_VERSION}")
+    with ExitStack() as stack:
+        # Closed in reverse: the memory outlives the machine that uses it.
+        memory = stack.enter_context(mmap.mmap(-1, _MEMORY, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS))
+        _load(memory)
+        machine = fcntl.ioctl(kvm, _abi.CREATE_VM, 0)
+        stack.callback(os.close, machine)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        region = _abi.MEMORY_REGION.pack(0, 0, 0, _MEMORY, address)
+        fcntl.ioctl(machine, _abi.SET_USER_MEMORY_REGION, region)
+        vcpu = fcntl.ioctl(machine, _abi.CREATE_VCPU, 0)
+        stack.callback(os.close, vcpu)
+        size = fcntl.ioctl(kvm, _abi.GET_VCPU_MMAP_SIZE, 0)
+        shared = stack.enter_context(mmap.mmap(vcpu, size))
+        sregs = bytearray(_abi.SREGS_SIZE)
+        fcntl.ioctl(vcpu, _abi.GET_SREGS, sregs)
+        _abi.enter_long_mode(sregs, _PML4)
+        fcntl.ioctl(vcpu, _abi.SET_SREGS, sregs)
+        fcntl.ioctl(vcpu, _abi.SET_REGS, _abi.regs(rip=_CODE, rsp=_STACK))
+        return _time_chunks(vcpu, shared)
+
+
+def _time_chunks(vcpu: int, shared: mmap.mmap) -> float:
+    chunks = 0
+    cpu_start, wall_start = time.thread_time(), time.monotonic()
+    cpu = wall = 0.0
+    while chunks < _CHUNKS and cpu < _CPU_LIMIT and wall < _WALL_LIMIT:
+        try:
+            fcntl.ioctl(vcpu, _abi.RUN, 0)
+        except InterruptedError:
+            pass  # a signal: the guest goes on where it was
+        else:
+            (reason,) = _abi.EXIT_REASON.unpack_from(shared)
+            if reason != _abi.EXIT_IO:
+                raise _Unfit(f"the guest stopped with exit reason {reason}")
+            chunks += 1
+        cpu, wall = time.thread_time() - cpu_start, time.monotonic() - wall_start
+    return chunks * _CHUNK / max(cpu, 1e-6)
+
+
+def _load(memory: mmap.mmap) -> None:
+    """Page tables that map the first 2 MiB to itself, and the code."""
+    present_writable, large_page = 3, 0x80
+    entry = struct.Struct("<Q")
+    entry.pack_into(memory, _PML4, _PDPT | present_writable)
+    entry.pack_into(memory, _PDPT, _PD | present_writable)
+    entry.pack_into(memory, _PD, large_page | present_writable)
+    code = _guest_code()
+    memory[_CODE : _CODE + len(code)] = code
+
+
+def _guest_code() -> bytes:
+    """For ever: a chunk of work as a booting kernel does it, then one port write."""
+    loop = bytes.fromhex(
+        "51"  # push rcx
+        "58"  # pop rax
+        "48 01 c3"  # add rbx, rax
+        "ff c9"  # dec ecx
+    )
+    loop += b"\x75" + struct.pack("b", -(len(loop) + 2))  # jnz loop
+    body = (
+        bytes.fromhex(
+            "0f 20 d8"  # mov rax, cr3
+            "0f 22 d8"  # mov cr3, rax
+            "0f 01 3c 24"  # invlpg [rsp]
+            "0f 01 f8 0f 01 f8"  # swapgs, twice
+            "b9 02 01 00 c0 31 c0 31 d2 0f 30"  # wrmsr KERNEL_GS_BASE, 0
+            "9c fa 9d"  # pushfq; cli; popfq
+            "b9"  # mov ecx, ...
+        )
+        + struct.pack("<I", _LOOPS)
+        + loop
+        + bytes.fromhex("ff ce")  # dec esi
+    )
+    chunk = b"\xbe" + struct.pack("<I", _ROUNDS)  # mov esi, ...
+    chunk += body + b"\x0f\x85" + struct.pack("<i", -(len(body) + 6))  # jnz body
+    chunk += bytes.fromhex("e6 10")  # out 0x10, al
+    return chunk + b"\xe9" + struct.pack("<i", -(len(chunk) + 5))  # jmp chunk
