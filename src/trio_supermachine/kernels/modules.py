@@ -1,0 +1,90 @@
+"""The few kernel modules that a guest needs, with what they need, in the order to load them."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import re
+from pathlib import Path
+from typing import Final
+
+import attrs
+import zstandard
+
+from ..errors import AssetNotFound
+
+#: What a stock kernel has as modules and a guest cannot do without.
+NEEDED: Final = ("virtio_blk", "squashfs", "overlay", "virtio_rng")
+
+_SUFFIX: Final = re.compile(r"\.ko(\.(xz|zst|gz))?$")
+_DEPENDS: Final = re.compile(rb"(?:^|\0)depends=([^\0]*)\0")
+_MAX_MODULE: Final = 64 << 20
+
+
+@attrs.frozen
+class Module:
+    """A module: its name as the kernel has it, and its uncompressed object file."""
+
+    name: str
+    data: bytes
+
+
+def pick_modules(tree: Path, names: tuple[str, ...] = NEEDED) -> list[Module]:
+    """Read ``names`` and their dependencies from ``tree`` (``lib/modules/RELEASE``).
+
+    Dependencies come first. What ``modules.builtin`` lists is left out.
+
+    :raises AssetNotFound: one is neither there nor built in.
+    """
+    files = {_name(file): file for file in tree.rglob("*.ko*") if _SUFFIX.search(file.name)}
+    builtin = _builtin(tree)
+    picked: dict[str, Module] = {}
+
+    def pick(name: str) -> None:
+        if name in picked or name in builtin:
+            return
+        if name not in files:
+            raise AssetNotFound(
+                "kernel",
+                f"{tree} has no module {name}",
+                remedy="use a kernel package that is complete, or has it built in",
+            )
+        data = _read(files[name])
+        for dependency in _depends(data):
+            pick(dependency)
+        picked[name] = Module(name, data)
+
+    for name in names:
+        pick(name)
+    return list(picked.values())
+
+
+def _name(file: Path) -> str:
+    return _SUFFIX.sub("", file.name).replace("-", "_")
+
+
+def _builtin(tree: Path) -> set[str]:
+    try:
+        lines = (tree / "modules.builtin").read_text().splitlines()
+    except FileNotFoundError:
+        return set()
+    return {_name(Path(line)) for line in lines}
+
+
+def _depends(data: bytes) -> list[str]:
+    # depmod's modules.dep is made when a package is installed, so the objects are asked.
+    match = _DEPENDS.search(data)
+    return (
+        [name.replace("-", "_") for name in match[1].decode().split(",") if name] if match else []
+    )
+
+
+def _read(file: Path) -> bytes:
+    data = file.read_bytes()
+    if file.suffix == ".xz":
+        return lzma.LZMADecompressor().decompress(data, _MAX_MODULE)
+    if file.suffix == ".zst":
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=_MAX_MODULE)
+    if file.suffix == ".gz":
+        return gzip.decompress(data)
+    return data
