@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -143,16 +144,21 @@ def _module_tree(root: Path, release: str) -> Path:
 
 
 async def _prepare_explicit(path: Path) -> CachedKernel:
-    status = path.stat()
-    identity = (str(path.resolve()), status.st_dev, status.st_ino, status.st_size)
-    name = hashlib.sha256(repr((*identity, status.st_mtime_ns)).encode()).hexdigest()[:16]
     store = _store()
-    directory = store / f"file-{name}"
+    directory = store / f"file-{_identity(path)}"
     cached = _load(directory)
-    if cached is not None:
-        return cached
-    async with locked(store / ".lock"):
-        return _load(directory) or await trio.to_thread.run_sync(_install_explicit, directory, path)
+    if cached is None:
+        async with locked(store / ".lock"):
+            cached = _load(directory)
+            if cached is None:
+                cached = await trio.to_thread.run_sync(_install_explicit, directory, path)
+    return cached
+
+
+def _identity(path: Path) -> str:
+    status = path.stat()
+    found = (str(path.resolve()), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 def _install_explicit(directory: Path, path: Path) -> CachedKernel:
@@ -179,6 +185,8 @@ def _install(
         "form": image.form,
         "modules": [module.name for module in modules],
     }
+    if directory.exists():  # of another version of this package, or damaged
+        shutil.rmtree(directory)
     with new_directory(directory) as temporary:
         temporary.chmod(0o755)
         (temporary / "kernel").write_bytes(image.data)
