@@ -21,6 +21,8 @@ TYPE_STREAM: Final = 1
 
 _HEADER: Final = struct.Struct("<QQIIIHHIII")
 HEADER_SIZE: Final = _HEADER.size
+_LENGTH: Final = struct.Struct("<I")
+_LENGTH_AT: Final = 24
 
 
 class Op(IntEnum):
@@ -166,7 +168,3 @@ class PacketDecoder:
             fwd,
             view[at + HEADER_SIZE : after],
         )
-
-
-_LENGTH: Final = struct.Struct("<I")
-_LENGTH_AT: Final = 24

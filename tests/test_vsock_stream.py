@@ -1,0 +1,401 @@
+"""Streams over two muxers, back to back on a socket pair, keep Trio's promises."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from trio_supermachine.devices.vsock.carrier import SocketCarrier
+from trio_supermachine.devices.vsock.connection import WINDOW
+from trio_supermachine.devices.vsock.packet import Op, Packet, VsockProtocolError
+from trio_supermachine.devices.vsock.stream import VsockListener, VsockMux, VsockStream
+
+PORT = 1028
+DATA = bytes(range(256)) * 8192  # 2 MiB
+
+
+@attrs.frozen
+class Ends:
+    """A host and a guest that listens on :data:`PORT`."""
+
+    host: VsockMux
+    guest: VsockMux
+    listener: VsockListener
+
+    async def connect(self) -> tuple[VsockStream, VsockStream]:
+        dialed = await self.host.dial(PORT)
+        return dialed, await self.listener.accept()
+
+    async def clogged(self) -> tuple[VsockStream, VsockStream]:
+        """A pair that takes no more data in either direction."""
+        pair = await self.connect()
+        for stream in pair:
+            await stream.send_all(bytes(WINDOW))
+        return pair
+
+
+@pytest.fixture
+async def ends(nursery: trio.Nursery) -> AsyncIterator[Ends]:
+    left, right = socket.socketpair()
+    host = VsockMux(SocketCarrier(left))
+    guest = VsockMux(SocketCarrier(right), local_cid=3, peer_cid=2, max_payload=32724)
+    nursery.start_soon(host.run)
+    nursery.start_soon(guest.run)
+    yield Ends(host, guest, guest.listen(PORT))
+    host.close()
+    guest.close()
+
+
+async def read_all(stream: VsockStream) -> bytes:
+    return b"".join([chunk async for chunk in stream])
+
+
+async def test_they_pass_trios_own_checks(ends: Ends) -> None:
+    await trio.testing.check_half_closeable_stream(ends.connect, ends.clogged)
+
+
+async def test_closed_pairs_leave_nothing_behind(ends: Ends) -> None:
+    for _ in range(50):
+        one, two = await ends.connect()
+        await one.aclose()
+        await two.aclose()
+    await trio.testing.wait_all_tasks_blocked()
+    for mux in (ends.host, ends.guest):
+        assert not mux._core._connections
+        assert not mux._core._closing
+        assert not mux._streams
+
+
+async def test_data_sent_just_before_a_close_arrives(ends: Ends) -> None:
+    one, two = await ends.connect()
+    async with trio.open_nursery() as nursery:
+
+        async def send_and_leave() -> None:
+            await one.send_all(DATA)
+            await one.aclose()
+
+        nursery.start_soon(send_and_leave)
+        assert await read_all(two) == DATA
+
+
+async def test_data_that_nobody_has_accepted_yet_survives_its_senders_leave(ends: Ends) -> None:
+    one = await ends.host.dial(PORT)
+    await one.send_all(b"left early")
+    await one.aclose()
+    await trio.testing.wait_all_tasks_blocked()
+    assert await read_all(await ends.listener.accept()) == b"left early"
+
+
+async def test_half_closes_leave_the_other_half(ends: Ends) -> None:
+    one, two = await ends.connect()
+    await one.send_eof()
+    assert await two.receive_some() == b""
+    await two.send_all(b"answer")
+    await two.send_eof()
+    assert await read_all(one) == b"answer"
+    assert await read_all(one) == b""
+
+
+async def test_both_ends_at_full_speed_at_once(ends: Ends) -> None:
+    one, two = await ends.connect()
+    got: dict[str, bytes] = {}
+
+    async def send(stream: VsockStream) -> None:
+        await stream.send_all(DATA)
+        await stream.send_eof()
+
+    async def receive(name: str, stream: VsockStream) -> None:
+        got[name] = await read_all(stream)
+
+    async with trio.open_nursery() as nursery:
+        for name, stream in (("one", one), ("two", two)):
+            nursery.start_soon(send, stream)
+            nursery.start_soon(receive, name, stream)
+    assert got == {"one": DATA, "two": DATA}
+
+
+async def test_one_clogged_stream_does_not_stop_the_others(ends: Ends) -> None:
+    await ends.clogged()
+    one, two = await ends.connect()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.send_all, DATA)
+        left = len(DATA)
+        while left:
+            left -= len(await two.receive_some())
+
+
+async def test_a_sender_is_held_back_by_a_receiver_that_does_not_read(ends: Ends) -> None:
+    one, two = await ends.connect()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.send_all, DATA)
+        await trio.testing.wait_all_tasks_blocked()
+        assert two._connection.buffered == WINDOW
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_abort_breaks_the_peer(ends: Ends) -> None:
+    one, two = await ends.connect()
+    one.abort()
+    with pytest.raises(trio.BrokenResourceError):
+        await two.receive_some()
+    with pytest.raises(trio.BrokenResourceError):
+        await two.send_all(b"x")
+    with pytest.raises(trio.ClosedResourceError):
+        await one.receive_some()
+
+
+async def test_a_port_without_listener_refuses(ends: Ends) -> None:
+    with pytest.raises(ConnectionRefusedError, match="port 7"):
+        await ends.host.dial(7)
+
+
+async def test_a_port_has_one_listener_until_it_is_closed(ends: Ends) -> None:
+    with pytest.raises(OSError, match="listener") as caught:
+        ends.guest.listen(PORT)
+    assert caught.value.errno == errno.EADDRINUSE
+    await ends.listener.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await ends.listener.accept()
+    with pytest.raises(ConnectionRefusedError):
+        await ends.host.dial(PORT)
+    ends.guest.listen(PORT)
+    await ends.host.dial(PORT)
+
+
+async def test_a_full_backlog_refuses_and_accepting_makes_room(ends: Ends) -> None:
+    listener = ends.guest.listen(5, backlog=1)
+    await ends.host.dial(5)
+    with pytest.raises(ConnectionRefusedError):
+        await ends.host.dial(5)
+    await listener.accept()
+    await ends.host.dial(5)
+
+
+async def test_a_cancelled_receive_loses_nothing(ends: Ends) -> None:
+    one, two = await ends.connect()
+    got = b""
+    async with trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            for at in range(0, 20_000, 100):
+                await one.send_all(DATA[at : at + 100])
+            await one.aclose()
+
+        nursery.start_soon(send)
+        ended = False
+        while not ended:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(_cancel_soon, scope)
+                while True:
+                    chunk = await two.receive_some(77)
+                    got += chunk
+                    if not chunk:
+                        ended = True
+                        break
+    assert got == DATA[:20_000]
+
+
+async def _cancel_soon(scope: trio.CancelScope) -> None:
+    await trio.lowlevel.checkpoint()
+    scope.cancel()
+
+
+async def test_a_cancelled_send_has_sent_a_prefix_and_the_stream_goes_on(ends: Ends) -> None:
+    one, two = await ends.connect()
+    mutable = bytearray(DATA)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.send_all, mutable)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    mutable[:] = b"\xff" * len(mutable)
+    mutable.clear()  # nothing holds a view of it
+    await trio.testing.wait_all_tasks_blocked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.send_all, b"the end")
+        got = b""
+        while not got.endswith(b"the end"):
+            got += await two.receive_some()
+    prefix = got.removesuffix(b"the end")
+    assert DATA.startswith(prefix)
+    assert len(prefix) >= WINDOW
+
+
+async def test_a_cancelled_dial_leaves_no_connection(ends: Ends) -> None:
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await ends.host.dial(PORT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ends.host.dial, PORT)
+        await _turn()
+        nursery.cancel_scope.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    assert not ends.host._core._connections
+    assert not ends.guest._core._connections
+    one, two = await ends.connect()
+    await one.send_all(b"x")
+    assert await two.receive_some() == b"x"
+
+
+async def _turn() -> None:
+    await trio.lowlevel.checkpoint()
+
+
+async def test_a_cancelled_accept_takes_no_connection(ends: Ends) -> None:
+    one = await ends.host.dial(PORT)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await ends.listener.accept()
+    await one.send_all(b"x")
+    assert await (await ends.listener.accept()).receive_some() == b"x"
+
+
+async def test_every_acceptor_gets_its_own_connection(ends: Ends) -> None:
+    got: list[VsockStream] = []
+
+    async def accept() -> None:
+        got.append(await ends.listener.accept())
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(accept)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(5):
+            await ends.host.dial(PORT)
+    assert len({stream._connection.peer_port for stream in got}) == 5
+
+
+async def test_closing_wakes_every_waiter_with_the_right_error(ends: Ends) -> None:
+    one, _ = await ends.clogged()
+    await one.receive_some()
+    while one._connection.buffered:
+        await one.receive_some()
+
+    async def expect(wait: Callable[[], Awaitable[object]]) -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect, lambda: one.send_all(b"x"))
+        nursery.start_soon(expect, one.receive_some)
+        nursery.start_soon(expect, ends.listener.accept)
+        await trio.testing.wait_all_tasks_blocked()
+        await one.aclose()
+        await ends.listener.aclose()
+
+
+async def test_the_carriers_end_breaks_everything_but_what_has_arrived(ends: Ends) -> None:
+    one, two = await ends.connect()
+    idle, _ = await ends.connect()
+    await two.send_all(b"last words")
+    await trio.testing.wait_all_tasks_blocked()
+
+    async def expect(wait: Callable[[], Awaitable[object]]) -> None:
+        with pytest.raises(trio.BrokenResourceError):
+            await wait()
+
+    listener = ends.host.listen(5)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(expect, idle.receive_some)
+        nursery.start_soon(expect, listener.accept)
+        await trio.testing.wait_all_tasks_blocked()
+        ends.guest.close()
+    assert await one.receive_some() == b"last words"
+    await expect(one.receive_some)
+    await expect(lambda: one.send_all(b"x"))
+    await expect(lambda: ends.host.dial(PORT))
+    await expect(ends.listener.accept)
+    await one.aclose()
+
+
+async def test_close_can_say_what_dials_and_accepts_raise(ends: Ends) -> None:
+    ends.host.close(lambda: LookupError("the machine is gone"))
+    with pytest.raises(LookupError, match="gone"):
+        await ends.host.dial(PORT)
+
+
+async def test_run_after_close_returns() -> None:
+    left, right = socket.socketpair()
+    mux = VsockMux(SocketCarrier(left))
+    mux.close()
+    await mux.run()
+    right.close()
+
+
+async def test_a_trio_socket_will_do_as_a_carrier(nursery: trio.Nursery) -> None:
+    left, right = trio.socket.socketpair()
+    host = VsockMux(SocketCarrier(trio.SocketStream(left)))
+    guest = VsockMux(SocketCarrier(right), local_cid=3, peer_cid=2)
+    nursery.start_soon(host.run)
+    nursery.start_soon(guest.run)
+    guest.listen(PORT)
+    await host.dial(PORT)
+    host.close()
+    guest.close()
+
+
+async def _against(hostile: Callable[[trio.SocketStream], Awaitable[None]]) -> str:
+    """Run a muxer against a peer that speaks bytes; gives the protocol error that ended it."""
+    left, right = trio.socket.socketpair()
+    mux = VsockMux(SocketCarrier(left))
+    mux.listen(PORT, backlog=4)
+    async with trio.open_nursery() as nursery:
+
+        async def speak() -> None:
+            async with trio.SocketStream(right) as peer:
+                await hostile(peer)
+
+        nursery.start_soon(speak)
+        try:
+            await mux.run()
+        except VsockProtocolError as exc:
+            return str(exc)
+    return ""
+
+
+async def test_nonsense_ends_the_carrier_with_a_typed_error() -> None:
+    async def hostile(peer: trio.SocketStream) -> None:
+        await peer.send_all(b"\xff" * 44)
+        await peer.receive_some()
+
+    assert "payload" in await _against(hostile)
+
+
+async def test_a_wrong_cid_ends_the_carrier_with_a_typed_error() -> None:
+    async def hostile(peer: trio.SocketStream) -> None:
+        await peer.send_all(Packet(9, 2, 1, PORT, Op.REQUEST).encode())
+        await peer.receive_some()
+
+    assert "from CID 9" in await _against(hostile)
+
+
+async def test_a_peer_that_floods_and_never_reads_is_not_read_any_more() -> None:
+    sent = 0
+
+    async def hostile(peer: trio.SocketStream) -> None:
+        nonlocal sent
+        for start in range(0, 10_000_000, 100):
+            flood = b"".join(Packet(3, 2, start + n, 77, Op.REQUEST).encode() for n in range(100))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(peer.send_all, flood)
+                await trio.testing.wait_all_tasks_blocked()
+                blocked = bool(nursery.child_tasks)
+                nursery.cancel_scope.cancel()
+            if blocked:
+                break
+            sent += 100
+
+    assert await _against(hostile) == ""
+    assert 0 < sent < 100_000
+
+
+async def test_the_carriers_end_in_the_middle_of_a_packet_is_an_end() -> None:
+    async def hostile(peer: trio.SocketStream) -> None:
+        await peer.send_all(Packet(3, 2, 1, PORT, Op.REQUEST).encode()[:20])
+
+    assert await _against(hostile) == ""
