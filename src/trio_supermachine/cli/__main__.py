@@ -1,0 +1,5 @@
+"""``python -m trio_supermachine.cli``."""
+
+from . import main
+
+main()

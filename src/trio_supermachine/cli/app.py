@@ -1,0 +1,173 @@
+"""The command line's grammar."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, TypeVar, get_args
+
+import click
+import trio
+
+from .. import _version
+from ..config import EngineName, VmConfig
+from ..errors import NotSupported
+from ..trace import CATEGORIES, VARIABLE
+from . import doctor as doctor_module
+from .failures import OWN_ERROR, SIGNALLED, CommandNotStarted, complain, report
+from .run import RunOptions, run
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_USAGE: Final = 2
+_SIGINT: Final = 2
+
+
+def run_app(arguments: Sequence[str]) -> int:
+    """Run the command line and give the program's exit code."""
+    try:
+        return int(app.main(list(arguments), "trio-supermachine", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message(), err=True)
+        return _USAGE
+    except click.ClickException as exc:
+        context = getattr(exc, "ctx", None)
+        name = context.command_path if context is not None else "trio-supermachine"
+        complain(f"{exc.format_message()} (see {name} --help)")
+        return OWN_ERROR if name.endswith(" run") else _USAGE
+    except (click.Abort, KeyboardInterrupt):  # Ctrl-C before anything was started
+        return SIGNALLED + _SIGINT
+    except CommandNotStarted as exc:
+        report(exc)
+        return exc.exit_code
+    except Exception as exc:
+        report(exc)
+        return OWN_ERROR
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"{VARIABLE}=all (or some of {', '.join(CATEGORIES)}) shows what happens, on stderr.",
+)
+@click.version_option(_version.__version__, prog_name="trio-supermachine")
+def app() -> None:
+    """Run OCI images as microVMs."""
+
+
+def _refuse(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value:
+        raise NotSupported(parameter.opts[-1])
+
+
+def _unbuilt(*names: str, **kind: Any) -> Callable[[_Function], _Function]:
+    """An option that later versions have: known by name, so that it is never ignored."""
+    return click.option(
+        *names, callback=_refuse, expose_value=False, help="Not supported by this version.", **kind
+    )
+
+
+def _variables(
+    context: click.Context, parameter: click.Parameter, values: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    variables = []
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not key:
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE", context, parameter)
+        if equals:
+            variables.append((key, value))
+        elif key in os.environ:
+            variables.append((key, os.environ[key]))
+    return tuple(variables)
+
+
+@app.command(
+    "run", context_settings={"allow_interspersed_args": False}, options_metavar="[OPTIONS]"
+)
+@click.option("--memory", type=int, metavar="MIB", help="Guest memory in MiB.  [default: 256]")
+@click.option("--vcpus", type=int, metavar="N", help="Virtual CPUs.  [default: 1]")
+@click.option(
+    "-e",
+    "--env",
+    "environment",
+    multiple=True,
+    callback=_variables,
+    metavar="NAME[=VALUE]",
+    help="Add a variable to the image's environment; without a value, this program's own.",
+)
+@click.option("--workdir", "-w", metavar="DIR", help="Working directory in the guest.")
+@click.option("--user", "-u", metavar="USER", help="User name or id, with an optional :GROUP.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Kill the command after this time, counted from its start; the exit code is then 124.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(get_args(EngineName)),
+    default="auto",
+    show_default=True,
+    help="What runs the VM.",
+)
+@click.option("--hostname", metavar="NAME", help="The guest's host name.")
+@click.option("-i", "--interactive", is_flag=True, help="Pass stdin on to the command.")
+@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+@_unbuilt("-v", "--volume", multiple=True)
+@_unbuilt("--mount", multiple=True)
+@_unbuilt("--balloon", is_flag=True)
+@_unbuilt("-p", "--publish", multiple=True)
+@_unbuilt("--egress")
+@click.argument("image")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
+def run_command(
+    memory: int | None,
+    vcpus: int | None,
+    environment: tuple[tuple[str, str], ...],
+    workdir: str | None,
+    user: str | None,
+    timeout: float | None,
+    engine: EngineName,
+    hostname: str | None,
+    interactive: bool,
+    tty: bool,
+    image: str,
+    command: tuple[str, ...],
+) -> int:
+    """Run COMMAND, or the image's own, in a new VM of IMAGE, and end with its exit code.
+
+    IMAGE is oci:DIR[:TAG], oci-archive:FILE, docker-archive:FILE, rootfs:DIR or
+    builtin:busybox. COMMAND takes the place of the image's command; an entrypoint stays in front
+    of it.
+
+    The exit code is the command's, or 128+N if signal N killed it; 124 after --timeout, 125 for
+    an error of this program, 126 if the command cannot be executed and 127 if it is not found.
+    Ctrl-C kills the command and the VM.
+    """
+    options = RunOptions(
+        image=image,
+        command=command[1:] if command[:1] == ("--",) else command,
+        config=VmConfig(memory_mib=memory, vcpus=vcpus, engine=engine, hostname=hostname),
+        environment=environment,
+        workdir=workdir,
+        user=user,
+        timeout=timeout,
+        interactive=interactive,
+        tty=tty,
+    )
+    return trio.run(partial(run, options))
+
+
+@app.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor_command(as_json: bool) -> int:
+    """Tell whether this host can start VMs, and what to install if it cannot."""
+    diagnosis = trio.run(doctor_module.examine)
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_json(), indent=2))
+    else:
+        for line in diagnosis.lines():
+            click.echo(line)
+    return 0 if diagnosis.ok else 1
