@@ -82,7 +82,10 @@ class _Connection:
             self._writable = trio.Event()
             # Stdin goes first: its END may be among the other frames.
             stdin, frames = self._stdin, self.protocol.outgoing()
-            await self._stream.send_all(stdin + frames if stdin else frames)
+            try:
+                await self._stream.send_all(stdin + frames if stdin else frames)
+            except trio.BrokenResourceError:
+                return  # perhaps it has said all and left; the reading task finds out
             if stdin:
                 self._stdin = None
                 self._changed.unpark_all()
