@@ -1,0 +1,320 @@
+"""``trio-supermachine run`` as a user's shell sees it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import tarfile
+import termios
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+pytestmark = pytest.mark.vm
+
+PROGRAM = [sys.executable, "-m", "trio_supermachine.cli"]
+BUSYBOX = "builtin:busybox"
+ANSWER = 120  # seconds: only a hang takes as long
+
+
+def cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    options.setdefault("stdin", subprocess.DEVNULL)
+    if "input" in options:
+        del options["stdin"]
+    return subprocess.run(
+        [*PROGRAM, *arguments], capture_output=True, timeout=ANSWER, check=False, **options
+    )
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return cli("run", *arguments, **options)
+
+
+def test_output_goes_where_it_belongs_and_the_exit_code_is_the_commands() -> None:
+    done = run(BUSYBOX, "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"out\n", b"err\n")
+
+
+def test_a_signal_is_128_and_its_number() -> None:
+    assert run(BUSYBOX, "sh", "-c", "kill -9 $$").returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("program", "code"), [("no-such-program", 127), ("/etc/passwd", 126), ("/etc", 126)]
+)
+def test_what_cannot_be_started_is_126_or_127(program: str, code: int) -> None:
+    done = run(BUSYBOX, "--", program)
+    assert done.returncode == code
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith(f"trio-supermachine: error: cannot run '{program}': ")
+
+
+def test_a_timeout_is_124() -> None:
+    done = run("--timeout", "0.5", BUSYBOX, "sh", "-c", "echo started; sleep 1000")
+    assert (done.returncode, done.stderr) == (124, b"")
+
+
+def test_options_reach_the_guest() -> None:
+    script = 'echo "$A,$B,$(pwd),$(id -u),$(hostname),$(nproc)"'
+    done = run(
+        *("-e", "A=1", "--env", "B=x=y", "-e", "ABSENT", "--workdir", "/tmp", "--user", "65534"),
+        *("--hostname", "box", "--vcpus", "2", "--memory", "300", "--engine", "qemu"),
+        *(BUSYBOX, "--", "sh", "-c", script),
+    )
+    assert done.stderr == b""
+    assert done.stdout == b"1,x=y,/tmp,65534,box,2\n"
+
+
+def test_the_environment_is_added_to_the_images() -> None:
+    done = run("-e", "PRESENT", BUSYBOX, "env", env={**os.environ, "PRESENT": "here"})
+    assert b"PRESENT=here\n" in done.stdout
+    assert b"\nPATH=" in b"\n" + done.stdout
+
+
+def test_options_after_the_image_are_the_commands() -> None:
+    done = run(BUSYBOX, "echo", "-i", "--", "--timeout")
+    assert done.stdout == b"-i -- --timeout\n"
+
+
+def test_stdin_is_forwarded_only_when_asked_for() -> None:
+    assert run(BUSYBOX, "cat", input=b"unseen").stdout == b""
+    data = os.urandom(3_000_000)
+    done = run("-i", BUSYBOX, "cat", input=data)
+    assert done.returncode == 0
+    assert done.stdout == data
+
+
+def test_stdin_may_be_a_regular_file_or_closed(tmp_path: Path) -> None:
+    file = tmp_path / "input"
+    file.write_bytes(b"from a file\n")
+    with file.open("rb") as opened:
+        assert run("-i", BUSYBOX, "cat", stdin=opened).stdout == b"from a file\n"
+    closed = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *PROGRAM, "run", "-i", BUSYBOX, "echo", "alive"],
+        capture_output=True,
+        timeout=ANSWER,
+        check=False,
+    )
+    assert closed.stdout == b"alive\n"
+
+
+def test_a_command_that_ends_without_reading_does_not_wait_for_stdin() -> None:
+    reading, writing = os.pipe()
+    try:
+        done = run("-i", BUSYBOX, "echo", "done", stdin=reading)
+        assert done.stdout == b"done\n"
+        for fd in (reading, writing):
+            assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_reader_that_goes_away_stops_the_command() -> None:
+    with start(BUSYBOX, "yes") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"y\n"
+        process.stdout.close()
+        assert process.wait(ANSWER) == 128 + signal.SIGPIPE
+
+
+def test_all_output_arrives_however_slow_its_reader_is() -> None:
+    with start(BUSYBOX, "sh", "-c", "head -c 200000 /dev/zero; echo end >&2") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"end\n"
+        assert len(process.stdout.read()) == 200_000
+        assert process.wait(ANSWER) == 0
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*PROGRAM, "run", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopping_signal_leaves_nothing_behind(signum: signal.Signals) -> None:
+    with start(BUSYBOX, "sh", "-c", "echo started; sleep 1000") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"started\n"
+        assert len(session(process.pid)) > 1  # the engine
+        process.send_signal(signum)
+        assert process.wait(ANSWER) == 128 + signum
+        assert session(process.pid) == []
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+def session(leader: int) -> list[int]:
+    """The processes of a session that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, sid = stat.read_text().rpartition(") ")[2].split()[:4]
+        except OSError:
+            continue
+        if int(sid) == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["-v", "/a:/b"], ["--volume", "x"], ["--mount", "x"], ["--balloon"], ["-p", "80"],
+     ["--publish", "80"], ["--egress", "none"]],
+)  # fmt: skip
+def test_options_of_later_versions_are_refused_by_name(option: list[str]) -> None:
+    done = run(*option, BUSYBOX, "true")
+    assert done.returncode == 125
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("trio-supermachine: error: --")
+    assert "not supported" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--memory", "1", BUSYBOX],
+        ["--memory", "much", BUSYBOX],
+        ["--timeout", "0", BUSYBOX],
+        ["--engine", "xen", BUSYBOX],
+        ["--no-such-option", BUSYBOX],
+        ["-e", "=x", BUSYBOX],
+        ["-it", BUSYBOX],
+        ["rootfs:/nonexistent"],
+        ["Not A Reference"],
+        [],
+    ],
+)
+def test_our_own_errors_are_125_and_one_line(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 125
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("trio-supermachine: error: ")
+
+
+def test_tracing_adds_a_traceback() -> None:
+    done = run("rootfs:/nonexistent", env={**os.environ, "TRIO_SUPERMACHINE_TRACE": "all"})
+    assert done.returncode == 125
+    assert b"Traceback (most recent call last)" in done.stderr
+
+
+def test_an_image_runs_its_entrypoint_with_its_command_or_the_given_one(tmp_path: Path) -> None:
+    layout = make_image(tmp_path, {"Entrypoint": ["/bin/echo", "entry"], "Cmd": ["default"]})
+    assert run(layout).stdout == b"entry default\n"
+    assert run(layout, "--", "given").stdout == b"entry given\n"
+
+
+def make_image(directory: Path, config: dict[str, object]) -> str:
+    """An OCI layout with the host's static busybox as ``/bin/echo``."""
+    layout = directory / "layout"
+    blobs = layout / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    layer = directory / "layer.tar"
+    with tarfile.open(layer, "w") as tar:
+        tar.add("/bin/busybox", "bin/echo")
+
+    def put(data: bytes, kind: str) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        (blobs / digest).write_bytes(data)
+        media_type = f"application/vnd.oci.image.{kind}"
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
+
+    stored = put(layer.read_bytes(), "layer.v1.tar")
+    document = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": config,
+        "rootfs": {"type": "layers", "diff_ids": [stored["digest"]]},
+    }
+    described = put(json.dumps(document).encode(), "config.v1+json")
+    manifest = {"schemaVersion": 2, "config": described, "layers": [stored]}
+    index = {
+        "schemaVersion": 2,
+        "manifests": [put(json.dumps(manifest).encode(), "manifest.v1+json")],
+    }
+    (layout / "index.json").write_text(json.dumps(index))
+    (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    return f"oci:{layout}"
+
+
+def spawn(*arguments: str, **options: Any) -> pexpect.spawn:
+    return pexpect.spawn(PROGRAM[0], [*PROGRAM[1:], *arguments], timeout=ANSWER, **options)
+
+
+def test_an_interactive_terminal_is_the_guests_with_its_size_and_ctrl_c() -> None:
+    terminal = spawn("run", "-it", BUSYBOX, "sh", dimensions=(30, 100))
+    try:
+        terminal.sendline("stty size")
+        terminal.expect_exact("30 100\r\n")
+        terminal.setwinsize(40, 120)
+        terminal.sendline("until [ \"$(stty size)\" = '40 120' ]; do :; done; echo re''sized")
+        terminal.expect_exact("resized\r\n")
+        terminal.sendline("echo rea''dy; sleep 1000")
+        terminal.expect_exact("ready\r\n")
+        terminal.send("\x03")
+        terminal.sendline("exit 5")
+        terminal.expect(pexpect.EOF)
+    finally:
+        terminal.close()
+    assert terminal.exitstatus == 5
+
+
+@pytest.mark.parametrize(
+    "command", ["exit 0", "kill -9 $$", "poweroff -f"], ids=["exit", "killed", "power-off"]
+)
+def test_the_terminal_is_restored_however_the_command_ends(command: str) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        before = termios.tcgetattr(theirs)
+        with subprocess.Popen(
+            [*PROGRAM, "run", "-it", BUSYBOX, "sh", "-c", f"echo up; read x; {command}"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            said = b""
+            while b"up" not in said:
+                said += os.read(ours, 1000)
+            assert not termios.tcgetattr(theirs)[3] & termios.ICANON
+            os.write(ours, b"\r")
+            process.wait(ANSWER)
+        assert termios.tcgetattr(theirs) == before
+        assert not fcntl.fcntl(theirs, fcntl.F_GETFL) & os.O_NONBLOCK
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_the_terminal_is_restored_after_sigterm() -> None:
+    ours, theirs = pty.openpty()
+    try:
+        before = termios.tcgetattr(theirs)
+        with subprocess.Popen(
+            [*PROGRAM, "run", "-it", BUSYBOX, "sh", "-c", "echo up; sleep 1000"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            said = b""
+            while b"up" not in said:
+                said += os.read(ours, 1000)
+            process.terminate()
+            assert process.wait(ANSWER) == 128 + signal.SIGTERM
+        assert termios.tcgetattr(theirs) == before
+    finally:
+        os.close(ours)
+        os.close(theirs)
