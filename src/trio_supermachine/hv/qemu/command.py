@@ -34,7 +34,7 @@ _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourceco
 
 #: Without "enhanced rep movsb": TCG moves byte by byte there, and the kernel copies memory with it
 #: where it is promised to be fast. A virtio-serial port carries three times as much without.
-_CPU: Final = "max,erms=off,fsrm=off"
+CPU: Final = "max,erms=off,fsrm=off"
 
 #: What the engine adds to the kernel's command line.
 _CMDLINE: Final = (
@@ -92,7 +92,7 @@ def command_line(
         os.fsencode(qemu),
         *("-M", "microvm,acpi=on,pcie=on,memory-backend=memory"),
         *("-accel", f"tcg,thread={threads},tb-size={TB_SIZE_MIB}"),
-        *("-cpu", _CPU),
+        *("-cpu", CPU),
         *("-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_mib}M"),
         *_object("memory-backend-ram", "memory", size=spec.memory_mib << 20, dump=False),
