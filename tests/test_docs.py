@@ -1,0 +1,80 @@
+"""What the documentation shows is what happens."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.rst"))]
+#: The pages whose Python is whole programs.
+PROGRAMS = [ROOT / "README.md", ROOT / "docs/tutorial.rst"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page."""
+    text = page.read_text()
+    if page.suffix == ".md":
+        return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^\.\. code-block:: {language}\n\n((?:   .*\n|\n)+)", text, re.MULTILINE)
+    return [textwrap.dedent(block) for block in found]
+
+
+def cases(pages: list[Path], language: str) -> list[object]:
+    return [
+        pytest.param(block, id=f"{page.name}-{number}")
+        for page in pages
+        for number, block in enumerate(blocks(page, language), 1)
+    ]
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("program", cases(PROGRAMS, "python"))
+def test_programs_run(program: str, tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(file)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
+def test_there_are_programs_to_run(page: Path) -> None:
+    assert blocks(page, "python")
+
+
+@pytest.mark.parametrize("fragment", cases([ROOT / "docs/howto.rst"], "python"))
+def test_fragments_compile(fragment: str) -> None:
+    compile("async def _() -> None:\n" + textwrap.indent(fragment, "    "), "fragment", "exec")
+
+
+@pytest.mark.parametrize("script", cases(PAGES, "sh"))
+def test_shell_blocks_parse(script: str) -> None:
+    subprocess.run(["bash", "-n", "-c", script], check=True, capture_output=True)
+
+
+def test_every_trace_category_is_documented() -> None:
+    from trio_supermachine.trace import CATEGORIES
+
+    page = (ROOT / "docs/trace.rst").read_text()
+    for category, shows in CATEGORIES.items():
+        assert re.search(rf"^{category} +{re.escape(shows)}$", page, re.MULTILINE)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    import trio_supermachine
+
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("reference.rst", "errors.rst"))
+    documented = set(re.findall(r"^\.\. auto\w+:: (\w+)", pages, re.MULTILINE))
+    assert documented == set(trio_supermachine.__all__) - {"__version__"}
