@@ -1,1 +1,91 @@
-"""Run any OCI image as a microVM from Trio."""
+"""Run any OCI image as a microVM from Trio.
+
+A VM is a nursery, an exec is a pair of streams, and a cancel scope is the timeout.
+"""
+
+from ._version import __version__
+from .assets import AssetPaths
+from .config import MountSpec, SymlinkPolicy, VmConfig
+from .errors import (
+    AcquireTimeout,
+    AdmissionRefused,
+    AssetNotFound,
+    BakeFailed,
+    ConfigError,
+    EngineUnavailable,
+    ExecEof,
+    FileTooLarge,
+    ImageCorrupt,
+    ImageNotFound,
+    NotSupported,
+    ReferenceInvalid,
+    RegistryError,
+    ResourceError,
+    ResourceErrorKind,
+    RestoreTimeout,
+    SnapshotIncompatible,
+    SnapshotInvalid,
+    StartTimeout,
+    SupermachineError,
+    VmExited,
+)
+from .exec import ExecChild, ExecSignaler
+from .exec_builder import ExecBuilder, ExecOutcome
+from .images.image import Image, PullPolicy
+from .oci.config import ImageConfig
+from .oci.progress import Progress
+from .resources import (
+    DEFAULT_CMDLINE,
+    DEFAULT_EXEC_GUEST_PORT,
+    EndpointResources,
+    SnapshotResources,
+    VmProfile,
+    VmResources,
+    VolumeSpec,
+)
+from .vm import Vm
+
+__all__ = [
+    "DEFAULT_CMDLINE",
+    "DEFAULT_EXEC_GUEST_PORT",
+    "AcquireTimeout",
+    "AdmissionRefused",
+    "AssetNotFound",
+    "AssetPaths",
+    "BakeFailed",
+    "ConfigError",
+    "EndpointResources",
+    "EngineUnavailable",
+    "ExecBuilder",
+    "ExecChild",
+    "ExecEof",
+    "ExecOutcome",
+    "ExecSignaler",
+    "FileTooLarge",
+    "Image",
+    "ImageConfig",
+    "ImageCorrupt",
+    "ImageNotFound",
+    "MountSpec",
+    "NotSupported",
+    "Progress",
+    "PullPolicy",
+    "ReferenceInvalid",
+    "RegistryError",
+    "ResourceError",
+    "ResourceErrorKind",
+    "RestoreTimeout",
+    "SnapshotIncompatible",
+    "SnapshotInvalid",
+    "SnapshotResources",
+    "StartTimeout",
+    "SupermachineError",
+    "SymlinkPolicy",
+    "Vm",
+    "VmConfig",
+    "VmExited",
+    "VmProfile",
+    "VmResources",
+    "VolumeSpec",
+    "__version__",
+]

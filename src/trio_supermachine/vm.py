@@ -313,7 +313,8 @@ class Vm:
 @asynccontextmanager
 async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterator[Vm]:
     config.refuse_unbuilt()
-    engine = await choose_engine(config.engine)
+    name = config.engine if config.engine != "auto" else image.engine
+    engine = await choose_engine(name, config.assets)
     boot = await prepare_kernel(config.assets)
     spec = MachineSpec(
         kernel=boot.kernel,

@@ -1,0 +1,137 @@
+"""Where the blobs of a local image are: a layout's directory, or an archive read in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from . import tar
+from .decompress import Blob, opened
+from .malformed import MalformedError
+
+MAX_DOCUMENT = 8 << 20  # bytes of one JSON document
+_MAX_MEMBERS = 100_000
+_MAX_LINKS = 16
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+
+
+class Files(Protocol):
+    """Named files, such as ``index.json``."""
+
+    def find(self, name: str) -> Blob | None:
+        """Where the file ``name`` is, if it is there."""
+
+
+class Directory:
+    """The files below a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def find(self, name: str) -> Blob | None:
+        path = self._root / name
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise MalformedError(f"{path} is not a regular file")
+        return Blob(path, 0, status.st_size)
+
+
+class _Raw:
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._size = size
+
+    def read(self, size: int, /) -> bytes:
+        return self._file.read(size)
+
+    def skip(self, size: int) -> None:
+        if self._file.seek(size, os.SEEK_CUR) > self._size:
+            raise MalformedError("the archive ends within a file")
+
+
+class Archive:
+    """The members of an uncompressed tar file, which stay where they are."""
+
+    def __init__(self, path: Path) -> None:
+        size = path.stat().st_size
+        self._members: dict[str, Blob | str] = {}
+        with opened(Blob(path, 0, size)) as file:
+            if file.read(3) in (b"\x1f\x8b\x08", b"BZh", b"\xfd7z", b"\x28\xb5\x2f"):
+                raise MalformedError("the archive as a whole is compressed; decompress it first")
+            file.seek(0)
+            raw = _Raw(file, size)
+            reader = tar.TarReader(raw, raw.skip)
+            for entry in reader:
+                if len(self._members) >= _MAX_MEMBERS:
+                    raise MalformedError(f"the archive has more than {_MAX_MEMBERS} members")
+                name = posixpath.normpath(os.fsdecode(entry.name))
+                if entry.type == tar.FILE:
+                    self._members[name] = Blob(path, reader.body_offset, entry.size)
+                elif entry.type in (tar.SYMLINK, tar.LINK):
+                    target = os.fsdecode(entry.linkname)
+                    if entry.type == tar.SYMLINK:
+                        target = posixpath.join(posixpath.dirname(name), target)
+                    self._members[name] = posixpath.normpath(target)
+
+    def find(self, name: str) -> Blob | None:
+        found: Blob | str | None = posixpath.normpath(name)
+        for _ in range(_MAX_LINKS):
+            if not isinstance(found, str):
+                return found
+            found = self._members.get(found)
+        raise MalformedError(f"{name!r} is a link too many")
+
+
+def read_bytes(blob: Blob) -> bytes:
+    """A whole document. :raises MalformedError: it is too large."""
+    if blob.size > MAX_DOCUMENT:
+        raise MalformedError(f"a document of {blob.size} bytes is too large")
+    with opened(blob) as file:
+        data = os.pread(file.fileno(), blob.size, blob.offset)
+    if len(data) != blob.size:
+        raise MalformedError(f"{blob.path} is shorter than it was")
+    return data
+
+
+def read_json(data: bytes, what: str) -> Any:
+    """Parse untrusted JSON. :raises MalformedError: it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise MalformedError(f"{what} is not JSON") from None
+
+
+def as_object(document: object, what: str) -> Mapping[str, Any]:
+    """``document`` itself. :raises MalformedError: it is not a JSON object."""
+    if not isinstance(document, dict):
+        raise MalformedError(f"{what} is not a JSON object")
+    return document
+
+
+def as_list(document: object, what: str, limit: int) -> list[Any]:
+    """``document`` itself. :raises MalformedError: it is no JSON array of ``limit`` at most."""
+    if not isinstance(document, list) or len(document) > limit:
+        raise MalformedError(f"{what} is not a JSON array of at most {limit} items")
+    return document
+
+
+def as_digest(value: object, what: str) -> str:
+    """``value`` itself. :raises MalformedError: it is no sha256 digest."""
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise MalformedError(f"{what} is not a sha256 digest")
+    return value
+
+
+def sha256(data: bytes) -> str:
+    """The digest of ``data``."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -1,0 +1,158 @@
+"""Layer blobs as streams: a slice of a file, hashed, decompressed, and hashed again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import attrs
+import zstandard
+
+from .malformed import MalformedError
+from .tar import Source
+
+CHUNK = 1 << 18
+_ZSTD_WINDOW = 1 << 27  # bytes; what the zstd tool itself takes by default
+
+
+@attrs.frozen
+class Blob:
+    """Where a blob's bytes are: a slice of a file."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+class BlobStream:
+    """A blob's bytes as they are stored, hashed on the way (sha256).
+
+    ``check`` runs before each chunk: it raises to stop.
+    """
+
+    def __init__(self, file: BinaryIO, blob: Blob, check: Callable[[], None]) -> None:
+        self._file = file
+        self._left = blob.size
+        self._check = check
+        self._hash = hashlib.sha256()
+        file.seek(blob.offset)
+
+    def read(self, size: int, /) -> bytes:
+        self._check()
+        data = self._file.read(min(size, self._left))
+        if not data and self._left and size:
+            raise MalformedError("a blob is shorter than it was")
+        self._left -= len(data)
+        self._hash.update(data)
+        return data
+
+    def digest(self) -> str:
+        """The digest of the whole blob, as ``sha256:...``; reads what is left."""
+        while self.read(CHUNK):
+            pass
+        return "sha256:" + self._hash.hexdigest()
+
+
+class _Gunzip:
+    """Gzip, several members in a row too, never more than a chunk in memory."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._inflate = zlib.decompressobj(wbits=31)
+        self._pending = b""
+
+    def read(self, size: int, /) -> bytes:
+        while True:
+            if not self._pending:
+                self._pending = self._source.read(CHUNK)
+                if not self._pending:
+                    if not self._inflate.eof:
+                        raise MalformedError("a gzip stream ends early")
+                    return b""
+            if self._inflate.eof:
+                if not self._pending.strip(b"\0"):
+                    self._pending = b""  # padding after the last member, as gzip itself allows
+                    continue
+                self._inflate = zlib.decompressobj(wbits=31)
+            try:
+                data = self._inflate.decompress(self._pending, size)
+            except zlib.error as error:
+                raise MalformedError(f"a gzip stream is damaged: {error}") from None
+            self._pending = self._inflate.unused_data or self._inflate.unconsumed_tail
+            if data:
+                return data
+
+
+class _Unzstd:
+    def __init__(self, source: Source) -> None:
+        self._reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(
+            cast(BinaryIO, source),  # of which it only calls read
+            read_across_frames=True,
+        )
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            return self._reader.read(size)
+        except zstandard.ZstdError as error:
+            raise MalformedError(f"a zstd stream is damaged: {error}") from None
+
+
+class LayerStream:
+    """The uncompressed bytes of a layer, hashed on the way, and no more than ``limit`` of them."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self._source = source
+        self._limit = limit
+        self._hash = hashlib.sha256()
+        self._done = 0
+
+    def read(self, size: int, /) -> bytes:
+        data = self._source.read(size)
+        self._done += len(data)
+        if self._done > self._limit:
+            raise MalformedError(f"a layer is larger than the limit of {self._limit} bytes")
+        self._hash.update(data)
+        return data
+
+    def digest(self) -> str:
+        """The diff_id of the whole layer; reads what is left."""
+        while self.read(CHUNK):
+            pass
+        return "sha256:" + self._hash.hexdigest()
+
+
+@contextmanager
+def opened(blob: Blob) -> Iterator[BinaryIO]:
+    """Open a blob's file, which must be a regular one as large as the blob needs."""
+    # Not blocking: a FIFO in the place of a file would wait for a writer for ever.
+    fd = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise MalformedError(f"{blob.path} is not a regular file")
+        if blob.offset + blob.size > status.st_size:
+            raise MalformedError(f"{blob.path} is shorter than it was")
+        yield file
+
+
+@contextmanager
+def open_layer(
+    blob: Blob, limit: int, check: Callable[[], None]
+) -> Iterator[tuple[BlobStream, LayerStream]]:
+    """Open a layer that is stored plain, gzipped or zstd-compressed; its first bytes tell."""
+    with ExitStack() as stack:
+        file = stack.enter_context(opened(blob))
+        magic = os.pread(file.fileno(), min(4, blob.size), blob.offset)
+        stored = BlobStream(file, blob, check)
+        source: Source = stored
+        if magic[:2] == b"\x1f\x8b":
+            source = _Gunzip(stored)
+        elif magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
+            source = _Unzstd(stored)
+        yield stored, LayerStream(source, limit)

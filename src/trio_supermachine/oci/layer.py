@@ -1,0 +1,357 @@
+"""A layer's tar stream, made into one that ``sqfstar`` turns into an overlayfs layer.
+
+A pass over the stream builds the layer's tree and writes files as they come; directories and
+whiteouts come at the end, when their final attributes are known. ``sqfstar`` keeps the first
+of two entries with the same name where tar keeps the last, so when a later entry changes what
+was already written, :class:`Conflict` ends the output, and a second pass that knows the final
+tree writes the winners only.
+
+What becomes of things that an image layer and an overlayfs layer say differently:
+
+- ``.wh.NAME`` becomes a character device 0:0, unless the layer has ``NAME`` too: then the
+  layer's own wins, and if that is a directory it becomes opaque;
+- ``.wh..wh..opq`` becomes ``trusted.overlay.opaque=y`` on its directory; in the root it is
+  told in :class:`LayerInfo`, since a layer below such a root need not be mounted at all;
+- other ``.wh..wh.`` names (AUFS's own) are left out, as are ``trusted.overlay.*`` attributes and
+  character devices 0:0, which overlayfs would take for its own marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import attrs
+
+from . import tar
+from .malformed import MalformedError
+from .tar import Entry, TarReader
+
+MAX_ENTRIES = 2_000_000
+MAX_PATH = 4096
+MAX_NAME = 255
+MAX_XATTRS = 1 << 16  # bytes of names and values on one inode
+_MAX_TIME = (1 << 32) - 1
+_WHITEOUT = b".wh."
+_AUFS = b".wh..wh."
+_OPAQUE_MARK = b".wh..wh..opq"
+_OPAQUE = b"trusted.overlay.opaque"
+_KNOWN_XATTRS = (b"user.", b"trusted.", b"security.")
+
+
+class Conflict(Exception):
+    """What was written is not what the layer says in the end: start again."""
+
+
+@attrs.frozen
+class DirectoryInfo:
+    """The attributes of a directory."""
+
+    mode: int = 0o755
+    uid: int = 0
+    gid: int = 0
+    mtime: int = 0
+    xattrs: Mapping[bytes, bytes] = attrs.Factory(dict)
+
+
+@attrs.frozen
+class LayerInfo:
+    """What the layers above and the image need to know of a layer.
+
+    ``directories`` are those with an entry of their own, ``implied`` those without, whose
+    attributes come from the layers below; the root is ``b""``.
+    """
+
+    directories: Mapping[bytes, DirectoryInfo]
+    implied: tuple[bytes, ...]
+    root_opaque: bool
+
+
+class Sink:
+    """Where the filtered tar goes. ``begin`` comes first, with the root directory's attributes."""
+
+    def begin(self, root: DirectoryInfo) -> None:
+        raise NotImplementedError
+
+    def write(self, data: bytes | memoryview) -> None:
+        raise NotImplementedError
+
+
+@attrs.define
+class _Node:
+    directory: bool
+    inode: int  # the number of the entry that made it; -1 for an implied directory
+    children: int = 0
+    opaque: bool = False
+    info: DirectoryInfo | None = None
+
+
+Resolve = Callable[[bytes], DirectoryInfo]
+
+
+class LayerFilter:
+    """The two passes over one layer.
+
+    ``limit`` bounds the bytes of all files together, holes included. ``resolve`` gives the
+    attributes of a directory that the layer implies.
+    """
+
+    def __init__(self, limit: int, resolve: Resolve) -> None:
+        self._limit = limit
+        self._resolve = resolve
+        self._nodes: dict[bytes, _Node] = {b"": _Node(True, -1)}
+        self._first: dict[int, bytes] = {}  # an inode's name in the output
+        self._whiteouts: set[bytes] = set()
+        self._root: DirectoryInfo | None = None
+
+    def first_pass(self, reader: TarReader, sink: Sink) -> None:
+        """Read the whole layer, writing as it goes.
+
+        :raises Conflict: the layer was read to its end, but a second pass must write it.
+        """
+        conflict = False
+        expanded = 0
+        for number, entry in enumerate(reader):
+            if number >= MAX_ENTRIES:
+                raise MalformedError(f"a layer has more than {MAX_ENTRIES} entries")
+            expanded += entry.size + tar.BLOCK
+            if expanded > self._limit:
+                raise MalformedError(f"a layer is larger than the limit of {self._limit} bytes")
+            path = self._admit(entry)
+            if path is None:
+                continue
+            conflict = self._place(number, path, entry) or conflict
+            if not conflict and entry.type != tar.DIRECTORY:
+                self._begin(sink)
+                self._emit(reader, sink, path, entry)
+            conflict = conflict or (self._root is not None and self._root != self._info(b""))
+        if conflict:
+            raise Conflict
+        self._finish(sink)
+
+    def second_pass(self, reader: TarReader, sink: Sink) -> None:
+        """Write the layer whose final tree the first pass found."""
+        names: dict[int, list[bytes]] = {}
+        for path, node in self._nodes.items():
+            if not node.directory:
+                names.setdefault(node.inode, []).append(path)
+        self._root = None
+        self._begin(sink)
+        for number, entry in enumerate(reader):
+            if not (survivors := names.pop(number, None)):
+                continue
+            sanitise(entry)
+            first = survivors[0]
+            self._emit(reader, sink, first, entry)
+            for other in survivors[1:]:
+                sink.write(tar.header(attrs.evolve(_as_link(entry, first), name=other)))
+        self._finish(sink)
+
+    def info(self) -> LayerInfo:
+        """What there is to know of the layer, after the first pass."""
+        return LayerInfo(
+            {path: n.info for path, n in self._nodes.items() if n.info is not None},
+            tuple(p for p, n in self._nodes.items() if n.directory and n.info is None),
+            self._nodes[b""].opaque,
+        )
+
+    def _admit(self, entry: Entry) -> bytes | None:
+        """The clean path of an entry that makes something of its own, its parents made."""
+        path = clean(entry.name)
+        parent, _, name = path.rpartition(b"/")
+        if name.startswith(_WHITEOUT) or _WHITEOUT in parent:
+            self._mark(path)
+            return None
+        if path:
+            self._parent(parent)
+        if entry.type == tar.CHAR and entry.device == (0, 0):
+            return None
+        if entry.type == tar.LINK:
+            self._resolve_link(entry)
+        elif entry.type not in (
+            tar.FILE,
+            tar.DIRECTORY,
+            tar.SYMLINK,
+            tar.CHAR,
+            tar.BLOCKDEV,
+            tar.FIFO,
+        ):
+            raise MalformedError(f"{_show(path)} has the unknown type {entry.type!r}")
+        if entry.type == tar.SYMLINK and not 0 < len(entry.linkname) < MAX_PATH:
+            raise MalformedError(f"the symbolic link {_show(path)} has no proper target")
+        if b"\0" in entry.linkname:
+            raise MalformedError(f"the link {_show(path)} has a NUL in its target")
+        if not path and entry.type != tar.DIRECTORY:
+            raise MalformedError("the layer's root is not a directory")
+        sanitise(entry)
+        return path
+
+    def _mark(self, path: bytes) -> None:
+        """Take note of a whiteout."""
+        parts = path.split(b"/")
+        if any(part.startswith(_AUFS) for part in parts[:-1]):
+            return
+        if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
+            raise MalformedError(f"{_show(path)} is below a whiteout")
+        parent, name = b"/".join(parts[:-1]), parts[-1]
+        if not name.startswith(_WHITEOUT):
+            return
+        if name == _OPAQUE_MARK:
+            self._parent(parent).opaque = True
+        elif not name.startswith(_AUFS):
+            hidden = name[len(_WHITEOUT) :]
+            if hidden in (b"", b".", b".."):
+                raise MalformedError(f"{_show(path)} hides nothing that can be")
+            self._parent(parent)
+            self._whiteouts.add(parent + b"/" + hidden if parent else hidden)
+
+    def _parent(self, path: bytes) -> _Node:
+        """The directory ``path``, made with those above it if they are not there yet."""
+        node = self._nodes.get(path)
+        if node is None:
+            above = path.rpartition(b"/")[0]
+            self._parent_of_new(above)
+            node = self._nodes[path] = _Node(True, -1)
+        elif not node.directory:
+            raise MalformedError(f"{_show(path)} is no directory, but has entries below it")
+        return node
+
+    def _parent_of_new(self, above: bytes) -> None:
+        missing = []
+        while (node := self._nodes.get(above)) is None:
+            missing.append(above)
+            above = above.rpartition(b"/")[0]
+        if not node.directory:
+            raise MalformedError(f"{_show(above)} is no directory, but has entries below it")
+        for path in reversed(missing):
+            node.children += 1
+            node = self._nodes[path] = _Node(True, -1)
+        node.children += 1
+        if len(self._nodes) > 2 * MAX_ENTRIES:
+            raise MalformedError("a layer implies too many directories")
+
+    def _place(self, number: int, path: bytes, entry: Entry) -> bool:
+        """Put an entry into the tree; whether this changes what may have been written."""
+        old = self._nodes.get(path)
+        if entry.type == tar.DIRECTORY:
+            info = DirectoryInfo(entry.mode, entry.uid, entry.gid, entry.mtime, entry.xattrs)
+            if old is not None and old.directory:
+                old.info = info
+                return False
+            self._count(path, old)
+            self._nodes[path] = _Node(True, -1, info=info)
+            return old is not None
+        if old is not None and old.directory and (old.children or not path):
+            raise MalformedError(f"{_show(path)} is a directory first, and then is not")
+        if entry.type == tar.LINK:
+            number = self._nodes[entry.linkname].inode
+            if old is not None and old.inode == number:
+                return True  # a link to itself: writing it again would be an error
+        self._count(path, old)
+        self._nodes[path] = _Node(False, number)
+        if entry.type == tar.LINK:
+            entry.linkname = self._first[number]
+        else:
+            self._first[number] = path
+        return old is not None and not old.directory
+
+    def _count(self, path: bytes, old: _Node | None) -> None:
+        if old is None and path:
+            self._nodes[path.rpartition(b"/")[0]].children += 1
+
+    def _resolve_link(self, entry: Entry) -> None:
+        target = clean(entry.linkname)
+        node = self._nodes.get(target)
+        if node is None or node.directory:
+            what = "a directory" if node else "not in the layer before it"
+            raise MalformedError(
+                f"the hard link {_show(entry.name)} has the target {_show(target)}, which is {what}"
+            )
+        entry.linkname = target
+
+    def _info(self, path: bytes) -> DirectoryInfo:
+        return self._nodes[path].info or self._resolve(path)
+
+    def _begin(self, sink: Sink) -> None:
+        if self._root is None:
+            self._root = self._info(b"")
+            sink.begin(self._root)
+
+    def _emit(self, reader: TarReader, sink: Sink, path: bytes, entry: Entry) -> None:
+        entry.name = path
+        sink.write(tar.header(entry))
+        if entry.size:
+            for chunk in reader.body():
+                sink.write(chunk)
+            sink.write(bytes(-entry.size % tar.BLOCK))
+
+    def _finish(self, sink: Sink) -> None:
+        self._begin(sink)
+        for path, node in self._nodes.items():
+            if node.directory and path:
+                info = self._info(path)
+                xattrs = dict(info.xattrs)
+                if node.opaque or path in self._whiteouts:
+                    xattrs[_OPAQUE] = b"y"
+                entry = Entry(
+                    path,
+                    tar.DIRECTORY,
+                    info.mode,
+                    info.uid,
+                    info.gid,
+                    mtime=info.mtime,
+                    xattrs=xattrs,
+                )
+                sink.write(tar.header(entry))
+        for path in sorted(self._whiteouts):
+            if path not in self._nodes:
+                sink.write(tar.header(Entry(path, tar.CHAR, 0)))
+        sink.write(bytes(2 * tar.BLOCK))
+
+
+def clean(name: bytes) -> bytes:
+    """A name without what means nothing; the root is ``b""``.
+
+    :raises MalformedError: it is absolute, has a ``..``, a NUL, or is too long.
+    """
+    if name.startswith(b"/"):
+        raise MalformedError(f"the name {_show(name)} is absolute")
+    if b"\0" in name:
+        raise MalformedError(f"the name {_show(name)} has a NUL")
+    parts = [part for part in name.split(b"/") if part and part != b"."]
+    for part in parts:
+        if part == b"..":
+            raise MalformedError(f"the name {_show(name)} leaves the layer's root")
+        if len(part) > MAX_NAME:
+            raise MalformedError(f"the name {_show(name)} is too long")
+    path = b"/".join(parts)
+    if len(path) >= MAX_PATH:
+        raise MalformedError(f"the name {_show(name)} is too long")
+    return path
+
+
+def _as_link(entry: Entry, target: bytes) -> Entry:
+    return Entry(b"", tar.LINK, entry.mode, entry.uid, entry.gid, 0, entry.mtime, target)
+
+
+def sanitise(entry: Entry) -> None:
+    """Keep the times and extended attributes that squashfs and overlayfs can.
+
+    :raises MalformedError: the attributes are too large, or have no proper names.
+    """
+    entry.mtime = min(max(entry.mtime, 0), _MAX_TIME)
+    if entry.xattrs:
+        if sum(len(k) + len(v) for k, v in entry.xattrs.items()) > MAX_XATTRS:
+            raise MalformedError(f"{_show(entry.name)} has too large extended attributes")
+        entry.xattrs = dict(_kept(entry.xattrs))
+
+
+def _kept(xattrs: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
+    for key, value in xattrs.items():
+        if b"\0" in key or len(key) > MAX_NAME:
+            raise MalformedError(f"the extended attribute {_show(key)} has no proper name")
+        if key.startswith(_KNOWN_XATTRS) and not key.startswith(b"trusted.overlay."):
+            yield key, value
+
+
+def _show(name: bytes) -> str:
+    return ascii(name[:200].decode("utf-8", "backslashreplace"))

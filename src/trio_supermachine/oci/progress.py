@@ -1,0 +1,32 @@
+"""What a long operation on an image tells its caller while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import attrs
+
+
+@attrs.frozen
+class Progress:
+    """One step of progress.
+
+    :attr:`phase` is ``"convert"``, ``"verify"`` or ``"download"``; :attr:`item` is what it works
+    on, for people; :attr:`done` and :attr:`total` are bytes (``total`` is `None` if unknown).
+    """
+
+    phase: str
+    item: str
+    done: int
+    total: int | None
+
+
+ProgressCallback = Callable[[Progress], Awaitable[None]]
+
+
+async def report(
+    callback: ProgressCallback | None, phase: str, item: str, done: int, total: int | None
+) -> None:
+    """Tell ``callback``, if there is one."""
+    if callback is not None:
+        await callback(Progress(phase, item, done, total))

@@ -1,0 +1,181 @@
+"""From a layer blob to a squashfs file, by ``sqfstar``, without privileges."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import attrs
+import trio
+
+from ..errors import AssetNotFound, SupermachineError
+from .decompress import Blob, open_layer
+from .layer import Conflict, DirectoryInfo, LayerFilter, LayerInfo, Resolve, Sink
+from .malformed import MalformedError
+from .tar import TarReader
+
+_PIPE = 1 << 20
+_STDERR_TAIL = 2000
+#: LZ4 decompresses fastest by far where instructions are emulated. A fixed creation time makes
+#: the file a function of its input.
+_OPTIONS = ("-comp", "lz4", "-mkfs-time", "0", "-no-progress", "-quiet", "-exit-on-error")
+
+
+@attrs.frozen
+class Converted:
+    """What a conversion found out."""
+
+    blob_digest: str
+    diff_id: str
+    info: LayerInfo
+
+
+async def convert(blob: Blob, dest: Path, *, limit: int, resolve: Resolve) -> Converted:
+    """Write the layer in ``blob`` to ``dest`` as squashfs. The caller compares the digests.
+
+    ``limit`` bounds the bytes of the layer, before and after the expansion of holes.
+    Cancellation kills the tool and waits for it; what ``dest`` then holds is of no use.
+
+    :raises MalformedError: the layer is damaged or tries to leave its root.
+    :raises AssetNotFound: ``sqfstar`` is not installed.
+    """
+    tool = find_tool("sqfstar")
+    return await trio.to_thread.run_sync(_convert, tool, blob, dest, limit, resolve)
+
+
+async def write_squashfs(dest: Path, write: Callable[[Sink], None]) -> None:
+    """Write to ``dest`` the squashfs of the tar stream that ``write`` writes, in a thread.
+
+    Cancellation as for :func:`convert`. :raises AssetNotFound: ``sqfstar`` is not installed.
+    """
+    tool = find_tool("sqfstar")
+
+    def work() -> None:
+        with SqfsTar(tool, dest) as sink:
+            write(sink)
+            sink.finish()
+
+    await trio.to_thread.run_sync(work)
+
+
+def find_tool(name: str) -> str:
+    """The path of a program of squashfs-tools."""
+    found = shutil.which(name)
+    if found is None:
+        raise AssetNotFound(
+            name,
+            "the program is not installed (it is in squashfs-tools 4.5 or newer)",
+            remedy="apt-get install squashfs-tools",
+        )
+    return found
+
+
+def _convert(tool: str, blob: Blob, dest: Path, limit: int, resolve: Resolve) -> Converted:
+    check = trio.from_thread.check_cancelled
+    filter_ = LayerFilter(limit, resolve)
+    with open_layer(blob, limit, check) as (stored, layer), SqfsTar(tool, dest) as sink:
+        try:
+            filter_.first_pass(TarReader(layer), sink)
+            again = False
+        except Conflict:
+            again = True
+        # The stream beyond the archive's end belongs to the digests too.
+        diff_id = layer.digest()
+        digest = stored.digest()
+        if not again:
+            sink.finish()
+    if again:
+        with open_layer(blob, limit, check) as (stored, layer), SqfsTar(tool, dest) as sink:
+            filter_.second_pass(TarReader(layer), sink)
+            if (layer.digest(), stored.digest()) != (diff_id, digest):
+                raise MalformedError("the layer changed while it was read")
+            sink.finish()
+    return Converted(digest, diff_id, filter_.info())
+
+
+class SqfsTar(Sink):
+    """A running ``sqfstar``; leaving the block without :meth:`finish` kills it.
+
+    To be used in a worker thread of Trio's.
+    """
+
+    def __init__(self, tool: str, dest: Path) -> None:
+        self._tool = tool
+        self._dest = dest
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: IO[bytes] | None = None
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (__exit__ closes it)
+
+    def __enter__(self) -> SqfsTar:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._pipe is not None:
+            try:
+                self._pipe.close()
+            except BrokenPipeError:
+                pass
+        self._stderr.close()
+
+    def begin(self, root: DirectoryInfo) -> None:
+        self._dest.unlink(missing_ok=True)
+        options = [
+            *_OPTIONS,
+            *("-root-mode", f"{root.mode:o}", "-root-time", str(root.mtime)),
+            *("-root-uid", str(root.uid), "-root-gid", str(root.gid)),
+        ]
+        self._process = subprocess.Popen(
+            [self._tool, *options, os.fspath(self._dest)],
+            stdin=subprocess.PIPE,
+            stdout=self._stderr,
+            stderr=self._stderr,
+            bufsize=_PIPE,
+            env={"PATH": os.defpath, "LC_ALL": "C"},
+        )
+        self._pipe = self._process.stdin
+        assert self._pipe is not None
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            try:
+                fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE)
+            except PermissionError:
+                pass  # the user's pipes hold too much already; a small one works as well
+
+    def write(self, data: bytes | memoryview) -> None:
+        assert self._pipe is not None
+        try:
+            self._pipe.write(data)
+        except BrokenPipeError:
+            raise self._failure() from None
+
+    def finish(self) -> None:
+        """Close the stream and wait for the file to be complete."""
+        assert self._process is not None
+        assert self._pipe is not None
+        try:
+            self._pipe.close()
+        except BrokenPipeError:
+            raise self._failure() from None
+        trio.from_thread.run(_wait, self._process)
+        if self._process.returncode:
+            raise self._failure()
+
+    def _failure(self) -> SupermachineError:
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - _STDERR_TAIL))
+        said = self._stderr.read().decode("utf-8", "replace").strip()
+        said = said or "no reason given"
+        return SupermachineError(f"sqfstar could not write {self._dest}: {said}")
+
+
+async def _wait(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process, cancellably."""
+    await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
