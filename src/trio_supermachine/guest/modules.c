@@ -1,0 +1,39 @@
+#include "modules.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "util.h"
+
+#define MODULE_COMPRESSED_FILE 4 /* MODULE_INIT_COMPRESSED_FILE of linux/module.h */
+
+static bool ends_with(const char *text, const char *end) {
+    size_t size = strlen(text), end_size = strlen(end);
+    return size >= end_size && !strcmp(text + size - end_size, end);
+}
+
+static void load(const char *name) {
+    char path[300];
+    snprintf(path, sizeof path, "/modules/%s", name);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int flags = ends_with(name, ".ko") ? 0 : MODULE_COMPRESSED_FILE;
+    if (fd < 0 || (syscall(SYS_finit_module, fd, "", flags) && errno != EEXIST))
+        say("module %s: %s", name, strerror(errno));
+    if (fd >= 0) close(fd);
+    unlink(path); /* its memory is the guest's */
+}
+
+void load_modules(void) {
+    FILE *order = fopen("/modules/order", "re");
+    if (!order) return;
+    char name[256];
+    while (fgets(name, sizeof name, order)) {
+        name[strcspn(name, "\n")] = 0;
+        if (*name) load(name);
+    }
+    fclose(order);
+}
