@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.vm
 
 PROGRAM = [sys.executable, "-m", "trio_supermachine.cli"]
 BUSYBOX = "builtin:busybox"
-ANSWER = 120  # seconds: only a hang takes as long
+ANSWER = 60  # seconds: only a hang takes as long
 
 
 def cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -273,6 +274,14 @@ def test_an_interactive_terminal_is_the_guests_with_its_size_and_ctrl_c() -> Non
     assert terminal.exitstatus == 5
 
 
+def read_until_up(terminal: int) -> None:
+    """Read what a program writes to a terminal, until it says ``up``."""
+    said = b""
+    while b"up" not in said:
+        assert select.select([terminal], [], [], ANSWER)[0], said
+        said += os.read(terminal, 1000)
+
+
 @pytest.mark.parametrize(
     "command", ["exit 0", "kill -9 $$", "poweroff -f"], ids=["exit", "killed", "power-off"]
 )
@@ -286,9 +295,7 @@ def test_the_terminal_is_restored_however_the_command_ends(command: str) -> None
             stdout=theirs,
             stderr=subprocess.DEVNULL,
         ) as process:
-            said = b""
-            while b"up" not in said:
-                said += os.read(ours, 1000)
+            read_until_up(ours)
             assert not termios.tcgetattr(theirs)[3] & termios.ICANON
             os.write(ours, b"\r")
             process.wait(ANSWER)
@@ -309,9 +316,7 @@ def test_the_terminal_is_restored_after_sigterm() -> None:
             stdout=theirs,
             stderr=subprocess.DEVNULL,
         ) as process:
-            said = b""
-            while b"up" not in said:
-                said += os.read(ours, 1000)
+            read_until_up(ours)
             process.terminate()
             assert process.wait(ANSWER) == 128 + signal.SIGTERM
         assert termios.tcgetattr(theirs) == before

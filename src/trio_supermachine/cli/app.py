@@ -35,7 +35,8 @@ def run_app(arguments: Sequence[str]) -> int:
     except click.ClickException as exc:
         context = getattr(exc, "ctx", None)
         name = context.command_path if context is not None else "trio-supermachine"
-        complain(f"{exc.format_message()} (see {name} --help)")
+        message = exc.format_message().rstrip(".")
+        complain(f"{message} (see {name} --help)")
         return OWN_ERROR if name.endswith(" run") else _USAGE
     except (click.Abort, KeyboardInterrupt):  # Ctrl-C before anything was started
         return SIGNALLED + _SIGINT
