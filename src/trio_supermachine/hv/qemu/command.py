@@ -30,6 +30,10 @@ _FIRST_DISK_SLOT: Final = 2
 _FUNCTIONS: Final = 8
 MAX_DISKS: Final = (32 - _FIRST_DISK_SLOT) * _FUNCTIONS
 
+# A disk takes two interrupt vectors, and a processor has about 200 in all. Disks beyond these
+# share the four interrupt lines of the bus.
+_DISKS_WITH_VECTORS: Final = 64
+
 _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 #: Without "enhanced rep movsb": TCG moves byte by byte there, and the kernel copies memory with it
@@ -126,7 +130,11 @@ def command_line(
                 f"vd{index}",
                 slot=_FIRST_DISK_SLOT + slot,
                 function=function,
-                properties={"drive": name, "num-queues": 1},
+                properties={
+                    "drive": name,
+                    "num-queues": 1,
+                    "vectors": 2 if index < _DISKS_WITH_VECTORS else 0,
+                },
             ),
         ]
     return [os.fsencode(argument) for argument in arguments]
