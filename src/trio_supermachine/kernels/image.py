@@ -73,7 +73,7 @@ def has_pvh_entry(elf: bytes) -> bool:
             kind, _, start, _, _, length = struct.unpack_from("<IIQQQQ", elf, offset + index * size)
             if kind == _PT_NOTE and _has_note(elf[start : start + length]):
                 return True
-    except struct.error:
+    except (struct.error, OverflowError):  # an offset beyond the file, or beyond any
         pass
     return False
 
