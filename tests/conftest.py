@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
 from trio_supermachine import Image, Vm
+
+
+#: Seconds after which a test gives up, and says what came so far.
+PATIENCE = 60
 
 
 def open_files() -> dict[int, str]:
@@ -81,9 +85,20 @@ async def guest_processes(vm: Vm, name: str) -> list[str]:
 
 async def read_until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
     """Receive until what has come ends with ``end``."""
+    return await _read(stream, lambda got: got.endswith(end))
+
+
+async def read_past(stream: trio.abc.ReceiveStream, text: bytes) -> bytes:
+    """Receive until ``text`` has come."""
+    return await _read(stream, lambda got: text in got)
+
+
+async def _read(stream: trio.abc.ReceiveStream, enough: Callable[[bytes], bool]) -> bytes:
     got = b""
-    while not got.endswith(end):
-        chunk = await stream.receive_some()
-        assert chunk, got
-        got += chunk
+    with trio.move_on_after(PATIENCE) as scope:
+        while not enough(got):
+            chunk = await stream.receive_some()
+            assert chunk, got
+            got += chunk
+    assert not scope.cancelled_caught, got
     return got

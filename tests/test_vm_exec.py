@@ -11,7 +11,7 @@ import trio
 
 from trio_supermachine import ExecChild, Vm
 
-from .conftest import guest_processes, read_until
+from .conftest import guest_processes, read_past, read_until
 
 pytestmark = pytest.mark.vm
 
@@ -91,7 +91,8 @@ async def test_a_background_child_in_the_group_does_not_outlive_the_block(vm: Vm
 
 
 async def test_a_detached_child_lives_on(vm: Vm) -> None:
-    await vm.run_process(["sh", "-c", "setsid sleep 1004 >/dev/null 2>&1 </dev/null &"])
+    detach = "setsid sh -c '>/tmp/up; exec sleep 1004' >/dev/null 2>&1 </dev/null &"
+    await vm.run_process(["sh", "-c", detach + " while [ ! -e /tmp/up ]; do :; done"])
     assert len(await guest_processes(vm, "sleep 1004")) == 1
 
 
@@ -168,21 +169,22 @@ async def test_environment_directory_and_user(vm: Vm) -> None:
 async def test_a_terminal(vm: Vm) -> None:
     async with vm.exec(["sh"], tty=True, winsize=(100, 30), env={"PS1": "> "}) as child:
         assert child.stdin is not None
-        await read_until(child.stdout, b"> ")
+        await read_past(child.stdout, b"> ")
         await child.stdin.send_all(b"stty size; tty\n")
-        assert b"30 100\r\n/dev/pts/" in await read_until(child.stdout, b"> ")
+        await read_past(child.stdout, b"30 100\r\n/dev/pts/")
         await child.resize(90, 20)
         await child.stdin.send_all(b"stty size\n")
-        assert b"20 90\r\n" in await read_until(child.stdout, b"> ")
+        await read_past(child.stdout, b"20 90\r\n")
         await child.stdin.send_all(b"sleep 1000\n")
-        await read_until(child.stdout, b"sleep 1000\r\n")
         while not await guest_processes(vm, "sleep 1000"):
             pass
-        await child.stdin.send_all(b"\x03")
-        await read_until(child.stdout, b"> ")
-        assert await child.stderr.receive_some() == b""
+        await child.stdin.send_all(b"\x03echo status $?\n")
+        await read_past(child.stdout, b"status 130\r\n")
         await child.stdin.aclose()
-        assert await child.wait() == 130
+        async for _ in child.stdout:
+            pass
+        assert await child.stderr.receive_some() == b""
+        assert await child.wait() == 0
 
 
 async def test_run_process_in_a_nursery_hands_out_the_child(vm: Vm) -> None:
