@@ -370,18 +370,20 @@ class Exec:
         return self.acks.pop(sequence)
 
 
+def agent_program() -> Path:
+    """The agent; ``GUEST_AGENT`` names another build of it, such as one with sanitizers."""
+    return Path(os.environ.get("GUEST_AGENT") or init_binary())
+
+
 @contextmanager
-def start_agent(
-    *arguments: str, program: Path | None = None, preexec: Callable[[], None] | None = None
-) -> Iterator[Agent]:
+def start_agent(*arguments: str) -> Iterator[Agent]:
     """The agent before its set-up. It has ended when the block is left."""
     ours, theirs = socket.socketpair()
     with ours:
         process = subprocess.Popen(
-            [program or init_binary(), "--agent-on-fd", str(theirs.fileno()), *arguments],
+            [agent_program(), "--agent-on-fd", str(theirs.fileno()), *arguments],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            preexec_fn=preexec,
         )
         theirs.close()
         try:

@@ -21,9 +21,10 @@ ARCHITECTURES = ("x86_64", "aarch64")
 _HERE = Path(__file__).resolve().parent
 _BIN = _HERE / "bin"
 _FLAGS = (
-    "-static -Os -s -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Werror -fno-strict-aliasing"
-    " -fno-ident -g0 -Wl,--build-id=none"
-).split()
+    *("-static", "-Os", "-s", "-g0", "-std=gnu11", "-D_GNU_SOURCE", "-fno-strict-aliasing"),
+    *("-Wall", "-Wextra", "-Werror"),
+    *("-fno-ident", "-Wl,--build-id=none"),  # nothing but what the sources say
+)
 _PROGRAMS = {"init": "*.c", "launcher": "host/*.c"}
 
 

@@ -10,6 +10,7 @@
 
 #include "children.h"
 #include "image.h"
+#include "power.h"
 #include "program.h"
 
 struct waiter {
@@ -44,7 +45,10 @@ static void end(void) {
 static void workload_ended(struct watch *watch, uint32_t events) {
     (void)watch, (void)events;
     if (phase != RUNNING || !child_ended(&workload, &result)) return;
-    /* It stays a zombie as long as the machine runs: its group is what workload_kill means. */
+    if (machine_is_ours) {
+        child_reap(&workload);
+        group = 0; /* and could be another's soon */
+    }
     end();
 }
 
