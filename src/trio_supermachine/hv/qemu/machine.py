@@ -21,8 +21,8 @@ _T = TypeVar("_T")
 
 _RECEIVE: Final = 64 * 1024
 _CONSOLE_TAIL: Final = 4096
-#: How long channels may stay open when the process is dead, and the process when its guest
-#: channel has ended. In seconds.
+#: How long channels may stay open when the process is dead, and the process when a channel has
+#: ended. In seconds.
 _GRACE: Final = 1.0
 
 #: Causes of QMP's SHUTDOWN event.
@@ -154,18 +154,23 @@ class QemuMachine(Machine):
             await self._qmp.run()
         except QmpProtocolError as exc:
             self._give_up(f"QEMU's control channel: {exc}")
+        else:
+            await self._not_without("QEMU's control channel has ended")
 
     async def _serve_vsock(self) -> None:
         try:
             await self._mux.run()
         except VsockProtocolError as exc:
             self._give_up(f"the guest broke the vsock protocol: {exc}")
-            return
-        # QEMU closes the channel on its way out. A machine without one is of no use.
+        else:
+            await self._not_without("the guest's channel has ended")
+
+    async def _not_without(self, fault: str) -> None:
+        """QEMU closes its channels on its way out; a machine without one is of no use."""
         with trio.move_on_after(_GRACE) as scope:
             await self._gone.wait()
         if scope.cancelled_caught:
-            self._give_up("the guest's channel has ended")
+            self._give_up(fault)
 
     def _give_up(self, fault: str) -> None:
         self._fault = fault
