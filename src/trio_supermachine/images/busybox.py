@@ -76,7 +76,7 @@ async def find_busybox(downloads: Path) -> Busybox:
     :raises AssetNotFound: there is none, and none can be fetched.
     """
     if explicit := os.environ.get(_VARIABLE):
-        path = Path(os.path.abspath(explicit))
+        path = Path(explicit)
         if not is_static(path):
             reason = f"{_VARIABLE} is {path}, which is not a static program"
             raise AssetNotFound("busybox", reason, remedy=_REMEDY)

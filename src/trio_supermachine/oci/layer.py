@@ -313,7 +313,7 @@ def clean(name: bytes) -> bytes:
 
     :raises MalformedError: it is absolute, has a ``..``, a NUL, or is too long.
     """
-    if name.startswith(b"/"):
+    if name.startswith(b"/") and name.strip(b"/"):  # some tools call the root "/"
         raise MalformedError(f"the name {_show(name)} is absolute")
     if b"\0" in name:
         raise MalformedError(f"the name {_show(name)} has a NUL")
