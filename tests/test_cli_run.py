@@ -149,27 +149,25 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopping_signal_leaves_nothing_behind(signum: signal.Signals) -> None:
     with start(BUSYBOX, "sh", "-c", "echo started; sleep 1000") as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"started\n"
-        assert len(session(process.pid)) > 1  # the engine
-        process.send_signal(signum)
-        assert process.wait(ANSWER) == 128 + signum
-        assert session(process.pid) == []
-        assert process.stderr is not None
-        assert process.stderr.read() == b""
-
-
-def session(leader: int) -> list[int]:
-    """The processes of a session that still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, sid = stat.read_text().rpartition(") ")[2].split()[:4]
-        except OSError:
-            continue
-        if int(sid) == leader and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.readline() == b"started\n"
+            engines = descendants(process.pid)
+            assert engines
+            process.send_signal(signum)
+            assert process.wait(ANSWER) == 128 + signum
+            assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+            assert process.stderr.read() == b""
+        finally:
+            process.kill()
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of a process, and theirs."""
+    listed = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for file in listed for child in file.read_text().split()]
+    return children + [pid for child in children for pid in descendants(child)]
 
 
 @pytest.mark.parametrize(

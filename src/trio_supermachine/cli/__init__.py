@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
     """The entry point of the program ``trio-supermachine``."""
+    _open_standard_files()
     try:
         import click  # noqa: F401
     except ModuleNotFoundError:
@@ -18,3 +20,15 @@ def main() -> NoReturn:
     from .app import run_app
 
     sys.exit(run_app(sys.argv[1:]))
+
+
+def _open_standard_files() -> None:
+    """Where this program was started without stdin, stdout or stderr, put nothing in their place.
+
+    Otherwise the next files that are opened get their numbers.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number

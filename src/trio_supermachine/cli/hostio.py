@@ -26,12 +26,7 @@ _READ: Final = 64 * 1024
 
 async def forward_input(fd: int, stdin: trio.abc.SendStream) -> None:
     """Send what can be read from ``fd`` to a program, until the end of either."""
-    try:
-        # A copy of its own: Trio lets one task wait for a descriptor.
-        fd = os.dup(fd)
-    except OSError:  # this program was started without a stdin
-        await stdin.aclose()
-        return
+    fd = os.dup(fd)  # a copy of its own: Trio lets one task wait for a descriptor
     try:
         while data := await _read(fd):
             await stdin.send_all(data)
@@ -78,11 +73,7 @@ class Output:
 
     async def copy(self) -> None:
         """Copy until the end. A reader that goes away closes the program's end too."""
-        try:
-            fd = os.dup(self._fd)
-        except OSError:  # this program was started without it
-            await self._stream.aclose()
-            return
+        fd = os.dup(self._fd)
         try:
             while chunk := await self._receive():
                 await write_to_host(fd, chunk)
