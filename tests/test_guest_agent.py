@@ -348,11 +348,13 @@ def test_signals_reach_the_process_or_its_group_and_are_acknowledged(agent: Agen
     assert done.finish().returncode == -signal.SIGKILL
 
 
-def test_a_signal_after_the_end_finds_nobody(agent: Agent) -> None:
-    done = agent.exec(["sh", "-c", "sleep 1000 &"])
-    done.until(lambda: done.exit is not None)
-    assert done.signal(signal.SIGKILL, group=True) == errno.ESRCH
-    done.connection.reset()
+def test_after_its_end_a_signal_finds_no_process_but_perhaps_its_group(agent: Agent) -> None:
+    done = agent.exec(["sh", "-c", "sleep 1000 & echo $!"])
+    done.until(lambda: done.exit is not None and bool(done.output[1]))
+    assert done.signal(signal.SIGKILL) == errno.ESRCH
+    assert done.signal(signal.SIGKILL, group=True) == 0
+    wait_until_gone(agent, int(done.output[1]))
+    assert done.finish().returncode == 0
 
 
 def test_a_timeout_kills_the_group_and_says_so(agent: Agent) -> None:
@@ -535,6 +537,18 @@ def test_a_cap_holds_for_files_that_do_not_tell_their_size(agent: Agent) -> None
     number, _, value = connection.error()
     assert number == errno.EFBIG
     assert value > 10
+
+
+def test_a_cap_holds_for_a_device_without_end(agent: Agent) -> None:
+    connection = agent.dial()
+    connection.send(read_request("/dev/zero", 100_000))
+    connection.expect(g.OK)
+    kinds = []
+    while connection.ended is None or connection.frames:
+        kinds.append(connection.next_frame()[0])
+        if kinds[-1] == g.ERROR:
+            break
+    assert set(kinds) == {g.DATA, g.ERROR}
 
 
 def test_what_is_no_file_is_not_read(agent: Agent, tmp_path: Path) -> None:

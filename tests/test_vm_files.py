@@ -47,8 +47,11 @@ async def test_a_cap_is_an_error_never_a_truncation(vm: Vm) -> None:
     with pytest.raises(FileTooLarge) as caught:
         await vm.read_file_with_max_bytes("/tmp/data", 99)
     assert (caught.value.max_bytes, caught.value.size) == (99, 100)
+    async with vm.open_write("/tmp/large") as sink:
+        for _ in range(33):
+            await sink.send_all(bytes(1 << 20))
     with pytest.raises(FileTooLarge):
-        await vm.read_file("/dev/zero")
+        await vm.read_file("/tmp/large")
 
 
 async def test_streams_of_files(vm: Vm) -> None:

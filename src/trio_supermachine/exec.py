@@ -109,8 +109,10 @@ class _Connection:
         """
         if self.failure is not None:
             raise self.failure
-        if self.over:
+        if self._scope.cancel_called:
             raise trio.ClosedResourceError("this exec's block has been left")
+        if self._done.is_set():  # the VM's nursery has ended under it
+            raise await self._client.failure(None, "an exec")
         await self._changed.park()
 
     @property
@@ -139,8 +141,9 @@ class _Connection:
         """Wait until the program runs. :raises OSError: it could not be started."""
         while self.protocol.pid is None:
             if self.protocol.error is not None:
-                program = self._request.chain[0][0]
-                raise guest_os_error(self.protocol.error, program)
+                at_cwd = self.protocol.error.value == wire.FAILED_AT_CWD
+                failed = self._request.cwd if at_cwd else self._request.chain[0][0]
+                raise guest_os_error(self.protocol.error, failed)
             await self.changed()
 
     async def wait_exit(self) -> Exit:

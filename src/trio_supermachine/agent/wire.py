@@ -85,6 +85,9 @@ class ExecFlags(IntFlag):
 
 EXIT_TIMED_OUT: Final = 1
 
+#: The ``value`` of an exec's ERROR when its working directory is what failed.
+FAILED_AT_CWD: Final = 1
+
 
 @attrs.frozen
 class Frame:

@@ -127,7 +127,7 @@ static void start(struct exec *exec) {
     int error = start_stage(exec, &failed);
     if (error) {
         if (ends.agent[0] >= 0) close(ends.agent[0]);
-        session_fail(session, error, 0, "%.300s: %s", failed, strerror(error));
+        session_fail(session, error, failed == exec->cwd, "%.300s: %s", failed, strerror(error));
         return;
     }
     exec->started_ns = now_ns();
@@ -305,7 +305,8 @@ static bool take_signal(struct exec *exec, struct reader *payload) {
     uint32_t group = read_u32(payload);
     if (!read_whole(payload)) return false;
     int error = ESRCH;
-    if (exec->leader && !exec->exited)
+    /* The group may have members still when its leader has ended. */
+    if (group ? exec->group != 0 : exec->leader && !exec->exited)
         error = kill(group ? -exec->group : exec->leader->pid, signum) ? errno : 0;
     uint32_t answer[2] = {sequence, (uint32_t)error};
     session_send(exec->session, ACK, 0, answer, sizeof answer);

@@ -19,11 +19,13 @@ struct reading {
     uint64_t sent;
 };
 
-static int open_regular(const char *path, struct stat *status) {
+static int open_readable(const char *path, struct stat *status) {
     /* O_NONBLOCK: whatever it is, this loop must not hang on it. */
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
     if (fd < 0) return -1;
-    if (!fstat(fd, status) && S_ISREG(status->st_mode)) return fd;
+    bool known = !fstat(fd, status);
+    if (known && (S_ISREG(status->st_mode) || S_ISCHR(status->st_mode) || S_ISBLK(status->st_mode)))
+        return fd;
     close(fd);
     errno = S_ISDIR(status->st_mode) ? EISDIR : EINVAL;
     return -1;
@@ -38,7 +40,7 @@ static bool read_file_frame(struct session *session, enum frame_type type, uint8
     if (!read_whole(payload)) return false;
     struct stat status = {0};
     char *path = join_path(image.workdir, name);
-    int fd = path ? open_regular(path, &status) : -1;
+    int fd = path ? open_readable(path, &status) : -1;
     int error = errno;
     free(path);
     if (fd < 0) {

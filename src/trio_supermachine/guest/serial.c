@@ -16,7 +16,6 @@
 #define RECEIVE_WINDOW 262144u
 #define MAX_CONNECTIONS 1024u
 #define MAX_RESETS 64u        /* owed to connections that do not exist; then reading stops */
-#define READS_PER_TURN 16
 #define FIRST_LOCAL_PORT 49152u
 #define BUCKETS 256u
 
@@ -46,7 +45,7 @@ struct line {
 };
 
 static struct watch port;
-static bool readable, writable, ends_when_empty;
+static bool readable, writable, ends_when_empty, hung_up;
 static void (*carrier_end)(const char *);
 
 static uint8_t out[WRITE_SIZE];
@@ -373,24 +372,28 @@ static void parse(void) {
 }
 
 static bool take(void) {
-    for (int reads = 0; reads < READS_PER_TURN; reads++) {
-        parse();
-        if (in_at < in_size) return false; /* until the resets owed are out */
-        if (!readable) return false;
-        ssize_t got = read(port.fd, in, sizeof in);
-        in_at = in_size = 0;
+    parse();
+    if (in_at < in_size) return writable; /* the resets owed go out first */
+    in_at = in_size = 0;
+    /* A read gives a page at the most: what is there is taken in together, so that a program
+     * gets its stdin in large pieces. */
+    while (readable && in_size < sizeof in) {
+        ssize_t got = read(port.fd, in + in_size, sizeof in - in_size);
         if (got > 0) {
-            in_size = (size_t)got;
+            in_size += (size_t)got;
         } else if (got == 0) {
             readable = false; /* on a virtio port: the host's end is not open now */
-            if (ends_when_empty) carrier_end(NULL);
+            hung_up = ends_when_empty;
         } else if (errno == EAGAIN) {
             readable = false;
         } else if (errno != EINTR) {
             carrier_end(strerror(errno));
         }
     }
-    return true;
+    parse();
+    if (in_at < in_size) return writable;
+    if (hung_up) carrier_end(NULL);
+    return readable;
 }
 
 static void port_ready(struct watch *watch, uint32_t events) {
