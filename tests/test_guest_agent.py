@@ -227,7 +227,7 @@ def test_stdin_beyond_its_window_breaks_the_connection(agent: Agent) -> None:
 
 
 def test_a_program_that_closes_stdin_tells_so(agent: Agent) -> None:
-    done = agent.exec(["sh", "-c", "exec <&-; echo closed; read x <fifo"], flags=g.STDIN)
+    done = agent.exec(["sh", "-c", "exec <&-; exec sleep 1000"], flags=g.STDIN)
     done.until(lambda: done.stdin_closed)
     done.connection.reset()
 

@@ -150,8 +150,10 @@ async def test_the_workload_runs_by_itself_and_can_be_signalled(tmp_path: Path) 
         tmp_path, ["sh", "-c", "echo work; trap 'exit 5' USR1; while :; do sleep 0.05; done"]
     )
     async with Vm.start(image) as vm:
+        said = b""
         async for chunk in vm.console:
-            if b"work" in chunk:
+            said += chunk
+            if b"work\r\n" in said:
                 break
         pid = int(await vm.read_file("/run/supermachine-workload.pid"))
         await vm.run_process(["kill", "-0", str(pid)])

@@ -158,7 +158,7 @@ class LayerFilter:
         """The clean path of an entry that makes something of its own, its parents made."""
         path = clean(entry.name)
         parent, _, name = path.rpartition(b"/")
-        if name.startswith(_WHITEOUT) or _WHITEOUT in parent:
+        if name.startswith(_WHITEOUT) or b"/" + _WHITEOUT in b"/" + parent:
             self._mark(path)
             return None
         if path:

@@ -93,7 +93,9 @@ class TarReader:
         yield from _zeros(self._size - position)
 
     def _next(self) -> Entry | None:
-        self._discard(self._left + self._padding)
+        self._discard(self._left)
+        # Go's writers (umoci) may leave out what pads the last body; Go's reader takes that.
+        self._read(self._padding)
         self._left = self._padding = 0
         pax = self._global
         long_name = long_link = None
