@@ -53,7 +53,7 @@ BASE = [
     member(
         "capable",
         data=b"x",
-        pax_headers={"SCHILY.xattr.user.name": "value", "SCHILY.xattr.user.empty": ""},
+        pax_headers={"SCHILY.xattr.user.name": "value"},
     ),
     member("twice", data=b"first"),
     member("twice", data=b"second", mode=0o600),

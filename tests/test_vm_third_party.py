@@ -20,11 +20,8 @@ async def make_busybox_rootfs(root: Path) -> None:
     (root / "bin").mkdir(parents=True)
     (root / "tmp").mkdir()
     await run(["cp", "/bin/busybox", str(root / "bin")])
-    await run(["/bin/busybox", "--install", "-s", str(root / "bin")], check=False)
     for name in ("sh", "cat", "echo", "id", "env", "pwd", "sleep", "ls", "stat"):
-        link = root / "bin" / name
-        if not link.is_symlink():
-            link.symlink_to("busybox")
+        (root / "bin" / name).symlink_to("busybox")
     (root / "etc").mkdir()
     (root / "etc/passwd").write_text(
         "root:x:0:0:root:/root:/bin/sh\napp:x:1234:567::/home/app:/bin/sh\n"
@@ -48,7 +45,7 @@ async def test_an_image_of_umoci_is_honoured_in_every_field(tmp_path: Path) -> N
     loaded = await Image.from_oci(f"oci:{image}")
     assert loaded.config.argv == ("/bin/echo", "from the workload")
     async with Vm.start(loaded) as vm:
-        assert await vm.wait_workload() == 0
+        assert await vm.wait_workload() == 0, vm.console.tail()
         assert b"from the workload" in vm.console.tail()
         done = await vm.run_process(
             ["sh", "-c", "id -un; id -G; pwd; echo $GREETING; echo $HOME"], capture_stdout=True
