@@ -34,7 +34,8 @@ while :; do
     read -r line <&3 || exit
     case $line in
         out) dd if=/dev/zero bs=32k count={SIZE >> 15} >&3 2>/dev/null;;
-        in) dd of=/dev/null bs=64k iflag=fullblock count={SIZE >> 16} <&3 2>/dev/null; echo done >&3;;
+        in) dd of=/dev/null bs=64k iflag=fullblock count={SIZE >> 16} <&3 2>/dev/null
+            echo done >&3;;
     esac
 done
 """

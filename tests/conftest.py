@@ -12,7 +12,6 @@ import trio
 
 from trio_supermachine import Image, Vm
 
-
 #: Seconds after which a test gives up, and says what came so far.
 PATIENCE = 60
 

@@ -63,7 +63,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     )
     # The pipe's other end is the child's, too: end of file is the end of both.
     output, _ = parent.communicate()
-    assert [int(word) for word in output.split()][0] == parent.pid
+    assert int(output.split()[0]) == parent.pid
 
 
 def test_the_launcher_reports_what_cannot_be_executed() -> None:

@@ -92,13 +92,12 @@ def debian_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("debian")
     archive, layout = directory / "root.tar", directory / "layout"
 
+    release = dict(
+        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if line
+    )
+    codename = release["VERSION_CODENAME"]
+
     async def make() -> None:
-        release = Path("/etc/os-release").read_text()
-        (codename,) = [
-            line.partition("=")[2]
-            for line in release.splitlines()
-            if line.startswith("VERSION_CODENAME=")
-        ]
         packages = "python3,libpython3-stdlib"
         found = await run(
             ["apt-cache", "search", "--names-only", r"^libpython3\.[0-9]*-testsuite$"]

@@ -60,19 +60,19 @@ class Image:
 
     @staticmethod
     async def from_oci(
-        reference: str,
+        ref: str,
         *,
         pull: PullPolicy = PullPolicy.MISSING,
         platform: str | None = None,
         engine: EngineName = "auto",
         progress: ProgressCallback | None = None,
     ) -> Image:
-        """Prepare the image that ``reference`` names.
+        """Prepare the image that ``ref`` names.
 
         Layers become read-only file systems in the data directory, once for all programs;
         digests are verified. Cancelling ends the work and leaves nothing half-made.
 
-        :param reference: ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``,
+        :param ref: ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``,
             ``docker-archive:FILE[:NAME]``, ``rootfs:DIR`` or ``builtin:busybox``.
         :param pull: when to ask a registry.
         :param platform: such as ``"linux/arm64"``; ``None`` is Linux on this machine's
@@ -87,7 +87,7 @@ class Image:
         :raises NotSupported: the image is in a registry, or of a kind not known here.
         :raises ConfigError: another argument makes no sense.
         """
-        parsed = Reference.parse(reference)
+        parsed = Reference.parse(ref)
         wanted = Platform.parse(platform)
         if not isinstance(pull, PullPolicy):
             raise ConfigError(f"pull is a PullPolicy, not {pull!r}")
@@ -98,9 +98,9 @@ class Image:
         try:
             found = await _prepare(parsed, wanted, ImageStore(), progress)
         except MalformedError as error:
-            raise ImageCorrupt(reference, str(error)) from error
+            raise ImageCorrupt(ref, str(error)) from error
         return Image(
-            reference=reference,
+            reference=ref,
             config=found.config,
             layers=found.layers,
             digest=found.digest,
