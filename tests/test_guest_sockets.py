@@ -93,6 +93,15 @@ def test_much_input_arrives_whole(agent: Agent, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == data
 
 
+def test_what_was_sent_before_closing_counts(agent: Agent, tmp_path: Path) -> None:
+    with agent.dial() as connection:
+        request = frame(g.WRITE_FILE, string(str(tmp_path / "file")) + u32(0o644))
+        connection.sendall(request + frame(g.DATA, b"x" * 65536) + frame(g.DATA, b"y"))
+        connection.sendall(frame(g.END))
+    agent.ask(frame(g.PING))
+    assert (tmp_path / "file").stat().st_size == 65537
+
+
 def test_closing_the_socket_kills_the_group(agent: Agent) -> None:
     with agent.dial() as connection:
         connection.sendall(exec_request(["sleep", "1000"]))

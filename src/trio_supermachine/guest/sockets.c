@@ -1,6 +1,7 @@
 #include "sockets.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -191,20 +192,21 @@ static void resume(struct conn *conn) {
 }
 
 static void take_line(struct line *line) {
-    if (line->hung_up) {
+    /* What came before the end counts; but nobody would read answers to more of it. */
+    if (line->hung_up && (line->rest_size || line->ended)) {
         break_off(line);
         return;
     }
     if (line->rest_size || !line->readable || line->ended) return;
     ssize_t got = recv(line->watch.fd, in, sizeof in, 0);
-    if (got < 0) {
-        if (errno == EAGAIN) line->readable = false;
-        else if (errno != EINTR) line->hung_up = true;
-        if (line->readable) list(line);
+    if (got < 0 && errno == EAGAIN) {
+        line->readable = false;
         return;
     }
-    if (got == 0) {
-        line->ended = true; /* it may still read; closing altogether hangs up */
+    if (got <= 0) {
+        if (got < 0 && errno != EINTR) line->hung_up = line->ended = true;
+        if (got == 0) line->ended = true; /* it may still read; closing altogether hangs up */
+        list(line);
         return;
     }
     size_t used = offer(line, in, (size_t)got);
@@ -284,6 +286,7 @@ static struct conn *dial(uint32_t port) {
     socklen_t size = address_of(port, VMADDR_CID_HOST, &address);
     int fd = open_socket(0);
     if (connect(fd, (struct sockaddr *)&address, size)) die("the host: %s", strerror(errno));
+    fcntl(fd, F_SETFL, O_NONBLOCK);
     return &add(fd)->conn;
 }
 
