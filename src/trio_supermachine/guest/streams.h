@@ -5,7 +5,7 @@
 #include "session.h"
 
 /* What the host may send ahead of a program that does not read its stdin. */
-#define STDIN_WINDOW 131072u
+#define STDIN_WINDOW 262144u
 
 struct output {
     struct watch watch; /* fd -1: closed, or never there */
