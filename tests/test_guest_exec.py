@@ -139,7 +139,7 @@ def test_users_come_from_the_images_own_files(tmp_path: Path) -> None:
     (tmp_path / "dev/null").touch()
     with start_agent("--root", str(tmp_path)) as agent:
         agent.set_up(workdir="/srv/deep", user="app")
-        assert (tmp_path / "work/deep").is_dir()
+        assert (tmp_path / "srv/deep").is_dir()
         got = run(agent, "busybox", "sh", "-c", "busybox id -u; busybox id -G; echo $HOME; pwd")
         assert got == (0, b"7\n8 9\n/home/app\n/srv/deep\n", b"")
 
