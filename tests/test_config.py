@@ -126,3 +126,8 @@ def test_what_is_not_built_is_refused_by_name(feature: str, config: VmConfig) ->
     with pytest.raises(NotSupported) as caught:
         config.refuse_unbuilt()
     assert caught.value.feature == feature
+
+
+def test_assets_of_another_type_are_refused_where_they_are_written() -> None:
+    with pytest.raises(ConfigError, match="AssetPaths"):
+        VmConfig(assets="/boot/vmlinuz")  # type: ignore[arg-type]

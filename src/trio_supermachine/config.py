@@ -6,17 +6,15 @@ import re
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import attrs
 
 from . import _validators as check
 from ._validators import StrPath
+from .assets import AssetPaths
 from .errors import ConfigError, NotSupported
 from .resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, VolumeSpec, volume_tuple
-
-if TYPE_CHECKING:
-    from .assets import AssetPaths
 
 EngineName = Literal["auto", "qemu", "kvm"]
 
@@ -94,7 +92,7 @@ class VmConfig:
     volumes: tuple[VolumeSpec, ...] = attrs.field(default=(), converter=volume_tuple)
     mounts: tuple[MountSpec, ...] = attrs.field(default=(), converter=_mount_tuple)
     #: Kernel, initramfs and engine program; ``None`` finds them.
-    assets: AssetPaths | None = None
+    assets: AssetPaths | None = attrs.field(default=None)
     #: Where the VM's unix sockets are made.
     vsock_mux_dir: Path | None = attrs.field(
         default=None, converter=attrs.converters.optional(check.host_path)
@@ -121,6 +119,11 @@ class VmConfig:
     def _check_vcpus(self, field: object, value: object) -> None:
         if value is not None:
             check.integer("vcpus", value, 1, MAX_VCPUS)
+
+    @assets.validator
+    def _check_assets(self, field: object, value: object) -> None:
+        if value is not None and not isinstance(value, AssetPaths):
+            raise ConfigError(f"assets must be an AssetPaths, not {value!r}")
 
     @engine.validator
     def _check_engine(self, field: object, value: object) -> None:
