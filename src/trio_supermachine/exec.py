@@ -10,12 +10,13 @@ import errno as errno_names
 import operator
 import os
 import signal as signals
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final, final
 
 import trio
 
+from ._conflict import OneAtATime
 from .agent import wire
 from .agent.client import AgentClient, FrameStream, guest_os_error
 from .agent.execution import ExecProtocol
@@ -189,35 +190,17 @@ def _first_leaf(group: BaseExceptionGroup[Exception]) -> Exception:
     return exc
 
 
-class _Use:
-    """Refuses a second task in a method that only one may be in."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._held = False
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        if self._held:
-            raise trio.BusyResourceError(f"another task is already {self._what}")
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-
-
 @final
 class _StdinStream(trio.abc.SendStream):
     """The program's stdin."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
-        self._use = _Use("sending to this stdin")
+        self._use = OneAtATime("another task is already sending to this stdin")
         self._closed = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        with self._use.held():
+        with self._use:
             self._check_open()
             await trio.lowlevel.checkpoint()
             with memoryview(data).cast("B") as view:
@@ -227,7 +210,7 @@ class _StdinStream(trio.abc.SendStream):
                     sent += await self._connection.send_stdin(view[sent:])
 
     async def wait_send_all_might_not_block(self) -> None:
-        with self._use.held():
+        with self._use:
             self._check_open()
             await trio.lowlevel.checkpoint()
             await self._connection.stdin_ready()
@@ -251,13 +234,13 @@ class _OutputStream(trio.abc.ReceiveStream):
     def __init__(self, connection: _Connection, stream: StreamId) -> None:
         self._connection = connection
         self._stream = stream
-        self._use = _Use(f"receiving from this {stream.name.lower()}")
+        self._use = OneAtATime(f"another task is already receiving from this {stream.name.lower()}")
         self._closed = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be >= 1")
-        with self._use.held():
+        with self._use:
             await trio.lowlevel.checkpoint()
             while True:
                 if self._closed:

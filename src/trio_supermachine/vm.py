@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import trio
 
 from ._nursery import open_flat_nursery
 from .agent import wire
-from .agent.client import AgentClient, exited, fresh_setup
+from .agent.client import AgentClient, exited
 from .agent.wire import ExecFlags, ExecRequest, Exit
 from .config import VmConfig
 from .errors import ExecEof, FileTooLarge, StartTimeout, VmExited
@@ -323,7 +324,9 @@ async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterato
         vcpus=config.effective_vcpus,
         disks=tuple(Disk(path=layer) for layer in image.layers),
     )
-    setup = fresh_setup(
+    setup = wire.Setup(
+        realtime_ns=time.time_ns(),
+        seed=secrets.token_bytes(64),
         hostname=config.hostname or _DEFAULT_HOSTNAME,
         layers=len(image.layers),
         environment=image.config.env,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno as errno_names
 import os
-import secrets
-import time
 from typing import NoReturn, final
 
 import attrs
@@ -295,27 +293,3 @@ def exited(exit_: MachineExit, machine: Machine) -> VmExited:
     """A machine's end as an exception."""
     console = machine.console.tail().decode("utf-8", "replace")
     return VmExited(exit_.reason, exit_.detail, console=console)
-
-
-def fresh_setup(
-    *,
-    hostname: str,
-    layers: int,
-    environment: tuple[str, ...],
-    workdir: str,
-    user: str,
-    workload: tuple[str, ...],
-    stop_signal: int,
-) -> wire.Setup:
-    """A :class:`~.wire.Setup` with the time of now and new entropy."""
-    return wire.Setup(
-        realtime_ns=time.time_ns(),
-        seed=secrets.token_bytes(64),
-        hostname=hostname,
-        layers=layers,
-        environment=environment,
-        workdir=workdir,
-        user=user,
-        workload=workload,
-        stop_signal=stop_signal,
-    )

@@ -18,6 +18,7 @@ What becomes of things that an image layer and an overlayfs layer say differentl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 
 import attrs
@@ -66,14 +67,14 @@ class LayerInfo:
     root_opaque: bool
 
 
-class Sink:
+class Sink(ABC):
     """Where the filtered tar goes. ``begin`` comes first, with the root directory's attributes."""
 
-    def begin(self, root: DirectoryInfo) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def begin(self, root: DirectoryInfo) -> None: ...
 
-    def write(self, data: bytes | memoryview) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, data: bytes | memoryview) -> None: ...
 
 
 @attrs.define

@@ -8,6 +8,7 @@ from typing import Final, final
 
 import trio
 
+from ..._conflict import OneAtATime
 from .carrier import Carrier
 from .connection import Connection, State
 from .muxer import Listening, Mux
@@ -44,24 +45,6 @@ class _Parking:
             trio.lowlevel.reschedule(task)
 
 
-class _OneAtATime:
-    """Finds two tasks in the same operation."""
-
-    __slots__ = ("_busy", "_message")
-
-    def __init__(self, message: str) -> None:
-        self._message = message
-        self._busy = False
-
-    def __enter__(self) -> None:
-        if self._busy:
-            raise trio.BusyResourceError(self._message)
-        self._busy = True
-
-    def __exit__(self, *_: object) -> None:
-        self._busy = False
-
-
 @final
 class VsockStream(trio.abc.HalfCloseableStream):
     """One connection. :meth:`VsockMux.dial` and :meth:`VsockListener.accept` make them.
@@ -74,8 +57,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._mux = mux
         self._connection = connection
         self._closed = False
-        self._sending = _OneAtATime("another task is sending on this stream")
-        self._receiving = _OneAtATime("another task is receiving on this stream")
+        self._sending = OneAtATime("another task is sending on this stream")
+        self._receiving = OneAtATime("another task is receiving on this stream")
         self._sender = _Parking()
         self._receiver = _Parking()
         self._dialing = connection.state is State.DIALING
