@@ -38,6 +38,12 @@ async def test_a_vm_knows_what_it_is(vm: Vm) -> None:
     assert done.stdout.decode().split() == ["supermachine", "0", "/"]
 
 
+async def test_the_clock_is_right_after_a_boot(vm: Vm) -> None:
+    before = time.time()
+    done = await vm.run_process(["date", "+%s"], capture_stdout=True)
+    assert before - 1 <= int(done.stdout) <= time.time() + 1
+
+
 async def test_memory_cpus_and_hostname_are_as_configured(busybox: Image) -> None:
     config = VmConfig(memory_mib=384, vcpus=2, hostname="box")
     async with Vm.start(busybox, config) as vm:

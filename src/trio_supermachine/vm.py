@@ -325,7 +325,6 @@ async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterato
         disks=tuple(Disk(path=layer) for layer in image.layers),
     )
     setup = wire.Setup(
-        realtime_ns=time.time_ns(),
         seed=secrets.token_bytes(64),
         hostname=config.hostname or _DEFAULT_HOSTNAME,
         layers=len(image.layers),

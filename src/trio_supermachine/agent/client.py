@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno as errno_names
 import os
+import time
 from typing import NoReturn, final
 
 import attrs
@@ -78,7 +79,7 @@ class AgentClient:
             hello = wire.Hello.decode(frame.payload)
             if hello.version != wire.VERSION:
                 raise WireError(f"the guest speaks version {hello.version}, not {wire.VERSION}")
-            await self._lifeline.send(setup.encode())
+            await self._lifeline.send(setup.encode(time.time_ns()))
             await self._expect(self._lifeline, FrameType.READY)
         except (trio.BrokenResourceError, trio.ClosedResourceError, WireError) as exc:
             await self.raise_failure(exc, "setting up the guest")

@@ -226,7 +226,6 @@ def strings(values: Sequence[str | bytes]) -> bytes:
 class Setup:
     """What a freshly booted guest is told."""
 
-    realtime_ns: int
     seed: bytes = attrs.field(repr=False)
     hostname: str
     layers: int
@@ -236,13 +235,13 @@ class Setup:
     workload: Sequence[str] = ()
     stop_signal: int = 15
 
-    def encode(self) -> bytes:
-        """As a SETUP frame."""
+    def encode(self, realtime_ns: int) -> bytes:
+        """As a SETUP frame, with the time of now."""
         return frame(
             FrameType.SETUP,
             b"".join(
                 (
-                    struct.pack("<IQ", VERSION, self.realtime_ns),
+                    struct.pack("<IQ", VERSION, realtime_ns),
                     string(self.hostname),
                     blob(self.seed),
                     _U32.pack(self.layers),
