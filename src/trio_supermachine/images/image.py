@@ -5,27 +5,19 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, final, get_args
+from typing import TYPE_CHECKING, final
 
 import attrs
-import trio
 
 from ..config import EngineName
-from ..errors import ConfigError, ImageCorrupt, ImageNotFound
-from ..oci.blobs import Archive, Directory
 from ..oci.config import ImageConfig
-from ..oci.malformed import MalformedError
-from ..oci.manifest import LocalImage, find_in_docker_archive, find_in_layout
-from ..oci.platform import Platform
 from ..oci.progress import ProgressCallback
-from ..oci.reference import Reference
 from ..vm import Vm
-from . import busybox
-from .rootfs import HostTree
-from .store import ImageStore
 
 if TYPE_CHECKING:
     from ..config import VmConfig
+    from ..pool import PoolBuilder, PooledVm
+    from ..snapshots import Snapshot
 
 
 class PullPolicy(Enum):
@@ -39,7 +31,8 @@ class PullPolicy(Enum):
 @final
 @attrs.frozen(eq=False, kw_only=True, repr=False)
 class Image:
-    """An image that is ready to run. :meth:`from_oci` makes it.
+    """An image that is ready to run. :meth:`from_oci`, :meth:`builder` and :meth:`from_snapshot`
+    make one, and so does :meth:`Vm.snapshot`.
 
     :ivar reference: the reference as it was given.
     :ivar config: what the image says about running it.
@@ -47,6 +40,11 @@ class Image:
     :ivar digest: the digest of the image's manifest; for a docker archive that of its
         configuration, and for what is no OCI image a digest of what it was made of.
     :ivar engine: the engine that VMs of it run on unless told otherwise.
+    :ivar snapshot: what VMs of it are restored from; ``None`` for an image that boots.
+    :ivar memory_mib: the memory that its VMs have unless told otherwise, in MiB.
+    :ivar vcpus: the number of CPUs that its VMs have unless told otherwise.
+    :ivar guest_port: the TCP port that its workload serves, if that is known.
+    :ivar name: the name it was baked under.
     """
 
     reference: str
@@ -54,6 +52,11 @@ class Image:
     layers: tuple[Path, ...]
     digest: str
     engine: EngineName = "auto"
+    snapshot: Snapshot | None = None
+    memory_mib: int | None = None
+    vcpus: int | None = None
+    guest_port: int | None = None
+    name: str | None = None
 
     def __repr__(self) -> str:
         return f"<Image {self.reference!r} {self.digest}>"
@@ -87,75 +90,27 @@ class Image:
         :raises NotSupported: the image is in a registry, or of a kind not known here.
         :raises ConfigError: another argument makes no sense.
         """
-        parsed = Reference.parse(ref)
-        wanted = Platform.parse(platform)
-        if not isinstance(pull, PullPolicy):
-            raise ConfigError(f"pull is a PullPolicy, not {pull!r}")
-        if engine not in get_args(EngineName):
-            raise ConfigError(f"engine {engine!r} is not one of {', '.join(get_args(EngineName))}")
-        parsed.require_local()
-        await trio.lowlevel.checkpoint()
-        try:
-            found = await _prepare(parsed, wanted, ImageStore(), progress)
-        except MalformedError as error:
-            raise ImageCorrupt(ref, str(error)) from error
-        return Image(
-            reference=ref,
-            config=found.config,
-            layers=found.layers,
-            digest=found.digest,
-            engine=engine,
+        from .prepare import prepare_image
+
+        return await prepare_image(
+            ref, pull=pull, platform=platform, engine=engine, progress=progress
         )
 
     def start(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[Vm]:
         """The same as :meth:`Vm.start` with this image."""
         return Vm.start(self, config)
 
+    def acquire(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[PooledVm]:
+        """A VM of this image for the length of an ``async with`` block, without a pool.
 
-@attrs.frozen
-class _Prepared:
-    digest: str
-    config: ImageConfig
-    layers: tuple[Path, ...]
+        It is restored on entry and ended on exit. :meth:`pool` keeps VMs warm across calls.
+        """
+        from ..pool import acquire  # pool.py is a layer above
 
+        return acquire(self, config)
 
-async def _prepare(
-    reference: Reference, platform: Platform, store: ImageStore, progress: ProgressCallback | None
-) -> _Prepared:
-    if reference.transport == "builtin":
-        program = await busybox.find_busybox(store.downloads)
-        key = program.fingerprint()
-        layer = await store.made("builtin", key, program.write)
-        return _Prepared("sha256:" + key, busybox.CONFIG, (layer,))
-    if reference.transport == "rootfs":
-        tree = HostTree(_existing(reference, directory=True))
-        key = await trio.to_thread.run_sync(tree.fingerprint)
-        layer = await store.made("rootfs", key, tree.write)
-        return _Prepared("sha256:" + key, ImageConfig(), (layer,))
-    image = await trio.to_thread.run_sync(_find, reference, platform)
-    return _Prepared(image.digest, image.config, await store.layers(image.layers, progress))
+    def pool(self) -> PoolBuilder:
+        """A :class:`PoolBuilder` for VMs of this image."""
+        from ..pool import pool_of  # pool.py is a layer above
 
-
-def _find(reference: Reference, platform: Platform) -> LocalImage:
-    match reference.transport:
-        case "oci":
-            files = Directory(_existing(reference, directory=True))
-            return find_in_layout(files, reference, platform)
-        case "oci-archive":
-            return find_in_layout(
-                Archive(_existing(reference, directory=False)), reference, platform
-            )
-        case _:
-            return find_in_docker_archive(
-                Archive(_existing(reference, directory=False)), reference, platform
-            )
-
-
-def _existing(reference: Reference, *, directory: bool) -> Path:
-    path = Path(reference.path).absolute()
-    if not path.exists():
-        raise ImageNotFound(str(reference), f"{path} does not exist")
-    if path.is_dir() != directory:
-        kind = "a directory" if directory else "a file"
-        raise ImageNotFound(str(reference), f"{path} is not {kind}")
-    return path
+        return pool_of(self)

@@ -1,0 +1,113 @@
+"""From a reference to an image that can be booted: its layers on disk, and its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import attrs
+import trio
+
+from ..config import EngineName
+from ..errors import ConfigError, ImageCorrupt, ImageNotFound
+from ..oci.blobs import Archive, Directory
+from ..oci.config import ImageConfig
+from ..oci.malformed import MalformedError
+from ..oci.manifest import LocalImage, find_in_docker_archive, find_in_layout
+from ..oci.platform import Platform
+from ..oci.progress import ProgressCallback
+from ..oci.reference import Reference
+from . import busybox
+from .image import Image, PullPolicy
+from .rootfs import HostTree
+from .store import ImageStore
+
+
+async def prepare_image(
+    ref: str,
+    *,
+    pull: PullPolicy = PullPolicy.MISSING,
+    platform: str | None = None,
+    engine: EngineName = "auto",
+    progress: ProgressCallback | None = None,
+    store: ImageStore | None = None,
+) -> Image:
+    """The image that ``ref`` names, without a snapshot. Arguments and errors are as for
+    :meth:`Image.from_oci`; ``store`` is where its layers go, the library's own by default.
+    """
+    parsed, wanted = check_request(ref, pull, platform, engine)
+    parsed.require_local()
+    await trio.lowlevel.checkpoint()
+    try:
+        found = await _prepare(parsed, wanted, store or ImageStore(), progress)
+    except MalformedError as error:
+        raise ImageCorrupt(ref, str(error)) from error
+    return Image(
+        reference=ref,
+        config=found.config,
+        layers=found.layers,
+        digest=found.digest,
+        engine=engine,
+    )
+
+
+def check_request(
+    ref: str, pull: PullPolicy, platform: str | None, engine: str
+) -> tuple[Reference, Platform]:
+    """Parse what a caller asks for, before any work."""
+    parsed = Reference.parse(ref)
+    wanted = Platform.parse(platform)
+    if not isinstance(pull, PullPolicy):
+        raise ConfigError(f"pull is a PullPolicy, not {pull!r}")
+    if engine not in get_args(EngineName):
+        raise ConfigError(f"engine {engine!r} is not one of {', '.join(get_args(EngineName))}")
+    return parsed, wanted
+
+
+@attrs.frozen
+class _Prepared:
+    digest: str
+    config: ImageConfig
+    layers: tuple[Path, ...]
+
+
+async def _prepare(
+    reference: Reference, platform: Platform, store: ImageStore, progress: ProgressCallback | None
+) -> _Prepared:
+    if reference.transport == "builtin":
+        program = await busybox.find_busybox(store.downloads)
+        key = program.fingerprint()
+        layer = await store.made("builtin", key, program.write)
+        return _Prepared("sha256:" + key, busybox.CONFIG, (layer,))
+    if reference.transport == "rootfs":
+        tree = HostTree(_existing(reference, directory=True))
+        key = await trio.to_thread.run_sync(tree.fingerprint)
+        layer = await store.made("rootfs", key, tree.write)
+        return _Prepared("sha256:" + key, ImageConfig(), (layer,))
+    image = await trio.to_thread.run_sync(_find, reference, platform)
+    return _Prepared(image.digest, image.config, await store.layers(image.layers, progress))
+
+
+def _find(reference: Reference, platform: Platform) -> LocalImage:
+    match reference.transport:
+        case "oci":
+            files = Directory(_existing(reference, directory=True))
+            return find_in_layout(files, reference, platform)
+        case "oci-archive":
+            return find_in_layout(
+                Archive(_existing(reference, directory=False)), reference, platform
+            )
+        case _:
+            return find_in_docker_archive(
+                Archive(_existing(reference, directory=False)), reference, platform
+            )
+
+
+def _existing(reference: Reference, *, directory: bool) -> Path:
+    path = Path(reference.path).absolute()
+    if not path.exists():
+        raise ImageNotFound(str(reference), f"{path} does not exist")
+    if path.is_dir() != directory:
+        kind = "a directory" if directory else "a file"
+        raise ImageNotFound(str(reference), f"{path} is not {kind}")
+    return path
