@@ -17,6 +17,7 @@ __all__ = [
     "AdmissionRefused",
     "AssetNotFound",
     "BakeFailed",
+    "CaptureFailed",
     "ConfigError",
     "EngineUnavailable",
     "ExecEof",
@@ -112,6 +113,10 @@ class BakeFailed(SupermachineError):
     def __init__(self, message: str, *, console: str = "") -> None:
         super().__init__(_with_console(message, console))
         self.console = console
+
+
+class CaptureFailed(SupermachineError):
+    """A running VM could not be captured; it goes on."""
 
 
 class SnapshotInvalid(SupermachineError):

@@ -8,15 +8,21 @@ knows which engine it talks to, and an engine knows nothing of images, execs or 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 import trio
 
 ExitReason = Literal["shutdown", "reset", "killed", "failed", "stopped"]
+
+#: The unit of guest memory, in bytes.
+PAGE_SIZE: Final = 4096
+
+#: The first page and the number of pages.
+PageRun = tuple[int, int]
 
 
 @attrs.frozen(kw_only=True)
@@ -28,19 +34,63 @@ class Disk:
 
 
 @attrs.frozen(kw_only=True)
-class MachineSpec:
-    """The hardware of one machine and what it boots.
-
-    ``cmdline`` is what the caller needs on the kernel's command line; an engine adds its own
-    words (console, timer calibration).
+class PagePatch:
+    """Guest pages in a file: ``runs`` of (first page, number of pages) in ascending order, whose
+    4 KiB pages stand in ``file`` one after the other from ``offset`` on.
     """
 
-    kernel: Path
-    initramfs: Path
+    file: Path
+    offset: int
+    runs: tuple[PageRun, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Restore:
+    """A state to go on from.
+
+    :ivar identity: what :meth:`Machine.capture` may name as ``since``.
+    :ivar state: the file of the engine's device state.
+    :ivar memory: a file of the whole guest memory, which stays as it is: the machine maps it
+        copy-on-write.
+    :ivar patches: pages that replace those of ``memory``, the oldest patch first.
+    """
+
+    identity: str
+    state: Path
+    memory: Path
+    patches: tuple[PagePatch, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class Captured:
+    """What :meth:`Machine.capture` wrote.
+
+    :ivar runs: (first page, number of pages) of the pages that were captured, ascending.
+    :ivar complete: the rest of the memory is zero; otherwise it is as it was in ``since``.
+    :ivar standstill: how long the guest stood still, in seconds.
+    """
+
+    runs: tuple[PageRun, ...]
+    complete: bool
+    standstill: float
+
+
+@attrs.frozen(kw_only=True)
+class MachineSpec:
+    """The hardware of one machine, and what it boots or goes on from.
+
+    ``cmdline`` is what the caller needs on the kernel's command line; an engine adds its own
+    words (console, timer calibration). A restored machine has its kernel in its memory; the
+    hardware must be that of the captured one.
+    """
+
+    kernel: Path | None = None
+    initramfs: Path | None = None
     cmdline: str = ""
     memory_mib: int = 256
     vcpus: int = 1
     disks: tuple[Disk, ...] = ()
+    restore: Restore | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -108,6 +158,19 @@ class Machine(ABC):
         """Let the vCPUs run again. Idempotent."""
 
     @abstractmethod
+    async def capture(self, state: Path, memory: Path, *, since: str | None = None) -> Captured:
+        """Save the machine as it is at one moment; it goes on, its streams included.
+
+        ``state`` becomes the engine's device state and ``memory`` a sparse file of the size of
+        the guest's memory; both must not exist. A cancelled or failed call leaves files that
+        are good for nothing, and a machine that runs as before.
+
+        :param since: write only what may have changed since this restore, if the machine knows.
+        :raises CaptureFailed: the guest did not come to rest, or the engine refused.
+        :raises OSError: a file cannot be written.
+        """
+
+    @abstractmethod
     async def wait_exit(self) -> MachineExit:
         """Wait until the machine has ended by itself or by :meth:`kill`; any number of waiters."""
 
@@ -126,6 +189,10 @@ class Engine(ABC):
         """Find out whether this engine can run a guest here, cheaply and without side effects."""
 
     @abstractmethod
+    async def host_facts(self) -> Mapping[str, str]:
+        """What a machine's saved state depends on, here: it goes on only where all are equal."""
+
+    @abstractmethod
     def open(self, spec: MachineSpec) -> AbstractAsyncContextManager[Machine]:
         """Start a machine: entered when its vCPUs run; left when nothing of it remains.
 
@@ -136,4 +203,5 @@ class Engine(ABC):
 
         :raises AssetNotFound: the engine's program is not installed.
         :raises VmExited: the engine refused to start the machine.
+        :raises SnapshotInvalid: the engine cannot load the state to go on from.
         """

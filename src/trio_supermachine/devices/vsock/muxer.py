@@ -79,6 +79,9 @@ class Mux:
         self._control: deque[Connection] = deque()
         self._stray: dict[tuple[int, int], None] = {}
         self._closing: dict[Connection, None] = {}
+        self._carrier_ops: list[Op] = []
+        self._freezes = 0  # that the peer has not confirmed yet
+        self._frozen = False
         self._next_port = _FIRST_EPHEMERAL
 
     # --- what the local user does ---
@@ -162,6 +165,26 @@ class Mux:
             self._forget(connection)
         connection.drop()
 
+    def freeze(self) -> None:
+        """Ask the peer to send nothing, and send nothing, from here to :meth:`thaw`."""
+        self._frozen = True
+        self._freezes += 1
+        self._carrier_ops.append(Op.FREEZE)
+
+    @property
+    def still(self) -> bool:
+        """Whether nothing is under way in either direction."""
+        return self._frozen and not self._freezes
+
+    def thaw(self) -> None:
+        """Go on, both."""
+        self._frozen = False
+        self._carrier_ops.append(Op.THAW)
+
+    def reset_peer(self) -> None:
+        """Tell a peer that was restored that its connections are gone. The first thing to do."""
+        self._carrier_ops.append(Op.RESET)
+
     def shut(self) -> None:
         """The carrier has ended: no connection is left."""
         for connection in list(self._connections.values()):
@@ -169,6 +192,7 @@ class Mux:
         self._senders.clear()
         self._control.clear()
         self._stray.clear()
+        self._carrier_ops.clear()
 
     # --- what the peer does ---
 
@@ -183,10 +207,15 @@ class Mux:
             raise VsockProtocolError(
                 f"a vsock packet from CID {packet.src_cid} to CID {packet.dst_cid}"
             )
+        op = packet.op
+        if op >= Op.FREEZE:
+            if op is not Op.FROZEN or not self._freezes:
+                raise VsockProtocolError(f"an unexpected {op.name} on the carrier")
+            self._freezes -= 1
+            return None
         connection = self._connections.get((packet.dst_port, packet.src_port))
         if connection is None:
             return self._receive_unknown(packet)
-        op = packet.op
         try:
             if op is Op.RST:
                 self._receive_reset(connection)
@@ -270,7 +299,9 @@ class Mux:
     @property
     def has_output(self) -> bool:
         """Whether :meth:`pull` would give anything."""
-        return bool(self._control or self._senders or self._stray)
+        if self._carrier_ops:
+            return True
+        return not self._frozen and bool(self._control or self._senders or self._stray)
 
     def pull(self, max_bytes: int) -> list[bytes | memoryview]:
         """The next packets as buffers, header and payload in turn: control first, then data.
@@ -278,6 +309,11 @@ class Mux:
         Senders take turns, a packet each. Stops after the packet that reaches ``max_bytes``.
         """
         buffers: list[bytes | memoryview] = []
+        for op in self._carrier_ops:
+            buffers.append(self._header(0, 0, 0, op, 0, 0, 0))
+        self._carrier_ops.clear()
+        if self._frozen:
+            return buffers
         while self._stray and len(buffers) < _MAX_BUFFERS:
             local, peer = key = next(iter(self._stray))
             del self._stray[key]

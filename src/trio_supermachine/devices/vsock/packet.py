@@ -35,6 +35,11 @@ class Op(IntEnum):
     RW = 5
     CREDIT_UPDATE = 6
     CREDIT_REQUEST = 7
+    # Beyond virtio, on a serial carrier only: about the carrier, not a connection.
+    FREEZE = 16
+    FROZEN = 17
+    THAW = 18
+    RESET = 19
 
 
 _OPS: Final = {int(op): op for op in Op}

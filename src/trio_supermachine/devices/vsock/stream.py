@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Final, final
 
 import trio
@@ -262,6 +263,7 @@ class VsockMux:
         self._unsent: list[bytes | memoryview] = []
         self._writer = _Parking()
         self._reader = _Parking()
+        self._stillness = _Parking()
         self._scope: trio.CancelScope | None = None
         self._reason: str | None = None
         self._error: Callable[[], BaseException] | None = None
@@ -277,6 +279,7 @@ class VsockMux:
         if self._reason is not None:
             await trio.lowlevel.checkpoint()
             return
+        self._flush()
         try:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
@@ -326,6 +329,30 @@ class VsockMux:
         listening = self._core.listen(port, backlog)
         listener = self._listeners[port] = VsockListener(self, listening)
         return listener
+
+    @asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """A block in which no packet moves, nor part of one, in either direction.
+
+        Entered when the peer has confirmed it; streams only wait meanwhile. For one task.
+
+        :raises trio.BrokenResourceError: as for :meth:`dial`.
+        """
+        self._check_alive()
+        self._core.freeze()
+        self._flush()
+        try:
+            while not self._core.still:
+                await self._stillness.park()
+                self._check_alive()
+            yield
+        finally:
+            self._core.thaw()
+            self._flush()
+
+    def reset_peer(self) -> None:
+        """Tell a peer that was restored that its connections are gone. Before :meth:`run`."""
+        self._core.reset_peer()
 
     def close(self, error: Callable[[], BaseException] | None = None) -> None:
         """End everything now. Plain and idempotent; :meth:`run` returns.
@@ -380,6 +407,8 @@ class VsockMux:
                 connection = core.receive(packet)
                 if connection is not None:
                     self._touched(connection)
+                elif core.still:
+                    self._stillness.wake()
                 if count % _TURN == 0:
                     self._flush()
                     while core.congested:
@@ -447,6 +476,7 @@ class VsockMux:
         self._reason = reason
         self._unsent.clear()
         self._core.shut()
+        self._stillness.wake()
         for stream in self._streams.values():
             stream._wake()
         self._streams.clear()

@@ -40,6 +40,10 @@ _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourceco
 #: where it is promised to be fast. A virtio-serial port carries three times as much without.
 CPU: Final = "max,erms=off,fsrm=off"
 
+#: The machine type. "suppress-vmdesc": a saved state is read by the same version only, so it
+#: needs no description of itself.
+MACHINE: Final = "microvm,acpi=on,pcie=on,suppress-vmdesc=on"
+
 #: What the engine adds to the kernel's command line.
 _CMDLINE: Final = (
     "console=ttyS0",
@@ -61,6 +65,14 @@ _CMDLINE: Final = (
 
 
 @attrs.frozen(kw_only=True)
+class RestoreFds:
+    """The files that a machine goes on from."""
+
+    state: int
+    memory: int
+
+
+@attrs.frozen(kw_only=True)
 class MachineFds:
     """The descriptors that QEMU inherits."""
 
@@ -68,10 +80,12 @@ class MachineFds:
     console: int
     vsock: int
     disks: tuple[int, ...] = ()
+    restore: RestoreFds | None = None
 
     @property
     def all(self) -> tuple[int, ...]:
-        return (self.qmp, self.console, self.vsock, *self.disks)
+        state = (self.restore.state, self.restore.memory) if self.restore else ()
+        return (self.qmp, self.console, self.vsock, *self.disks, *state)
 
 
 def kernel_command_line(spec: MachineSpec, tsc_khz: int | None) -> str:
@@ -97,18 +111,18 @@ def command_line(
     threads = "multi" if spec.vcpus > 1 else "single"
     arguments: list[str | bytes] = [
         os.fsencode(qemu),
-        *("-M", "microvm,acpi=on,pcie=on,memory-backend=memory"),
+        *("-M", f"{MACHINE},memory-backend=memory"),
         *("-accel", f"tcg,thread={threads},tb-size={TB_SIZE_MIB}"),
         *("-cpu", CPU),
         *("-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_mib}M"),
-        *_object("memory-backend-ram", "memory", size=spec.memory_mib << 20, dump=False),
+        *_memory(spec, fds),
         *("-sandbox", _SANDBOX),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none"),
-        *("-kernel", os.fsencode(spec.kernel.absolute())),
-        *("-initrd", os.fsencode(spec.initramfs.absolute())),
-        *("-append", kernel_command_line(spec, tsc_khz)),
+        # Device state is saved without the section that would name the machine type.
+        *("-global", "migration.send-configuration=off"),
+        *_start(spec, fds, tsc_khz),
         *("-chardev", f"socket,id=qmp,fd={fds.qmp}"),
         *("-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"socket,id=console,fd={fds.console}"),
@@ -138,6 +152,31 @@ def command_line(
             ),
         ]
     return [os.fsencode(argument) for argument in arguments]
+
+
+def _memory(spec: MachineSpec, fds: MachineFds) -> tuple[str, str]:
+    size = spec.memory_mib << 20
+    if fds.restore is None:
+        return _object("memory-backend-ram", "memory", size=size, dump=False)
+    path = f"/proc/self/fd/{fds.restore.memory}"
+    return _object(
+        "memory-backend-file",
+        "memory",
+        **{"size": size, "mem-path": path, "share": False, "dump": False},
+    )
+
+
+def _start(spec: MachineSpec, fds: MachineFds, tsc_khz: int | None) -> list[str | bytes]:
+    """What the machine begins with. A restored one has its kernel in its memory."""
+    if fds.restore is not None:
+        return ["-S", "-incoming", f"fd:{fds.restore.state}"]
+    if spec.kernel is None or spec.initramfs is None:
+        raise ConfigError("a machine boots a kernel with an initramfs, or is restored")
+    return [
+        *("-kernel", os.fsencode(spec.kernel.absolute())),
+        *("-initrd", os.fsencode(spec.initramfs.absolute())),
+        *("-append", kernel_command_line(spec, tsc_khz)),
+    ]
 
 
 def _object(kind: str, name: str, **properties: object) -> tuple[str, str]:

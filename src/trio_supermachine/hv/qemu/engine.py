@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import final
@@ -13,10 +13,10 @@ from ..._nursery import open_flat_nursery
 from ...assets import AssetPaths, find_qemu
 from ...errors import AssetNotFound
 from ...guest import launcher_binary
-from ..base import Engine, EngineReport, Machine, MachineSpec
-from .command import MachineFds, command_line
+from ..base import Engine, EngineReport, Machine, MachineSpec, Restore
+from .command import CPU, MACHINE, MachineFds, RestoreFds, command_line
 from .machine import QemuMachine
-from .probe import probe_binary, tsc_khz
+from .probe import host_cpu, probe_binary, tsc_khz, version
 from .process import REAP_TIMEOUT, engine_process
 
 
@@ -41,6 +41,15 @@ class QemuEngine(Engine):
             )
         return await probe_binary(qemu)
 
+    async def host_facts(self) -> Mapping[str, str]:
+        return {
+            "qemu": await version(find_qemu(self._assets)),
+            "machine": MACHINE,
+            "cpu": CPU,
+            # An emulated guest's TSC is the host's, and its kernel knows the frequency.
+            "host-cpu": host_cpu(),
+        }
+
     def open(self, spec: MachineSpec) -> AbstractAsyncContextManager[Machine]:
         return self._open(spec)
 
@@ -55,10 +64,20 @@ class QemuEngine(Engine):
                 console, console_fd = _channel(ours, theirs)
                 vsock, vsock_fd = _channel(ours, theirs)
                 disks = tuple(_open_disk(theirs, disk.path, disk.readonly) for disk in spec.disks)
-                fds = MachineFds(qmp=qmp_fd, console=console_fd, vsock=vsock_fd, disks=disks)
+                restore = _open_restore(theirs, spec.restore) if spec.restore else None
+                fds = MachineFds(
+                    qmp=qmp_fd, console=console_fd, vsock=vsock_fd, disks=disks, restore=restore
+                )
                 argv = command_line(qemu, spec, fds, tsc_khz=khz)
                 process = await ours.enter_async_context(engine_process(launcher, argv, fds.all))
-            machine = QemuMachine(process, qmp=qmp, console=console, vsock=vsock)
+            machine = QemuMachine(
+                process,
+                qmp=qmp,
+                console=console,
+                vsock=vsock,
+                memory_size=spec.memory_mib << 20,
+                restore=spec.restore,
+            )
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(machine._run)
                 try:
@@ -73,6 +92,15 @@ def _channel(ours: AsyncExitStack, theirs: ExitStack) -> tuple[socket.socket, in
     ours.callback(mine.close)
     theirs.callback(other.close)
     return mine, other.fileno()
+
+
+def _open_restore(files: ExitStack, restore: Restore) -> RestoreFds:
+    state = os.open(restore.state, os.O_RDONLY | os.O_CLOEXEC)
+    files.callback(os.close, state)
+    # QEMU opens it anew for writing, although what it writes stays in its private mapping.
+    memory = os.open(restore.memory, os.O_RDWR | os.O_CLOEXEC)
+    files.callback(os.close, memory)
+    return RestoreFds(state=state, memory=memory)
 
 
 def _open_disk(files: ExitStack, path: Path, readonly: bool) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 import trio
@@ -11,10 +15,11 @@ import trio
 from ...devices.vsock.carrier import SocketCarrier
 from ...devices.vsock.packet import VsockProtocolError
 from ...devices.vsock.stream import VsockListener, VsockMux
-from ...errors import VmExited
-from ..base import ExitReason, Machine, MachineExit
+from ...errors import CaptureFailed, SnapshotInvalid, VmExited
+from ..base import Captured, ExitReason, Machine, MachineExit, Restore
 from ..console import ConsoleRing
-from .process import EngineProcess
+from .memory import Copying, GuestMemory, in_thread
+from .process import REAP_TIMEOUT, EngineProcess
 from .qmp import QmpClient, QmpError, QmpProtocolError
 
 _T = TypeVar("_T")
@@ -24,6 +29,9 @@ _CONSOLE_TAIL: Final = 4096
 #: How long channels may stay open when the process is dead, and the process when a channel has
 #: ended. In seconds.
 _GRACE: Final = 1.0
+#: How long the guest's agent may take to come to rest for a capture, in seconds.
+_REST: Final = 5.0
+_GONE: Final = (trio.BrokenResourceError, QmpError)
 
 #: Causes of QMP's SHUTDOWN event.
 _SHUTDOWN_CAUSES: Final[Mapping[str, ExitReason]] = {
@@ -48,12 +56,22 @@ class QemuMachine(Machine):
         qmp: socket.socket,
         console: socket.socket,
         vsock: socket.socket,
+        memory_size: int,
+        restore: Restore | None,
     ) -> None:
         self.console: ConsoleRing = ConsoleRing()
         self._process = process
+        self._memory_size = memory_size
+        self._restore = restore
+        self._memory: GuestMemory | None = None
+        self._capturing = trio.Lock()
+        self._paused = False
+        self._running = trio.Event()
         self._qmp = QmpClient(_stream(qmp), self._on_event)
         self._console_stream = _stream(console)
         self._mux = VsockMux(SocketCarrier(vsock))
+        if restore is not None:
+            self._mux.reset_peer()
         self._stopped = False
         self._cause: str | None = None
         self._fault: str | None = None
@@ -74,10 +92,65 @@ class QemuMachine(Machine):
         return _Listener(self, self._mux.listen(port))
 
     async def pause(self) -> None:
+        self._paused = True
         await self._or_exited(self._qmp.execute, "stop")
 
     async def resume(self) -> None:
+        self._paused = False
         await self._or_exited(self._qmp.execute, "cont")
+
+    async def capture(self, state: Path, memory: Path, *, since: str | None = None) -> Captured:
+        async with self._capturing:
+            guest = await self._guest_memory()
+            with new_file(state) as state_fd, new_file(memory) as memory_fd:
+                os.ftruncate(memory_fd, self._memory_size)
+                if since is not None and self._restore and since == self._restore.identity:
+                    copying = Copying(guest, memory_fd)
+                else:
+                    copying = Copying(guest, memory_fd, whole=True, restore=self._restore)
+                await in_thread(copying.prepare)
+                standstill = await self._or_exited(self._capture_at_rest, state_fd, copying.finish)
+        return Captured(runs=copying.runs, complete=copying.whole, standstill=standstill)
+
+    async def _capture_at_rest(self, state_fd: int, copy_memory: Callable[..., None]) -> float:
+        async with AsyncExitStack() as stack:
+            with trio.move_on_after(_REST) as scope:
+                await stack.enter_async_context(self._mux.quiet())
+            if scope.cancelled_caught:
+                raise CaptureFailed(f"the guest's agent did not come to rest within {_REST:g} s")
+            began = trio.current_time()
+            try:
+                await self._qmp.execute("stop")
+                await self._save_devices(state_fd)
+                await in_thread(copy_memory)
+            finally:
+                with trio.move_on_after(REAP_TIMEOUT, shield=True), suppress(*_GONE):
+                    if not self._paused:
+                        await self._qmp.execute("cont")
+        return trio.current_time() - began
+
+    async def _save_devices(self, fd: int) -> None:
+        """Everything but memory: what the live migration of a machine ends with."""
+        try:
+            answer = await self._qmp.execute("add-fd", {"opaque": "state"}, fd=fd)
+            number = int(answer["fdset-id"])
+            file = f"/dev/fdset/{number}"
+            await self._qmp.execute("xen-save-devices-state", {"filename": file, "live": False})
+            await self._qmp.execute("remove-fd", {"fdset-id": number})
+        except QmpError as exc:
+            raise CaptureFailed(f"the machine's state was not saved: {exc.description}") from exc
+
+    async def _guest_memory(self) -> GuestMemory:
+        if self._memory is None:
+            command = {"command-line": "gpa2hva 0"}
+            said = await self._or_exited(self._qmp.execute, "human-monitor-command", command)
+            match = re.search(r" is (0x[0-9a-f]+)", str(said))
+            if match is None:
+                raise CaptureFailed(f"QEMU does not say where the guest's memory is: {said!r:.200}")
+            self._memory = GuestMemory(
+                self.pid, int(match[1], 16), self._memory_size, restored=self._restore is not None
+            )
+        return self._memory
 
     async def wait_exit(self) -> MachineExit:
         await self._exited.wait()
@@ -111,8 +184,22 @@ class QemuMachine(Machine):
     # The machine's life. All below runs in tasks that the engine's ``open`` owns.
 
     async def _start(self) -> None:
-        """Wait until the machine runs. :raises VmExited: QEMU refused."""
+        """Wait until the machine runs.
+
+        :raises VmExited: QEMU refused. :raises SnapshotInvalid: it cannot load the state.
+        """
         await self._or_exited(self._qmp.negotiate)
+        if self._restore is None:
+            return
+        if self._restore.patches:
+            memory = await self._guest_memory()
+            await in_thread(memory.patch, self._restore.patches)
+        # Before the state is loaded this is remembered, and done then.
+        await self._or_exited(self._qmp.execute, "cont")
+        await self._running.wait()
+        if self._exit is not None:
+            reason = f"QEMU cannot load it: {self._exit.detail}; bake the image again"
+            raise SnapshotInvalid(str(self._restore.state), reason)
 
     def _end_within(self, seconds: float) -> None:
         self.kill()
@@ -141,6 +228,7 @@ class QemuMachine(Machine):
             self.console.end()
             self._mux.close(self._vm_exited)
             self._exited.set()
+            self._running.set()
 
     async def _serve_console(self) -> None:
         try:
@@ -179,6 +267,8 @@ class QemuMachine(Machine):
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
         if name == "SHUTDOWN":
             self._cause = str(data.get("reason", ""))
+        elif name == "RESUME":
+            self._running.set()
 
     def _how_it_ended(self, status: int | None) -> MachineExit:
         if self._cause is not None and self._cause in _SHUTDOWN_CAUSES:
@@ -209,6 +299,15 @@ class _Listener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _stream(sock: socket.socket) -> trio.SocketStream:

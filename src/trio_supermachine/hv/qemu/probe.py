@@ -19,6 +19,7 @@ _TIMEOUT: Final = 20.0  # seconds; a cold start from a slow disk takes one or tw
 _REMEDY: Final = "apt-get install qemu-system-x86"
 
 _Identity = tuple[str, int, int, int, int]
+_versions: dict[_Identity, str] = {}
 _reports: dict[_Identity, EngineReport] = {}
 _frequencies: dict[_Identity, int] = {}
 
@@ -34,6 +35,30 @@ async def probe_binary(qemu: Path) -> EngineReport:
         )
     await trio.lowlevel.checkpoint()
     return _reports[identity]
+
+
+async def version(qemu: Path) -> str:
+    """Its version without the patch level, over which saved states stay readable.
+
+    :raises EngineUnavailable: it does not run.
+    """
+    identity = _identity(qemu)
+    if identity not in _versions:
+        found = _version(await _output([qemu, "--version"]))
+        if found is None:
+            raise EngineUnavailable({"qemu": f"{qemu} does not run, or is not QEMU"})
+        _versions[identity] = f"{found[0]}.{found[1]}"
+    await trio.lowlevel.checkpoint()
+    return _versions[identity]
+
+
+def host_cpu() -> str:
+    """The name of this host's processor."""
+    with open("/proc/cpuinfo", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "unknown"
 
 
 async def tsc_khz(launcher: Path) -> int:
@@ -52,11 +77,9 @@ async def tsc_khz(launcher: Path) -> int:
 
 
 async def _examine(qemu: Path) -> tuple[bool, str]:
-    said = await _output([qemu, "--version"])
-    match = re.search(r"version (\d+)\.(\d+)", said or "")
-    if said is None or match is None:
+    version = _version(await _output([qemu, "--version"]))
+    if version is None:
         return False, f"{qemu} does not run, or is not QEMU"
-    version = int(match[1]), int(match[2])
     name = f"QEMU {version[0]}.{version[1]} ({qemu})"
     if version < MINIMUM:
         return False, f"{name} is older than {MINIMUM[0]}.{MINIMUM[1]}"
@@ -64,6 +87,11 @@ async def _examine(qemu: Path) -> tuple[bool, str]:
     if not re.search(r"^microvm\s", machines or "", re.MULTILINE):
         return False, f"{name} has no machine 'microvm'"
     return True, f"{name}, emulation (TCG)"
+
+
+def _version(said: str | None) -> tuple[int, int] | None:
+    match = re.search(r"version (\d+)\.(\d+)", said or "")
+    return (int(match[1]), int(match[2])) if match else None
 
 
 async def _output(command: list[Path | str]) -> str | None:

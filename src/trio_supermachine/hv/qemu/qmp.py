@@ -8,6 +8,8 @@ are bounded, and what is not a QMP message ends the connection.
 from __future__ import annotations
 
 import json
+import socket
+from array import array
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
@@ -126,10 +128,14 @@ class QmpClient:
         await self._greeted.wait()
         await self.execute("qmp_capabilities")
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, fd: int | None = None
+    ) -> Any:
         """Run ``command`` and return its result.
 
         Cancelling gives up waiting; QEMU still carries the command out.
+
+        :param fd: a descriptor to hand over with it.
 
         :raises QmpError: QEMU refused.
         :raises trio.BrokenResourceError: the connection has ended.
@@ -141,7 +147,7 @@ class QmpClient:
         pending = self._pending[number] = _Pending(command)
         try:
             if not self._ended:
-                await self._send(request)
+                await self._send(request, fd)
                 await pending.done.wait()
         finally:
             del self._pending[number]
@@ -149,12 +155,20 @@ class QmpClient:
             raise trio.BrokenResourceError(f"QEMU has ended; {command!r} was not answered")
         return _result(command, pending.answer)
 
-    async def _send(self, request: Message) -> None:
+    async def _send(self, request: Message, fd: int | None) -> None:
+        line = json.dumps(request).encode() + b"\n"
         async with self._send_lock:
             # Half a command would garble the next one: once begun, sending is not cancelled.
             # It cannot wait for long either, as the socket buffer holds hundreds of commands.
             with trio.CancelScope(shield=True):
-                await self._stream.send_all(json.dumps(request).encode() + b"\n")
+                if fd is not None:  # it goes with the first byte
+                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))
+                    try:
+                        await self._stream.socket.sendmsg([line[:1]], [rights])
+                    except OSError as exc:
+                        raise trio.BrokenResourceError("QEMU has ended") from exc
+                    line = line[1:]
+                await self._stream.send_all(line)
 
     def _dispatch(self, message: Message) -> None:
         if "event" in message:

@@ -1,0 +1,216 @@
+"""Guest memory from outside: pages read from and written into QEMU's address space.
+
+After a restore, guest memory is a private mapping of the snapshot's file: a page that the guest
+has changed is anonymous, and ``/proc/PID/pagemap`` tells which are. After a boot all of it is
+anonymous, and pages that were never touched are not there. So nothing has to log writes.
+
+Needs the right to trace the process, which a parent has of its child (unless Yama's
+``ptrace_scope`` is 2 or 3).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, final
+
+import trio
+
+from ...errors import CaptureFailed
+from ..base import PAGE_SIZE, PagePatch, PageRun, Restore
+
+_CHUNK: Final = 64 * 1024
+_ZERO: Final = bytes(_CHUNK)
+_ENTRY: Final = 8  # bytes of pagemap for a page
+_ENTRIES: Final = 64 * 1024  # read at once
+
+# Bits of a pagemap entry, in its highest byte.
+_PRESENT: Final = 0x80
+_SWAPPED: Final = 0x40
+_OF_A_FILE: Final = 0x20
+
+
+def _table(wanted: Callable[[int], bool]) -> bytes:
+    return bytes(wanted(flags) for flags in range(256))
+
+
+_THERE: Final = _table(lambda flags: bool(flags & (_PRESENT | _SWAPPED)))
+_CHANGED: Final = _table(
+    lambda flags: bool(flags & _SWAPPED) or flags & (_PRESENT | _OF_A_FILE) == _PRESENT
+)
+_RUN: Final = re.compile(b"\1+")
+
+
+@final
+class GuestMemory:
+    """The memory of the machine that process ``pid`` runs.
+
+    :param address: where it begins in that process.
+    :param size: in bytes.
+    :param restored: it is a private mapping of a file.
+    :raises CaptureFailed: this process may not be looked into.
+    """
+
+    def __init__(self, pid: int, address: int, size: int, *, restored: bool) -> None:
+        self._pid = pid
+        self._address = address
+        self._size = size
+        self.pages = size // PAGE_SIZE
+        self._wanted = _CHANGED if restored else _THERE
+
+    def runs(self) -> tuple[PageRun, ...]:
+        """The pages that the guest has changed since the restore, or ever touched."""
+        found: list[PageRun] = []
+        with _opened(f"/proc/{self._pid}/pagemap", os.O_RDONLY) as fd:
+            for first in range(0, self.pages, _ENTRIES):
+                count = min(_ENTRIES, self.pages - first)
+                at = (self._address // PAGE_SIZE + first) * _ENTRY
+                entries = os.pread(fd, count * _ENTRY, at)
+                if len(entries) != count * _ENTRY:
+                    raise CaptureFailed("the machine's memory is not where QEMU says it is")
+                for match in _RUN.finditer(entries[_ENTRY - 1 :: _ENTRY].translate(self._wanted)):
+                    found.append((first + match.start(), match.end() - match.start()))
+        return tuple(found)
+
+    def copy_to(self, file: int, runs: Iterable[PageRun], *, dirty: set[int] | None) -> None:
+        """Write pages into the descriptor ``file``, each at its place.
+
+        :param dirty: the chunks of ``file`` that may be other than zero, and those that this
+            makes so; ``None``: any.
+        """
+        with _opened(f"/proc/{self._pid}/mem", os.O_RDONLY) as memory:
+            for offset, size in _chunks(runs):
+                data = os.pread(memory, size, self._address + offset)
+                if len(data) != size:
+                    raise CaptureFailed("the machine's memory cannot be read")
+                if dirty is None:
+                    _write(file, data, offset)
+                elif data != _ZERO[:size] or offset // _CHUNK in dirty:
+                    _write(file, data, offset)
+                    dirty.add(offset // _CHUNK)
+                trio.from_thread.check_cancelled()
+
+    def patch(self, patches: Iterable[PagePatch]) -> None:
+        """Put the pages of ``patches`` in, before the guest runs."""
+        with _opened(f"/proc/{self._pid}/mem", os.O_RDWR) as memory:
+            for patch in patches:
+                with _opened(patch.file, os.O_RDONLY) as file:
+                    at = patch.offset
+                    for offset, size in _chunks(patch.runs):
+                        if offset + size > self._size:
+                            raise CaptureFailed(f"{patch.file} has pages beyond the memory")
+                        _write(memory, os.pread(file, size, at), self._address + offset)
+                        at += size
+
+
+@final
+class Copying:
+    """The copy of a machine's memory into a file, in two steps: with the guest running, and then
+    at rest. Both are for a worker thread.
+
+    :param file: an empty descriptor of the memory's size.
+    :param whole: copy all memory, not only what has changed since the restore.
+    :param restore: where the machine began.
+    """
+
+    def __init__(
+        self, guest: GuestMemory, file: int, *, whole: bool = False, restore: Restore | None = None
+    ) -> None:
+        self._guest = guest
+        self._file = file
+        self._restore = restore
+        self._dirty: set[int] | None = set()
+        self.whole = whole
+        self.runs: tuple[PageRun, ...] = ()
+
+    def prepare(self) -> None:
+        """Do what can be done while the guest runs."""
+        if self.whole and self._restore is not None:
+            self._dirty = None
+            _copy_restored(self._restore, self._file)
+        elif self.whole:
+            # All of it is read again at rest. But then the file's pages are there to be written
+            # over, and that is most of the time.
+            self._guest.copy_to(self._file, self._guest.runs(), dirty=self._dirty)
+
+    def finish(self) -> None:
+        """Make the file what memory is now."""
+        self.runs = self._guest.runs()
+        self._guest.copy_to(self._file, self.runs, dirty=self._dirty)
+        if self.whole:
+            self.runs = ((0, self._guest.pages),)
+
+
+def _copy_restored(restore: Restore, file: int) -> None:
+    """Write the memory that a machine was restored from into the empty descriptor ``file``."""
+    with _opened(restore.memory, os.O_RDONLY) as source:
+        for offset, size in _data(source):
+            _copy_range(source, offset, file, offset, size)
+    for patch in restore.patches:
+        with _opened(patch.file, os.O_RDONLY) as source:
+            at = patch.offset
+            for first, count in patch.runs:
+                _copy_range(source, at, file, first * PAGE_SIZE, count * PAGE_SIZE)
+                at += count * PAGE_SIZE
+
+
+async def in_thread(function: Callable[..., None], *arguments: object) -> None:
+    """Run one of the above in a worker thread; a cancellation ends it soon, and waits for it."""
+    await trio.to_thread.run_sync(function, *arguments)
+
+
+def _data(file: int) -> Iterator[tuple[int, int]]:
+    """Offset and size of each part of a sparse file that is no hole."""
+    end = os.fstat(file).st_size
+    at = 0
+    while at < end:
+        try:
+            at = os.lseek(file, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: a hole up to the end
+            return
+        hole = os.lseek(file, at, os.SEEK_HOLE)
+        yield at, hole - at
+        at = hole
+
+
+def _copy_range(source: int, offset: int, file: int, to: int, size: int) -> None:
+    step = 16 * _CHUNK
+    for at in range(0, size, step):
+        _write(file, os.pread(source, min(step, size - at), offset + at), to + at)
+        trio.from_thread.check_cancelled()
+
+
+def _chunks(runs: Iterable[PageRun]) -> Iterator[tuple[int, int]]:
+    """Offset and size, in bytes, of the parts of ``runs`` that lie in one chunk each."""
+    for first, count in runs:
+        offset, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+        while offset < end:
+            size = min(_CHUNK - offset % _CHUNK, end - offset)
+            yield offset, size
+            offset += size
+
+
+def _write(file: int, data: bytes, offset: int) -> None:
+    done = os.pwrite(file, data, offset)
+    while done < len(data):
+        done += os.pwrite(file, data[done:], offset + done)
+
+
+@contextmanager
+def _opened(path: str | Path, flags: int) -> Iterator[int]:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC)
+    except PermissionError as exc:
+        if not str(path).startswith("/proc/"):
+            raise
+        raise CaptureFailed(
+            f"{path} may not be opened: this host forbids a program to look into its own"
+            " children; set kernel.yama.ptrace_scope to 0 or 1"
+        ) from exc
+    try:
+        yield fd
+    finally:
+        os.close(fd)
