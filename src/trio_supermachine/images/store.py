@@ -1,8 +1,9 @@
 """The store: squashfs layers by digest, shared between images and programs.
 
-One lock guards the making of layers. An image's new layers are made in a scratch directory and
-published together once all of them are sound, so a bad image leaves nothing; the next holder of
-the lock removes what a killed program left. Reading needs no lock: names appear by a rename.
+A lock for each layer guards its making, so that different images are made side by side. An
+image's new layers are made in a scratch directory and published together once all of them are
+sound, so a bad image leaves nothing; whoever makes layers next removes what a killed program
+left. Reading needs no lock: names appear by a rename.
 
 A layer may have directories that it only implies, with entries below them but none of their
 own. Overlayfs would take their attributes from this layer, so they must be those of the layers
@@ -14,9 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import attrs
@@ -28,6 +30,7 @@ from ..oci.malformed import MalformedError
 from ..oci.manifest import LayerSource
 from ..oci.progress import ProgressCallback, report
 from ..oci.squashfs import convert, write_squashfs
+from .locks import exclusive, in_use, unused
 from .verified import VerifiedBlobs
 
 MAX_LAYER = 64 << 30  # bytes
@@ -62,39 +65,68 @@ class ImageStore:
         sources = tuple(sources)
         for source in sources:
             await self._verify(source, progress)
-        lookup = _Lookup(self._layers / "sha256")
-        found = await trio.to_thread.run_sync(lookup.all, sources)
-        if found is not None:
-            return found
-        async with self._making() as scratch:
+        mine: set[str] = set()  # the layers that are this call's to make
+        while True:
             lookup = _Lookup(self._layers / "sha256")
-            for source in sources:
-                if not await trio.to_thread.run_sync(lookup.add, source.diff_id):
-                    await self._convert(source, lookup, scratch, progress)
-            await trio.to_thread.run_sync(lookup.publish)
-        return lookup.paths()
+            missing = await trio.to_thread.run_sync(lookup.missing, sources)
+            if not missing:
+                return lookup.paths()
+            mine |= missing
+            async with self._making(mine) as scratch:
+                lookup = _Lookup(self._layers / "sha256")
+                for source in sources:
+                    if not await trio.to_thread.run_sync(lookup.add, source.diff_id):
+                        if source.diff_id not in mine:
+                            break  # it has another file above what was just made
+                        await self._convert(source, lookup, scratch, progress)
+                else:
+                    await trio.to_thread.run_sync(lookup.publish)
 
     async def made(self, kind: str, fingerprint: str, write: Callable[[Sink], None]) -> Path:
         """The squashfs file of a layer that ``write`` makes, unless it is there already.
 
         ``write`` runs in a worker thread; its errors pass through.
         """
-        dest = self._layers / kind / f"{fingerprint}.squashfs"
-        if not dest.exists():
-            async with self._making() as scratch:
-                if not dest.exists():
+        while (found := self.find_made(kind, fingerprint)) is None:
+            async with self._making([fingerprint]) as scratch:
+                if self.find_made(kind, fingerprint) is None:
                     await write_squashfs(scratch / "layer", write)
+                    dest = self._made(kind, fingerprint)
                     dest.parent.mkdir(exist_ok=True)
                     await trio.to_thread.run_sync(_publish, {scratch / "layer": dest})
-        return dest
+        return found
+
+    def find_made(self, kind: str, fingerprint: str) -> Path | None:
+        """What :meth:`made` gives, if it is there already."""
+        path = self._made(kind, fingerprint)
+        return path if path.exists() else None
+
+    def _made(self, kind: str, fingerprint: str) -> Path:
+        return self._layers / kind / f"{fingerprint}.squashfs"
 
     @asynccontextmanager
-    async def _making(self) -> AsyncIterator[Path]:
-        self._layers.mkdir(parents=True, exist_ok=True)
-        async with hostfiles.locked(self._layers / "lock"):
-            hostfiles.sweep(self._layers)
-            with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=self._layers) as scratch:
-                yield Path(scratch)
+    async def _making(self, names: Iterable[str]) -> AsyncIterator[Path]:
+        """Hold the locks of layers, always in the same order, and give a place to make them."""
+        async with AsyncExitStack() as stack:
+            for name in sorted(set(names)):
+                await stack.enter_async_context(exclusive(self.lock_of(_hex(name))))
+            async with hostfiles.locked(self._layers / "lock"):
+                self.sweep()
+                scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._layers))
+                stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+                stack.enter_context(in_use(scratch))
+            yield scratch
+
+    def lock_of(self, name: str) -> Path:
+        """The lock of whoever makes the layer whose file name begins with ``name``."""
+        return self._layers / "locks" / name
+
+    def sweep(self) -> None:
+        """Remove what killed programs left. The caller holds the lock of the directory."""
+        for stray in self._layers.glob(_SCRATCH + "*"):
+            with unused(stray) as abandoned:
+                if abandoned:
+                    shutil.rmtree(stray, ignore_errors=True)
 
     async def _verify(self, source: LayerSource, progress: ProgressCallback | None) -> None:
         """Check the blob of a layer that the store has, as :meth:`_convert` does the others'."""
@@ -139,9 +171,9 @@ class _Lookup:
         self._new: dict[Path, Path] = {}
         self._new_infos: dict[str, LayerInfo] = {}
 
-    def all(self, sources: Iterable[LayerSource]) -> tuple[Path, ...] | None:
-        """All layers, if the store has them."""
-        return self.paths() if all(self.add(source.diff_id) for source in sources) else None
+    def missing(self, sources: Iterable[LayerSource]) -> set[str]:
+        """Take the layers that are there, and give the others."""
+        return {source.diff_id for source in sources if not self.add(source.diff_id)}
 
     def add(self, diff_id: str) -> bool:
         """Take a layer that is there already; false if it is not."""

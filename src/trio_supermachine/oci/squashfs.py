@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from .tar import TarReader
 _PIPE = 1 << 20
 _STDERR_TAIL = 2000
 #: LZ4 decompresses fastest by far where instructions are emulated. A fixed creation time makes
-#: the file a function of its input.
-_OPTIONS = ("-comp", "lz4", "-mkfs-time", "0", "-no-progress", "-quiet", "-exit-on-error")
+#: the file a function of its input, and inodes that are not compressed let the root's be mended.
+_OPTIONS = ("-comp", "lz4", "-noI", "-mkfs-time", "0", "-no-progress", "-quiet", "-exit-on-error")
 
 
 @attrs.frozen
@@ -108,6 +109,7 @@ class SqfsTar(Sink):
     def __init__(self, tool: str, dest: Path) -> None:
         self._tool = tool
         self._dest = dest
+        self._root_time = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: IO[bytes] | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (__exit__ closes it)
@@ -128,6 +130,7 @@ class SqfsTar(Sink):
 
     def begin(self, root: DirectoryInfo) -> None:
         self._dest.unlink(missing_ok=True)
+        self._root_time = root.mtime
         options = [
             *_OPTIONS,
             *("-root-mode", f"{root.mode:o}", "-root-time", str(root.mtime)),
@@ -167,6 +170,7 @@ class SqfsTar(Sink):
         trio.from_thread.run(_wait, self._process)
         if self._process.returncode:
             raise self._failure()
+        _set_root_time(self._dest, self._root_time)
 
     def _failure(self) -> SupermachineError:
         self._stderr.seek(0, os.SEEK_END)
@@ -179,3 +183,29 @@ class SqfsTar(Sink):
 async def _wait(process: subprocess.Popen[bytes]) -> None:
     """Wait for a process, cancellably."""
     await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+
+
+_SUPERBLOCK = struct.Struct("<32xQ24xQ24x")  # the root's inode, and where inodes begin
+_METADATA_BLOCK = 8192
+_STORED = 0x8000  # in a metadata block's header: it is not compressed
+_MTIME = 8  # the offset in an inode
+
+
+def _set_root_time(path: Path, mtime: int) -> None:
+    """Set the root's time: ``sqfstar`` 4.5 takes ``-root-time``, and writes the time of day."""
+    with path.open("r+b") as file:
+        root, table = _SUPERBLOCK.unpack(file.read(_SUPERBLOCK.size))
+        block, offset = table + (root >> 16), (root & 0xFFFF) + _MTIME
+        for byte in struct.pack("<I", mtime):  # the inode may go on in the next block
+            file.seek(block)
+            (header,) = struct.unpack("<H", file.read(2))
+            if offset >= _METADATA_BLOCK:
+                offset -= _METADATA_BLOCK
+                block += 2 + (header & ~_STORED)
+                file.seek(block)
+                (header,) = struct.unpack("<H", file.read(2))
+            if not header & _STORED:
+                raise SupermachineError(f"sqfstar compressed the inodes of {path}")
+            file.seek(block + 2 + offset)
+            file.write(bytes([byte]))
+            offset += 1
