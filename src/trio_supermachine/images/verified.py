@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import time
 from pathlib import Path
 
 import trio
 
-from .. import hostfiles
 from ..oci.decompress import Blob, open_layer
 from ..oci.malformed import MalformedError
 from ..oci.manifest import LayerSource
-
-#: A file changed this recently (in nanoseconds) could change again with the same time stamps.
-_RACY = 100_000_000
+from ..verified import Identity, VerifiedFiles, identity
 
 
 class VerifiedBlobs:
     """What is known of blobs, each by its place and its file's identity."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._files = VerifiedFiles(directory)
 
-    def identity(self, blob: Blob) -> tuple[int, ...]:
+    def identity(self, blob: Blob) -> Identity:
         """What changes whenever the file does."""
-        status = os.stat(blob.path)
-        return (
-            status.st_dev,
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )
+        return identity(os.stat(blob.path))
 
     def known(self, source: LayerSource) -> bool:
         """Whether this blob was found to have these digests, and has not changed since."""
-        try:
-            found = json.loads(self._record(source.blob).read_bytes())
-        except (OSError, ValueError):
-            return False
-        return bool(found == self._claim(source, self.identity(source.blob)))
+        found = self._files.recall(_place(source.blob), self.identity(source.blob))
+        return found == _facts(source)
 
-    def remember(self, source: LayerSource, before: tuple[int, ...]) -> None:
+    def remember(self, source: LayerSource, before: Identity) -> None:
         """Note that the blob has its digests; ``before`` is its identity before it was read."""
         if self.identity(source.blob) != before:
             raise MalformedError(f"{source.blob.path} changed while it was read")
-        if time.time_ns() - max(before[3:]) > _RACY:
-            with hostfiles.new_file(self._record(source.blob)) as new:
-                new.write_text(json.dumps(self._claim(source, before)))
+        self._files.remember(_place(source.blob), before, *_facts(source))
 
     def verify(self, source: LayerSource, limit: int) -> None:
         """Hash a blob, stored and unpacked; in a worker thread of Trio's.
@@ -63,10 +45,10 @@ class VerifiedBlobs:
             source.check(stored.digest(), diff_id)
         self.remember(source, before)
 
-    def _record(self, blob: Blob) -> Path:
-        place = f"{blob.path.absolute()}\0{blob.offset}\0{blob.size}"
-        return self._directory / hashlib.sha256(os.fsencode(place)).hexdigest()
 
-    @staticmethod
-    def _claim(source: LayerSource, identity: tuple[int, ...]) -> list[object]:
-        return [*identity, source.digest, source.diff_id]
+def _place(blob: Blob) -> str:
+    return f"{blob.path.absolute()}\0{blob.offset}\0{blob.size}"
+
+
+def _facts(source: LayerSource) -> list[str]:
+    return [source.digest or "", source.diff_id]
