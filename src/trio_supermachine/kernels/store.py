@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
 import attrs
 import trio
@@ -14,44 +15,64 @@ import trio
 from ..assets import AssetPaths, find_initramfs, find_kernel
 from ..errors import AssetNotFound
 from ..guest import init_binary
-from ..hostfiles import home, locked, new_directory, new_file, sweep
+from ..hostfiles import home, locked, new_directory, new_file, offline, sweep
 from ..oci.progress import ProgressCallback
+from .fragment import fragment_digest, read_fragment
 from .image import KernelImage, read_kernel
 from .initramfs import LAYOUT, build_initramfs
 from .modules import Module, pick_modules
+from .small import built_kernel, check_tools, choose_source
 from .stock import stock_kernel, version_key
 
 ARCH: Final = "x86_64"
 
-_FORMAT: Final = 1
+Kind = Literal["small", "stock", "file"]
+
+_FORMAT: Final = 2
 _MAX_FILE: Final = 512 << 20
 _METADATA: Final = "kernel.json"
+#: How many initramfs files are kept with a kernel: one for each version of this package's init.
+_INITRAMFS_KEPT: Final = 2
 
 
 @attrs.frozen(kw_only=True)
 class BootAssets:
-    """What an engine boots."""
+    """What an engine boots. The digests are of the files, ``"sha256:"`` and 64 hex digits."""
 
     kernel: Path
     initramfs: Path
     release: str
     arch: str
+    kernel_digest: str
+    initramfs_digest: str
 
 
 @attrs.frozen(kw_only=True)
 class CachedKernel:
-    """A prepared kernel: the directory that holds it, and where it is from."""
+    """A prepared kernel: the directory that holds it, and where it is from.
+
+    :attr:`kind` is ``"small"`` for one that this package built, ``"stock"`` for Debian's, and
+    ``"file"`` for one that was named; :attr:`origin` is the package, or that name.
+    :attr:`fragment` tells by which configuration a small kernel was built.
+    """
 
     directory: Path
     release: str
     origin: str
-    stock: bool
+    kind: Kind
+    digest: str
     modules: tuple[str, ...]
+    fragment: str | None = None
 
     @property
     def kernel(self) -> Path:
         """The image to boot."""
         return self.directory / "kernel"
+
+    @property
+    def stock(self) -> bool:
+        """Whether it is Debian's own."""
+        return self.kind == "stock"
 
 
 async def prepare_kernel(
@@ -60,7 +81,8 @@ async def prepare_kernel(
     """Give a kernel and an initramfs to boot, made or fetched if need be.
 
     The kernel is the one that ``assets`` or ``TRIO_SUPERMACHINE_KERNEL`` names, else the newest
-    stock kernel that is here, else one that the host's ``apt-get`` downloads; without a
+    small kernel that :func:`build_small_kernel` made with this version's configuration, else the
+    newest stock kernel that is here, else one that the host's ``apt-get`` downloads; without a
     ``progress`` a line on stderr says so. Later calls find all of it prepared. May be cancelled
     at any time: what is half done is removed. Programs that prepare at once do the work once.
 
@@ -70,11 +92,28 @@ async def prepare_kernel(
     if explicit is not None:
         cached = await _prepare_explicit(explicit)
     else:
-        kernels = await list_kernels()
-        stock = [kernel for kernel in kernels if kernel.stock]
-        cached = stock[0] if stock else await fetch_stock_kernel(progress=progress)
+        cached = await preferred_kernel() or await fetch_stock_kernel(progress=progress)
     initramfs = find_initramfs(assets) or await _prepare_initramfs(cached)
-    return BootAssets(kernel=cached.kernel, initramfs=initramfs, release=cached.release, arch=ARCH)
+    return BootAssets(
+        kernel=cached.kernel,
+        initramfs=initramfs,
+        release=cached.release,
+        arch=ARCH,
+        kernel_digest=cached.digest,
+        initramfs_digest=f"sha256:{_file_digest(initramfs)}",
+    )
+
+
+async def preferred_kernel() -> CachedKernel | None:
+    """The kernel that :func:`prepare_kernel` takes when none is named; ``None`` if it would fetch.
+
+    It is the newest small kernel of this version's configuration, else the newest stock one.
+    """
+    kernels = await list_kernels()
+    current = _fragment()[1]
+    small = [kernel for kernel in kernels if kernel.fragment == current]
+    stock = [kernel for kernel in kernels if kernel.stock]
+    return next(iter(small + stock), None)
 
 
 async def fetch_stock_kernel(*, progress: ProgressCallback | None = None) -> CachedKernel:
@@ -89,6 +128,51 @@ async def fetch_stock_kernel(*, progress: ProgressCallback | None = None) -> Cac
         await trio.to_thread.run_sync(sweep, store)
         async with stock_kernel(store, progress) as (package, tree):
             return await trio.to_thread.run_sync(_install_stock, store, package, tree)
+
+
+async def build_small_kernel(
+    *, jobs: int | None = None, progress: ProgressCallback | None = None
+) -> CachedKernel:
+    """Build the small kernel from Debian's ``linux-source`` package, unless the same is here.
+
+    That takes minutes of all processors, and 2.5 GB below the data directory meanwhile. Afterwards
+    :func:`prepare_kernel` prefers it. A later version of the package is built beside it, for what
+    refers to a kernel needs that very one. Cancellation kills the compilers and removes what is
+    half done, and so does the next build after this program was killed. Programs that build at
+    once do the work once.
+
+    :param jobs: how many compilers to run; as many as there are processors, if `None`.
+    :param progress: is told the phases ``"download"`` (in bytes), ``"unpack"``, and ``"build"``
+        (in steps, of about as many as ``total`` tells).
+    :raises AssetNotFound: a tool is missing (the message names the packages), or the sources
+        cannot be had, do not take the configuration, or fail to compile.
+    :raises NotSupported: the host is not an x86-64 one.
+    """
+    if offline():
+        preferred = await preferred_kernel()
+        if preferred is not None and preferred.kind == "small":
+            return preferred
+    await trio.to_thread.run_sync(check_tools)
+    package = await choose_source()
+    origin = f"{package.name} {package.version}"
+    fragment, digest = _fragment()
+    store = _store()
+    # Not in the store itself, which is swept under its own lock, and that is not held for minutes.
+    scratch = store / ".build"
+    async with locked(scratch / ".lock"):
+        for kernel in _list(store):
+            if (kernel.fragment, kernel.origin) == (digest, origin):
+                return kernel
+        await trio.to_thread.run_sync(sweep, scratch)
+        building = built_kernel(package, fragment, scratch, jobs=jobs, progress=progress)
+        async with building as path:
+            image = read_kernel(path.read_bytes(), str(path))
+            directory = store / f"small-{image.release}-{digest}"
+            install = partial(
+                _install, directory, image, [], origin=origin, kind="small", fragment=digest
+            )
+            async with locked(store / ".lock"):
+                return await trio.to_thread.run_sync(install)
 
 
 async def list_kernels() -> list[CachedKernel]:
@@ -118,11 +202,27 @@ def _load(directory: Path) -> CachedKernel | None:
             directory=directory,
             release=str(metadata["release"]),
             origin=str(metadata["origin"]),
-            stock=bool(metadata["stock"]),
+            kind=_kind(metadata["kind"]),
+            digest=str(metadata["digest"]),
             modules=tuple(str(name) for name in metadata["modules"]),
+            fragment=metadata["fragment"],
         )
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def _kind(value: object) -> Kind:
+    for kind in get_args(Kind):
+        if kind == value:
+            return kind  # type: ignore[no-any-return]
+    raise ValueError(value)
+
+
+@lru_cache(maxsize=1)
+def _fragment() -> tuple[str, str]:
+    """The small kernel's configuration, and its digest."""
+    fragment = read_fragment(ARCH)
+    return fragment, fragment_digest(fragment)
 
 
 def _install_stock(store: Path, package: str, tree: Path) -> CachedKernel:
@@ -135,7 +235,7 @@ def _install_stock(store: Path, package: str, tree: Path) -> CachedKernel:
         )
     image = read_kernel(images[0].read_bytes(), package)
     modules = pick_modules(_module_tree(tree, image.release))
-    return _install(store / image.release, image, modules, origin=package, stock=True)
+    return _install(store / image.release, image, modules, origin=package, kind="stock")
 
 
 def _module_tree(root: Path, release: str) -> Path:
@@ -170,19 +270,27 @@ def _install_explicit(directory: Path, path: Path) -> CachedKernel:
     trees = (_module_tree(root, image.release) for root in roots)
     tree = next((tree for tree in trees if tree.is_dir()), None)
     modules = pick_modules(tree) if tree is not None else []
-    return _install(directory, image, modules, origin=str(path), stock=False)
+    return _install(directory, image, modules, origin=str(path), kind="file")
 
 
 def _install(
-    directory: Path, image: KernelImage, modules: list[Module], *, origin: str, stock: bool
+    directory: Path,
+    image: KernelImage,
+    modules: list[Module],
+    *,
+    origin: str,
+    kind: Kind,
+    fragment: str | None = None,
 ) -> CachedKernel:
     metadata = {
         "format": _FORMAT,
         "release": image.release,
         "arch": ARCH,
         "origin": origin,
-        "stock": stock,
+        "kind": kind,
         "form": image.form,
+        "digest": f"sha256:{hashlib.sha256(image.data).hexdigest()}",
+        "fragment": fragment,
         "modules": [module.name for module in modules],
     }
     if directory.exists():  # of another version of this package, or damaged
@@ -204,19 +312,37 @@ def _module_file(directory: Path, name: str) -> Path:
 
 
 async def _prepare_initramfs(kernel: CachedKernel) -> Path:
-    init = init_binary(ARCH).read_bytes()
-    digest = hashlib.sha256(init).hexdigest()[:16]
-    path = kernel.directory / f"initramfs-{LAYOUT}-{digest}.cpio"
+    init = init_binary(ARCH)
+    path = kernel.directory / f"initramfs-{LAYOUT}-{_file_digest(init)[:16]}.cpio"
     if not path.exists():
-        await trio.to_thread.run_sync(_make_initramfs, path, kernel, init)
+        async with locked(_store() / ".lock"):
+            if not path.exists():
+                await trio.to_thread.run_sync(_make_initramfs, path, kernel, init.read_bytes())
     await trio.lowlevel.checkpoint()
     return path
 
 
 def _make_initramfs(path: Path, kernel: CachedKernel, init: bytes) -> None:
+    sweep(kernel.directory)
     modules = [
         Module(name, _module_file(kernel.directory, name).read_bytes()) for name in kernel.modules
     ]
     with new_file(path) as temporary:
         temporary.write_bytes(build_initramfs(init, modules))
         temporary.chmod(0o644)
+    # A program of another version may just be about to open its own: the last but one stays.
+    made = sorted(kernel.directory.glob("initramfs-*.cpio"), key=lambda file: file.stat().st_mtime)
+    for old in made[:-_INITRAMFS_KEPT]:
+        old.unlink()
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 in hex; a file is read again only when it has changed."""
+    status = path.stat()
+    return _digest_of(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _digest_of(path: Path, *identity: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

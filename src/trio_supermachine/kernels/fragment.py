@@ -1,0 +1,44 @@
+"""The small kernel's configuration: which lines it must have, and which of them are missing."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Final
+
+_DIRECTORY: Final = Path(__file__).parent.parent / "guest/kernel"
+_LINE: Final = re.compile(r"(CONFIG_\w+)=(.+)|# (CONFIG_\w+) is not set")
+
+
+def read_fragment(arch: str) -> str:
+    """The lines for ``arch``: what all processors share, and what is its own."""
+    return "".join((_DIRECTORY / f"{name}.config").read_text() for name in ("common", arch))
+
+
+def fragment_digest(fragment: str) -> str:
+    """A short name for what ``fragment`` asks for; comments and order do not count."""
+    lines = sorted(f"{name}={value}\n" for name, value in _options(fragment).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
+def missing_options(fragment: str, config: str) -> list[str]:
+    """The lines of ``fragment`` that the finished configuration ``config`` does not hold.
+
+    Kconfig drops without a word what it does not know and what lacks a dependency.
+    """
+    has = _options(config)
+    return [
+        f"{name}={value}"
+        for name, value in _options(fragment).items()
+        if has.get(name, "n") != value
+    ]
+
+
+def _options(text: str) -> dict[str, str]:
+    found = {}
+    for line in text.splitlines():
+        if match := _LINE.fullmatch(line.strip()):
+            name, value, unset = match.groups()
+            found[name or unset] = value or "n"
+    return found
