@@ -1,0 +1,25 @@
+"""Snapshots as files: their format, how they are verified, and how they come to be."""
+
+from __future__ import annotations
+
+from .capture import finish_diff, finish_full, layer_refs, new_snapshot
+from .directory import open_snapshot, read_metadata, verify_snapshot
+from .memory import MemoryImage, PagePatch
+from .metadata import Draft, LayerRef, Metadata
+from .verify import Snapshot
+
+__all__ = [
+    "Draft",
+    "LayerRef",
+    "MemoryImage",
+    "Metadata",
+    "PagePatch",
+    "Snapshot",
+    "finish_diff",
+    "finish_full",
+    "layer_refs",
+    "new_snapshot",
+    "open_snapshot",
+    "read_metadata",
+    "verify_snapshot",
+]

@@ -68,17 +68,15 @@ def integer(low: int, high: int) -> Validator:
 
 def encode(value: Any) -> Any:
     """What ``json`` can write of an attrs value, a path, a mapping or a tuple of such."""
-    if attrs.has(type(value)):
-        return {
-            field.name: encode(getattr(value, field.name)) for field in attrs.fields(type(value))
-        }
+    if value is None or isinstance(value, str | int):
+        return value
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple):
         return [encode(item) for item in value]
     if isinstance(value, Mapping):
         return dict(value)
-    return value
+    return {field.name: encode(getattr(value, field.name)) for field in attrs.fields(type(value))}
 
 
 def decode(cls: type[T], document: object) -> T:

@@ -132,7 +132,13 @@ def _finish_diff(directory: Path, draft: Draft, runs: tuple[Run, ...], base: Sna
         reason = f"it lies on {base.depth} others, as many as there may be; make a full snapshot"
         raise SnapshotInvalid(str(base.directory), reason)
     full, path = directory / FULL_MEMORY, directory / DIFF_MEMORY
-    pages = pack_diff(full, runs, base.memory, path, check)
+    # The guest may have run for days since its base was opened.
+    if Verifier(check).snapshot(base.directory).identity != base.identity:
+        raise SnapshotInvalid(str(base.directory), "it is another now; make a full snapshot")
+    try:
+        pages = pack_diff(full, runs, base.memory, path, check)
+    except EOFError as error:
+        raise SnapshotInvalid(str(base.directory), f"{error}; make a full snapshot") from error
     full.unlink()
     found = _hash(path, check)
     memory = MemoryRef(sha256=found.sha256, size=found.size, data=pages * PAGE)

@@ -219,7 +219,7 @@ def _load(data: bytes) -> dict[str, Any]:
 
 
 def _dump(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, sort_keys=True, indent=1).encode("ascii") + b"\n"
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def _checksum(document: dict[str, Any]) -> str:
