@@ -17,6 +17,7 @@ from ..errors import NotSupported
 from ..trace import CATEGORIES, VARIABLE
 from . import doctor as doctor_module
 from .failures import OWN_ERROR, SIGNALLED, CommandNotStarted, complain, report
+from .kernel import kernel_group
 from .run import RunOptions, run
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -55,6 +56,9 @@ def run_app(arguments: Sequence[str]) -> int:
 @click.version_option(_version.__version__, prog_name="trio-supermachine")
 def app() -> None:
     """Run OCI images as microVMs."""
+
+
+app.add_command(kernel_group)
 
 
 def _refuse(context: click.Context, parameter: click.Parameter, value: object) -> None:
