@@ -5,19 +5,22 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, cast, final, get_args
 
 import attrs
 
+from .._validators import StrPath
 from ..config import EngineName
+from ..errors import SnapshotIncompatible
 from ..oci.config import ImageConfig
 from ..oci.progress import ProgressCallback
+from ..snapshots import Snapshot, open_snapshot
 from ..vm import Vm
 
 if TYPE_CHECKING:
     from ..config import VmConfig
     from ..pool import PoolBuilder, PooledVm
-    from ..snapshots import Snapshot
+    from .builder import OciImageBuilder
 
 
 class PullPolicy(Enum):
@@ -96,6 +99,31 @@ class Image:
             ref, pull=pull, platform=platform, engine=engine, progress=progress
         )
 
+    @staticmethod
+    def builder(ref: str) -> OciImageBuilder:
+        """Say how the image that ``ref`` names is to be baked; :meth:`OciImageBuilder.build`
+        does it.
+
+        :raises ReferenceInvalid: the reference does not parse.
+        """
+        from .builder import OciImageBuilder  # which makes images
+
+        return OciImageBuilder(reference=ref)
+
+    @staticmethod
+    async def from_snapshot(path: StrPath) -> Image:
+        """The image whose VMs are restored from a snapshot, baked or made by
+        :meth:`Vm.snapshot`.
+
+        The snapshot is verified: its memory in full once per host, then by its file's identity.
+        Cancelling ends the work.
+
+        :param path: the snapshot's directory, or the ``restore.snap`` in it.
+        :raises SnapshotInvalid: a file is missing, damaged, or not what was captured.
+        :raises SnapshotIncompatible: another version or engine made it.
+        """
+        return image_of(await open_snapshot(path))
+
     def start(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[Vm]:
         """The same as :meth:`Vm.start` with this image."""
         return Vm.start(self, config)
@@ -114,3 +142,33 @@ class Image:
         from ..pool import pool_of  # pool.py is a layer above
 
         return pool_of(self)
+
+
+def image_of(snapshot: Snapshot) -> Image:
+    """The image that a snapshot was made of. :raises SnapshotIncompatible: by an engine that this
+    version does not have.
+    """
+    metadata = snapshot.metadata
+    if metadata.engine not in get_args(EngineName):
+        raise SnapshotIncompatible(
+            str(snapshot.directory),
+            f"the engine {metadata.engine!r} made it, which this version does not have;"
+            " upgrade trio-supermachine, or make the snapshot again",
+        )
+    return Image(
+        reference=metadata.image_reference,
+        config=metadata.image_config,
+        layers=snapshot.layers,
+        digest=metadata.image_digest,
+        engine=engine_name(metadata.engine),
+        snapshot=snapshot,
+        memory_mib=metadata.memory_mib,
+        vcpus=metadata.vcpus,
+        guest_port=metadata.guest_port,
+    )
+
+
+def engine_name(name: str) -> EngineName:
+    """The name of an engine of this version."""
+    assert name in get_args(EngineName)
+    return cast(EngineName, name)
