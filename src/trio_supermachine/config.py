@@ -204,7 +204,6 @@ class VmConfig:
             ("balloon", self.balloon),
             ("egress", self.egress is not None),
             ("vsock_mux_dir", self.vsock_mux_dir is not None),
-            ("require_restore", self.require_restore),
         ):
             if asked:
                 raise NotSupported(feature)

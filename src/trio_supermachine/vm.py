@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Final, Literal, final
+from typing import TYPE_CHECKING, Final, Literal
 
+import attrs
 import trio
 
 from ._nursery import open_flat_nursery
+from ._validators import StrPath
 from .agent import wire
 from .agent.client import AgentClient, exited
 from .agent.wire import ExecFlags, ExecRequest, Exit
+from .capture import capture
 from .config import VmConfig
-from .errors import ExecEof, FileTooLarge, StartTimeout, VmExited
+from .errors import ConfigError, ExecEof, FileTooLarge, VmExited
 from .exec import ExecChild, check_winsize, open_exec
 from .exec_builder import ExecBuilder, check_mode, env_entry, user_field
-from .hv.base import Console, Disk, Machine, MachineSpec
-from .hv.select import choose_engine
-from .kernels import prepare_kernel
+from .hv.base import Console, Machine
+from .launch import Plan, launched, plan
 from .run_process import (
     Command,
     OutputTarget,
@@ -32,6 +33,7 @@ from .run_process import (
     command_argv,
     run_process,
 )
+from .snapshots import Snapshot, open_snapshot
 from .trace import trace
 
 if TYPE_CHECKING:
@@ -40,12 +42,10 @@ if TYPE_CHECKING:
 #: The default of :meth:`Vm.read_file`, in bytes.
 READ_FILE_CAP: Final = 32 << 20
 
-_DEFAULT_HOSTNAME: Final = "supermachine"
-_CONSOLE_TAIL: Final = 4096
+_DAY: Final = 86400.0  # seconds
 _POWER_OFF: Final = 2.0  # seconds for the guest kernel to power off, beyond the grace
 
 
-@final
 class Vm:
     """A running virtual machine. Only :meth:`Vm.start` makes one.
 
@@ -61,16 +61,23 @@ class Vm:
     """
 
     def __init__(
-        self, image: Image, config: VmConfig, client: AgentClient, nursery: trio.Nursery
+        self,
+        image: Image,
+        config: VmConfig,
+        plan: Plan,
+        client: AgentClient,
+        nursery: trio.Nursery,
     ) -> None:
         self.image = image
         self.config = config
         self.engine: str = client.machine.engine
-        self.started_by: Literal["boot", "restore"] = "boot"
+        self.started_by: Literal["boot", "restore"] = plan.started_by
+        self._plan = plan
         self.console: Console = client.machine.console
         self._client = client
         self._machine: Machine = client.machine
         self._nursery = nursery
+        self._capturing = trio.Lock()
         self._body = trio.CancelScope()
         self._stopping = False
         self._exited: VmExited | None = None
@@ -85,7 +92,8 @@ class Vm:
     ) -> AbstractAsyncContextManager[Vm]:
         """Start a VM: an async context manager, entered when the guest's agent has answered.
 
-        The image's own entrypoint and command run as the workload unless ``workload`` is false.
+        A VM of an image with a snapshot is restored from it, unless ``config`` needs other
+        hardware than the snapshot has: then the image boots. The image's own entrypoint and command run as the workload unless ``workload`` is false.
         Leaving the block, by any path, ends the VM at once and waits until nothing of it is
         left on the host. A VM that ends by itself cancels the body, and the block raises
         :exc:`VmExited`.
@@ -94,6 +102,9 @@ class Vm:
         :raises EngineUnavailable: no engine can run a guest here.
         :raises AssetNotFound: a kernel or a tool is missing; the message says how to get it.
         :raises StartTimeout: the guest did not answer within ``config.start_timeout`` seconds.
+        :raises RestoreTimeout: a restored one did not within ``config.restore_timeout`` seconds.
+        :raises SnapshotInvalid: the snapshot is damaged, or of another engine or host.
+        :raises AdmissionRefused: its memory can never be admitted (``memory_admission``).
         :raises VmExited: the guest ended before it answered.
         """
         return _start(image, config or VmConfig(), workload)
@@ -275,6 +286,10 @@ class Vm:
         answer = await self._client.call(wire.frame(wire.FrameType.WORKLOAD_WAIT))
         return Exit.decode(answer.payload).returncode
 
+    async def ping(self) -> None:
+        """Return when the guest's agent has answered."""
+        await self._client.call(wire.frame(wire.FrameType.PING))
+
     async def pause(self) -> None:
         """Stop the guest's CPUs. Idempotent. Calls to the guest wait until :meth:`resume`."""
         await self._machine.pause()
@@ -283,6 +298,72 @@ class Vm:
         """Let the guest's CPUs run again, and set its clock. Idempotent."""
         await self._machine.resume()
         await self._client.call(wire.set_clock(time.time_ns()))
+
+    async def wait_listener(self, timeout: float | None = None) -> int | None:
+        """Wait until a program in the guest listens on a TCP port; gives the first such port.
+
+        :param timeout: in seconds, at most a day; then it gives ``None``. No limit without it.
+        """
+        if timeout is not None and not 0 <= timeout <= _DAY:
+            raise ValueError("timeout must be 0 to 86400 seconds")
+        while True:
+            seconds = _DAY if timeout is None else timeout
+            answer = await self._client.call(wire.await_listener(round(seconds * 1000)))
+            if (port := wire.decode_u64(answer.payload)) or timeout is not None:
+                return port or None
+
+    # Snapshots
+
+    async def snapshot(self, dest: StrPath) -> Image:
+        """Write the VM as it is at this moment to the directory ``dest``; it goes on running.
+
+        Captured are memory, devices, processes and what was written to the root file system. An
+        exec that is open now goes on here, and is ended in the restored copies. The guest
+        stands still while its memory is copied. Captures of one VM wait for each other.
+
+        Cancelled or failed, it leaves nothing, and the VM runs on.
+
+        :param dest: must not exist, or be an empty directory.
+        :returns: an image that restores.
+        :raises FileExistsError: there is something at ``dest``.
+        :raises OSError: it cannot be written, as on a full disk.
+        :raises CaptureFailed: the guest did not come to rest, or the engine refused.
+        """
+        return await self._capture(dest, None)
+
+    async def snapshot_diff(self, dest: StrPath, base: Image | StrPath) -> Image:
+        """As :meth:`snapshot`, but write only the memory that differs from ``base``.
+
+        It is fast if this VM was restored from ``base``; with any other snapshot of a guest of
+        the same size all memory is compared. Restoring needs the base, byte for byte as it is.
+
+        :param base: a snapshot, full or itself a diff, or an image that has one.
+        :raises SnapshotInvalid: the base is damaged, or no base for this VM.
+        """
+        place = base if isinstance(base, str | os.PathLike) else base.snapshot
+        if place is None:
+            raise ConfigError("the base has no snapshot; take it with vm.snapshot, or bake it")
+        directory = place.directory if isinstance(place, Snapshot) else place
+        return await self._capture(dest, await open_snapshot(directory))
+
+    #: The same calls under the names that users of the Rust library know.
+    snapshot_live = snapshot
+    snapshot_diff_live = snapshot_diff
+
+    async def _capture(
+        self, dest: StrPath, base: Snapshot | None, *, fingerprint: str | None = None
+    ) -> Image:
+        async with self._capturing:
+            snapshot = await capture(
+                self._client, self._plan, self.image, dest, base=base, fingerprint=fingerprint
+            )
+        return attrs.evolve(
+            self.image,
+            engine="auto",
+            snapshot=snapshot,
+            memory_mib=snapshot.metadata.memory_mib,
+            vcpus=snapshot.metadata.vcpus,
+        )
 
     async def stop(self, grace: float = 5.0) -> None:
         """Shut the guest down in order: stop signals, ``grace`` seconds, sync, power off.
@@ -313,51 +394,18 @@ class Vm:
 
 @asynccontextmanager
 async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterator[Vm]:
-    config.refuse_unbuilt()
-    name = config.engine if config.engine != "auto" else image.engine
-    engine = await choose_engine(name, config.assets)
-    boot = await prepare_kernel(config.assets)
-    spec = MachineSpec(
-        kernel=boot.kernel,
-        initramfs=boot.initramfs,
-        memory_mib=config.effective_memory_mib,
-        vcpus=config.effective_vcpus,
-        disks=tuple(Disk(path=layer) for layer in image.layers),
-    )
-    setup = wire.Setup(
-        seed=secrets.token_bytes(64),
-        hostname=config.hostname or _DEFAULT_HOSTNAME,
-        layers=len(image.layers),
-        environment=image.config.env,
-        workdir=image.config.workdir,
-        user=image.config.user,
-        workload=image.config.argv if workload else (),
-        stop_signal=image.config.stop_signal,
-    )
-    trace("vm", "start %r on %s: %r", image.reference, engine.name, spec)
-    async with engine.open(spec) as machine:
-        client = AgentClient(machine)
-        try:
-            await _set_up(client, setup, config.start_timeout)
-            async with _running(image, config, client) as vm:
-                yield vm
-        finally:
-            await client.aclose()
-
-
-async def _set_up(client: AgentClient, setup: wire.Setup, seconds: float) -> None:
-    with trio.move_on_after(seconds) as scope:
-        await client.set_up(setup)
-    if scope.cancelled_caught:
-        console = client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
-        raise StartTimeout(seconds, console=console)
+    todo = await plan(image, config, workload=workload)
+    async with launched(todo, image, config) as client, _running(image, config, todo, client) as vm:
+        yield vm
 
 
 @asynccontextmanager
-async def _running(image: Image, config: VmConfig, client: AgentClient) -> AsyncIterator[Vm]:
+async def _running(
+    image: Image, config: VmConfig, plan: Plan, client: AgentClient
+) -> AsyncIterator[Vm]:
     try:
         async with open_flat_nursery() as nursery:
-            vm = Vm(image, config, client, nursery)
+            vm = Vm(image, config, plan, client, nursery)
             nursery.start_soon(vm._watch)
             with vm._body:
                 yield vm

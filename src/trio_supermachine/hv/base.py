@@ -11,18 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import attrs
 import trio
 
+from ..snapshots.memory import PagePatch
+from ..snapshots.pages import Run
+
 ExitReason = Literal["shutdown", "reset", "killed", "failed", "stopped"]
-
-#: The unit of guest memory, in bytes.
-PAGE_SIZE: Final = 4096
-
-#: The first page and the number of pages.
-PageRun = tuple[int, int]
 
 
 @attrs.frozen(kw_only=True)
@@ -31,17 +28,6 @@ class Disk:
 
     path: Path
     readonly: bool = True
-
-
-@attrs.frozen(kw_only=True)
-class PagePatch:
-    """Guest pages in a file: ``runs`` of (first page, number of pages) in ascending order, whose
-    4 KiB pages stand in ``file`` one after the other from ``offset`` on.
-    """
-
-    file: Path
-    offset: int
-    runs: tuple[PageRun, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -70,7 +56,7 @@ class Captured:
     :ivar standstill: how long the guest stood still, in seconds.
     """
 
-    runs: tuple[PageRun, ...]
+    runs: tuple[Run, ...]
     complete: bool
     standstill: float
 
@@ -163,7 +149,7 @@ class Machine(ABC):
 
         ``state`` becomes the engine's device state and ``memory`` a sparse file of the size of
         the guest's memory; both must not exist. A cancelled or failed call leaves files that
-        are good for nothing, and a machine that runs as before.
+        are good for nothing, and a machine that runs as before. One call at a time.
 
         :param since: write only what may have changed since this restore, if the machine knows.
         :raises CaptureFailed: the guest did not come to rest, or the engine refused.

@@ -64,7 +64,6 @@ class QemuMachine(Machine):
         self._memory_size = memory_size
         self._restore = restore
         self._memory: GuestMemory | None = None
-        self._capturing = trio.Lock()
         self._paused = False
         self._running = trio.Event()
         self._qmp = QmpClient(_stream(qmp), self._on_event)
@@ -100,16 +99,15 @@ class QemuMachine(Machine):
         await self._or_exited(self._qmp.execute, "cont")
 
     async def capture(self, state: Path, memory: Path, *, since: str | None = None) -> Captured:
-        async with self._capturing:
-            guest = await self._guest_memory()
-            with new_file(state) as state_fd, new_file(memory) as memory_fd:
-                os.ftruncate(memory_fd, self._memory_size)
-                if since is not None and self._restore and since == self._restore.identity:
-                    copying = Copying(guest, memory_fd)
-                else:
-                    copying = Copying(guest, memory_fd, whole=True, restore=self._restore)
-                await in_thread(copying.prepare)
-                standstill = await self._or_exited(self._capture_at_rest, state_fd, copying.finish)
+        guest = await self._guest_memory()
+        with _new_file(state) as state_fd, _new_file(memory) as memory_fd:
+            os.ftruncate(memory_fd, self._memory_size)
+            if since is not None and self._restore and since == self._restore.identity:
+                copying = Copying(guest, memory_fd)
+            else:
+                copying = Copying(guest, memory_fd, whole=True, restore=self._restore)
+            await in_thread(copying.prepare)
+            standstill = await self._or_exited(self._capture_at_rest, state_fd, copying.finish)
         return Captured(runs=copying.runs, complete=copying.whole, standstill=standstill)
 
     async def _capture_at_rest(self, state_fd: int, copy_memory: Callable[..., None]) -> float:
@@ -302,8 +300,9 @@ class _Listener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _new_file(path: Path) -> Iterator[int]:
+    # QEMU takes a descriptor that it writes to only if it is open for just that.
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         yield fd
     finally:

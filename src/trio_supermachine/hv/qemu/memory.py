@@ -20,7 +20,9 @@ from typing import Final, final
 import trio
 
 from ...errors import CaptureFailed
-from ..base import PAGE_SIZE, PagePatch, PageRun, Restore
+from ...snapshots.memory import PagePatch, data_runs
+from ...snapshots.pages import PAGE, Run
+from ..base import Restore
 
 _CHUNK: Final = 64 * 1024
 _ZERO: Final = bytes(_CHUNK)
@@ -58,16 +60,16 @@ class GuestMemory:
         self._pid = pid
         self._address = address
         self._size = size
-        self.pages = size // PAGE_SIZE
+        self.pages = size // PAGE
         self._wanted = _CHANGED if restored else _THERE
 
-    def runs(self) -> tuple[PageRun, ...]:
+    def runs(self) -> tuple[Run, ...]:
         """The pages that the guest has changed since the restore, or ever touched."""
-        found: list[PageRun] = []
+        found: list[Run] = []
         with _opened(f"/proc/{self._pid}/pagemap", os.O_RDONLY) as fd:
             for first in range(0, self.pages, _ENTRIES):
                 count = min(_ENTRIES, self.pages - first)
-                at = (self._address // PAGE_SIZE + first) * _ENTRY
+                at = (self._address // PAGE + first) * _ENTRY
                 entries = os.pread(fd, count * _ENTRY, at)
                 if len(entries) != count * _ENTRY:
                     raise CaptureFailed("the machine's memory is not where QEMU says it is")
@@ -75,7 +77,7 @@ class GuestMemory:
                     found.append((first + match.start(), match.end() - match.start()))
         return tuple(found)
 
-    def copy_to(self, file: int, runs: Iterable[PageRun], *, dirty: set[int] | None) -> None:
+    def copy_to(self, file: int, runs: Iterable[Run], *, dirty: set[int] | None) -> None:
         """Write pages into the descriptor ``file``, each at its place.
 
         :param dirty: the chunks of ``file`` that may be other than zero, and those that this
@@ -124,7 +126,7 @@ class Copying:
         self._restore = restore
         self._dirty: set[int] | None = set()
         self.whole = whole
-        self.runs: tuple[PageRun, ...] = ()
+        self.runs: tuple[Run, ...] = ()
 
     def prepare(self) -> None:
         """Do what can be done while the guest runs."""
@@ -147,33 +149,19 @@ class Copying:
 def _copy_restored(restore: Restore, file: int) -> None:
     """Write the memory that a machine was restored from into the empty descriptor ``file``."""
     with _opened(restore.memory, os.O_RDONLY) as source:
-        for offset, size in _data(source):
-            _copy_range(source, offset, file, offset, size)
+        for first, count in data_runs(source, os.fstat(source).st_size):
+            _copy_range(source, first * PAGE, file, first * PAGE, count * PAGE)
     for patch in restore.patches:
         with _opened(patch.file, os.O_RDONLY) as source:
             at = patch.offset
             for first, count in patch.runs:
-                _copy_range(source, at, file, first * PAGE_SIZE, count * PAGE_SIZE)
-                at += count * PAGE_SIZE
+                _copy_range(source, at, file, first * PAGE, count * PAGE)
+                at += count * PAGE
 
 
 async def in_thread(function: Callable[..., None], *arguments: object) -> None:
     """Run one of the above in a worker thread; a cancellation ends it soon, and waits for it."""
     await trio.to_thread.run_sync(function, *arguments)
-
-
-def _data(file: int) -> Iterator[tuple[int, int]]:
-    """Offset and size of each part of a sparse file that is no hole."""
-    end = os.fstat(file).st_size
-    at = 0
-    while at < end:
-        try:
-            at = os.lseek(file, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: a hole up to the end
-            return
-        hole = os.lseek(file, at, os.SEEK_HOLE)
-        yield at, hole - at
-        at = hole
 
 
 def _copy_range(source: int, offset: int, file: int, to: int, size: int) -> None:
@@ -183,10 +171,10 @@ def _copy_range(source: int, offset: int, file: int, to: int, size: int) -> None
         trio.from_thread.check_cancelled()
 
 
-def _chunks(runs: Iterable[PageRun]) -> Iterator[tuple[int, int]]:
+def _chunks(runs: Iterable[Run]) -> Iterator[tuple[int, int]]:
     """Offset and size, in bytes, of the parts of ``runs`` that lie in one chunk each."""
     for first, count in runs:
-        offset, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+        offset, end = first * PAGE, (first + count) * PAGE
         while offset < end:
             size = min(_CHUNK - offset % _CHUNK, end - offset)
             yield offset, size

@@ -1,0 +1,98 @@
+"""How a running VM becomes a snapshot on the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from .agent import wire
+from .agent.client import AgentClient
+from .errors import CaptureFailed, ExecEof, NotSupported, VmExited
+from .snapshots import (
+    Draft,
+    Snapshot,
+    finish_diff,
+    finish_full,
+    layer_refs,
+    new_snapshot,
+    open_snapshot,
+)
+from .snapshots.files import FULL_MEMORY, STATE
+from .trace import trace
+
+if TYPE_CHECKING:
+    from .images.image import Image
+    from .launch import Plan
+
+_THAW: Final = 5.0  # seconds for the guest to go on, also when the capture is being cancelled
+
+
+async def capture(
+    client: AgentClient,
+    plan: Plan,
+    image: Image,
+    dest: str | os.PathLike[str],
+    *,
+    base: Snapshot | None = None,
+    fingerprint: str | None = None,
+) -> Snapshot:
+    """Write a snapshot of the machine to ``dest``; with ``base`` only what differs from that.
+
+    The guest goes on as soon as its memory is copied; the rest is done while it runs.
+    """
+    async with new_snapshot(dest) as directory:
+        draft = Draft(
+            engine=plan.engine.name,
+            host=await plan.engine.host_facts(),
+            kernel=plan.kernel.kernel,
+            initramfs=plan.kernel.initramfs,
+            kernel_release=plan.kernel.release,
+            memory_mib=plan.spec.memory_mib,
+            vcpus=plan.spec.vcpus,
+            hostname=plan.hostname,
+            image_reference=image.reference,
+            image_digest=image.digest,
+            image_config=image.config,
+            layers=await layer_refs(image.layers),
+            guest_port=image.guest_port,
+            fingerprint=fingerprint,
+        )
+        async with _frozen(client):
+            captured = await client.machine.capture(
+                directory / STATE,
+                directory / FULL_MEMORY,
+                since=None if base is None else base.identity,
+            )
+        trace("vm", "%r stood still for %.1f ms", image.reference, captured.standstill * 1e3)
+        if base is None:
+            await finish_full(directory, draft)
+        else:
+            await finish_diff(directory, draft, captured.runs, base)
+    return await open_snapshot(Path(dest))
+
+
+@asynccontextmanager
+async def _frozen(client: AgentClient) -> AsyncIterator[None]:
+    """A block in which none of the guest's programs runs, so that none of a restored guest's
+    does before it is a machine of its own. The clock is right afterwards.
+    """
+    try:
+        await client.call(wire.freeze())
+    except OSError as exc:
+        if exc.errno == errno.EOPNOTSUPP:
+            message = "a snapshot needs a guest kernel with cgroups (CONFIG_CGROUPS)"
+            raise NotSupported("snapshot", message) from exc
+        raise CaptureFailed(f"the guest's programs could not be frozen: {exc.strerror}") from exc
+    try:
+        yield
+    finally:
+        with trio.move_on_after(_THAW, shield=True), suppress(OSError, VmExited, ExecEof):
+            await client.call(wire.set_clock(time.time_ns()))
+            await client.call(wire.thaw())

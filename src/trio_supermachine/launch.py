@@ -1,0 +1,223 @@
+"""How a machine comes to answer: booted from its image, or restored from a snapshot."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import attrs
+import trio
+
+from .agent import wire
+from .agent.client import AgentClient
+from .config import VmConfig
+from .errors import RestoreTimeout, SnapshotIncompatible, SnapshotInvalid, StartTimeout
+from .hv.base import Disk, Engine, MachineSpec, Restore
+from .hv.select import choose_engine
+from .kernels import prepare_kernel
+from .limits import memory_admission, spawn_concurrency
+from .trace import trace
+
+if TYPE_CHECKING:
+    from .images.image import Image
+    from .snapshots import Snapshot
+
+_DEFAULT_HOSTNAME: Final = "supermachine"
+_CONSOLE_TAIL: Final = 4096
+_SEED: Final = 64  # bytes of entropy
+
+
+@attrs.frozen(kw_only=True)
+class KernelFacts:
+    """The kernel that a machine runs: SHA-256 digests in hexadecimal, and the release."""
+
+    kernel: str
+    initramfs: str
+    release: str
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What is to be started: the machine, and what is told to its guest.
+
+    :ivar source: the snapshot that it is restored from, if it is.
+    """
+
+    engine: Engine
+    spec: MachineSpec
+    hostname: str
+    kernel: KernelFacts
+    workload: tuple[str, ...]
+    source: Snapshot | None = None
+
+    @property
+    def started_by(self) -> Literal["boot", "restore"]:
+        """What :attr:`Vm.started_by` says."""
+        return "boot" if self.source is None else "restore"
+
+
+async def plan(image: Image, config: VmConfig, *, workload: bool = True) -> Plan:
+    """Decide between a restore and a boot, and on which machine.
+
+    :raises SnapshotIncompatible: the snapshot is another engine's or host's, or ``config``
+        requires a restore and does not agree with the snapshot.
+    :raises SnapshotInvalid: ``config`` requires a restore, and the image has no snapshot.
+    """
+    config.refuse_unbuilt()
+    snapshot = image.snapshot
+    if snapshot is None:
+        if config.require_restore:
+            raise SnapshotInvalid(image.reference, "the image has no snapshot; bake it first")
+        return await _plan_boot(image, config, workload)
+    why_not = _disagreement(image, snapshot, config, workload)
+    if why_not is None:
+        return await _plan_restore(image, snapshot, config)
+    if config.require_restore:
+        reason = f"the configuration has {why_not}; leave that out, or bake with it"
+        raise SnapshotIncompatible(str(snapshot.directory), reason)
+    trace("vm", "%r boots: the configuration has %s", image.reference, why_not)
+    return await _plan_boot(image, config, workload)
+
+
+def _disagreement(
+    image: Image, snapshot: Snapshot, config: VmConfig, workload: bool
+) -> str | None:
+    metadata = snapshot.metadata
+    if config.engine not in ("auto", metadata.engine):
+        reason = f"it was made on the engine {metadata.engine!r}, not {config.engine!r}"
+        raise SnapshotIncompatible(str(snapshot.directory), f"{reason}; bake the image there")
+    if config.memory_mib not in (None, metadata.memory_mib):
+        return f"{config.memory_mib} MiB of memory, not {metadata.memory_mib}"
+    if config.vcpus not in (None, metadata.vcpus):
+        return f"{config.vcpus} vCPUs, not {metadata.vcpus}"
+    if config.assets is not None and (config.assets.kernel or config.assets.initramfs):
+        return "a kernel of its own"
+    if image.config.argv and not workload:
+        return "no workload"
+    return None
+
+
+async def _plan_boot(image: Image, config: VmConfig, workload: bool) -> Plan:
+    name = config.engine if config.engine != "auto" else image.engine
+    engine = await choose_engine(name, config.assets)
+    boot = await prepare_kernel(config.assets)
+    spec = MachineSpec(
+        kernel=boot.kernel,
+        initramfs=boot.initramfs,
+        memory_mib=config.memory_mib or image.memory_mib or config.effective_memory_mib,
+        vcpus=config.vcpus or image.vcpus or config.effective_vcpus,
+        disks=tuple(Disk(path=layer) for layer in image.layers),
+    )
+    kernel = KernelFacts(
+        kernel=getattr(boot, "kernel_digest", "0" * 64).removeprefix("sha256:"),
+        initramfs=getattr(boot, "initramfs_digest", "0" * 64).removeprefix("sha256:"),
+        release=boot.release,
+    )
+    return Plan(
+        engine=engine,
+        spec=spec,
+        hostname=config.hostname or _DEFAULT_HOSTNAME,
+        kernel=kernel,
+        workload=tuple(image.config.argv) if workload else (),
+    )
+
+
+async def _plan_restore(image: Image, snapshot: Snapshot, config: VmConfig) -> Plan:
+    metadata = snapshot.metadata
+    engine = await choose_engine(metadata.engine, config.assets)
+    here = await engine.host_facts()
+    for fact, there in metadata.host.items():
+        if here.get(fact) != there:
+            reason = f"it needs {fact} {there!r}, and here is {here.get(fact)!r}"
+            raise SnapshotIncompatible(
+                str(snapshot.directory), f"{reason}; bake the image on this host"
+            )
+    spec = MachineSpec(
+        memory_mib=metadata.memory_mib,
+        vcpus=metadata.vcpus,
+        disks=tuple(Disk(path=layer) for layer in image.layers),
+        restore=Restore(
+            identity=snapshot.identity,
+            state=snapshot.state,
+            memory=snapshot.memory.root,
+            patches=snapshot.memory.patches,
+        ),
+    )
+    kernel = KernelFacts(
+        kernel=metadata.kernel, initramfs=metadata.initramfs, release=metadata.kernel_release
+    )
+    return Plan(
+        engine=engine,
+        spec=spec,
+        hostname=config.hostname or metadata.hostname,
+        kernel=kernel,
+        workload=(),
+        source=snapshot,
+    )
+
+
+@asynccontextmanager
+async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[AgentClient]:
+    """Start the machine of ``plan``: entered when its guest has answered.
+
+    Waits, in order, until its memory is admitted and a start is due.
+
+    :raises AdmissionRefused: its memory can never be admitted.
+    :raises StartTimeout: a booted guest did not answer within ``config.start_timeout``.
+    :raises RestoreTimeout: a restored one did not within ``config.restore_timeout``.
+    :raises VmExited: the guest ended before it answered.
+    """
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(memory_admission.admit(plan.spec.memory_mib))
+        async with spawn_concurrency:
+            trace("vm", "%s %r on %s: %r", plan.started_by, image, plan.engine.name, plan.spec)
+            machine = await stack.enter_async_context(plan.engine.open(plan.spec))
+            client = AgentClient(machine)
+            stack.push_async_callback(client.aclose)
+            if plan.source is None:
+                await _answer(client, _set_up(client, plan, image), StartTimeout, config.start_timeout)
+            else:
+                restored = client.restored(_renewal(config.hostname))
+                await _answer(client, restored, RestoreTimeout, config.restore_timeout)
+        yield client
+
+
+async def _set_up(client: AgentClient, plan: Plan, image: Image) -> None:
+    await client.set_up(
+        wire.Setup(
+            seed=secrets.token_bytes(_SEED),
+            hostname=plan.hostname,
+            layers=len(plan.spec.disks),
+            environment=image.config.env,
+            workdir=image.config.workdir,
+            user=image.config.user,
+            workload=plan.workload,
+            stop_signal=image.config.stop_signal,
+        )
+    )
+
+
+def _renewal(hostname: str | None) -> wire.Restore:
+    return wire.Restore(
+        seed=secrets.token_bytes(_SEED),
+        hostname=hostname or "",
+        machine_id=secrets.token_hex(16),
+        boot_id=str(uuid.uuid4()),
+    )
+
+
+async def _answer(
+    client: AgentClient,
+    greeting: Awaitable[object],
+    error: type[StartTimeout] | type[RestoreTimeout],
+    seconds: float,
+) -> None:
+    with trio.move_on_after(seconds) as scope:
+        await greeting
+    if scope.cancelled_caught:
+        console = client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
+        raise error(seconds, console=console)
