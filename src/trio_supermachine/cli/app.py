@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar, get_args
@@ -17,7 +16,9 @@ from ..errors import NotSupported
 from ..trace import CATEGORIES, VARIABLE
 from . import doctor as doctor_module
 from .failures import OWN_ERROR, SIGNALLED, CommandNotStarted, complain, report
+from .images import bake_command, images_command, prune_command, rmi_command, snapshot_group
 from .kernel import kernel_group
+from .options import variables
 from .run import RunOptions, run
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -58,6 +59,9 @@ def app() -> None:
     """Run OCI images as microVMs."""
 
 
+for _command in (bake_command, images_command, rmi_command, prune_command):
+    app.add_command(_command)
+app.add_command(snapshot_group)
 app.add_command(kernel_group)
 
 
@@ -73,21 +77,6 @@ def _unbuilt(*names: str, **kind: Any) -> Callable[[_Function], _Function]:
     )
 
 
-def _variables(
-    context: click.Context, parameter: click.Parameter, values: Sequence[str]
-) -> tuple[tuple[str, str], ...]:
-    variables = []
-    for text in values:
-        key, equals, value = text.partition("=")
-        if not key:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE", context, parameter)
-        if equals:
-            variables.append((key, value))
-        elif key in os.environ:
-            variables.append((key, os.environ[key]))
-    return tuple(variables)
-
-
 @app.command(
     "run", context_settings={"allow_interspersed_args": False}, options_metavar="[OPTIONS]"
 )
@@ -98,7 +87,7 @@ def _variables(
     "--env",
     "environment",
     multiple=True,
-    callback=_variables,
+    callback=variables,
     metavar="NAME[=VALUE]",
     help="Add a variable to the image's environment; without a value, this program's own.",
 )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import click
 import trio
@@ -17,9 +16,7 @@ from ..kernels import (
     list_kernels,
     preferred_kernel,
 )
-from ..oci.progress import Progress
-
-_WIDTH: Final = 78
+from .meter import Meter
 
 
 @click.group("kernel")
@@ -50,7 +47,7 @@ def build_command(jobs: int | None, as_json: bool) -> None:
     build takes some minutes and 2.5 GB of disk meanwhile; Ctrl-C ends it and leaves nothing
     behind. It needs gcc, make, flex, bison, bc, xz-utils and libelf-dev, and never installs them.
     """
-    with _Meter() as meter:
+    with Meter() as meter:
         kernel = trio.run(partial(build_small_kernel, jobs=jobs, progress=meter.show))
     _print_one(kernel, as_json=as_json)
 
@@ -59,7 +56,7 @@ def build_command(jobs: int | None, as_json: bool) -> None:
 @_as_json
 def fetch_command(as_json: bool) -> None:
     """Fetch Debian's cloud kernel, unless one is here, as the first start would."""
-    with _Meter() as meter:
+    with Meter() as meter:
         kernel = trio.run(partial(fetch_stock_kernel, progress=meter.show))
     _print_one(kernel, as_json=as_json)
 
@@ -104,30 +101,3 @@ def _describe(kernel: CachedKernel, preferred: CachedKernel | None) -> dict[str,
         "modules": list(kernel.modules),
         "preferred": kernel == preferred,
     }
-
-
-class _Meter:
-    """Progress on stderr: one line that changes on a terminal, else a line for each phase."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._phase = ""
-        self._open = False
-
-    def __enter__(self) -> _Meter:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._open:
-            click.echo(err=True)
-
-    async def show(self, step: Progress) -> None:
-        if not self._live:
-            if step.phase != self._phase:
-                click.echo(f"{step.phase}: {step.item}", err=True)
-        else:
-            share = f"{100 * step.done // step.total:3}% " if step.total else ""
-            text = f"{step.phase}: {share}{step.item}"
-            click.echo(f"\r{text[:_WIDTH]:<{_WIDTH}}", nl=False, err=True)
-            self._open = True
-        self._phase = step.phase

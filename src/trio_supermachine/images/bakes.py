@@ -45,7 +45,8 @@ class Bake:
     """A bake in the store.
 
     :ivar names: those that stand for it.
-    :ivar metadata: what its snapshot says; ``None`` if that is damaged or of another version.
+    :ivar metadata: what its snapshot says of itself.
+    :ivar problem: why there is no ``metadata``; it is damaged, or of a newer version.
     :ivar size: the bytes that its snapshot takes on the disk.
     :ivar used_at: when it was last made or asked for, in seconds since 1970.
     """
@@ -54,6 +55,7 @@ class Bake:
     directory: Path
     names: tuple[str, ...]
     metadata: Metadata | None
+    problem: SnapshotInvalid | None
     size: int
     used_at: float
 
@@ -128,10 +130,11 @@ class BakeStore:
             place = directory / "snapshot"
             if not place.exists():
                 continue
+            metadata, problem = None, None
             try:
                 metadata = await read_metadata(place)
-            except SnapshotInvalid:
-                metadata = None
+            except SnapshotInvalid as error:
+                problem = error
             fingerprint = directory.name
             found.append(
                 Bake(
@@ -139,6 +142,7 @@ class BakeStore:
                     directory=place,
                     names=tuple(name for name, of in names.items() if of == fingerprint),
                     metadata=metadata,
+                    problem=problem,
                     size=allocated(directory),
                     used_at=_used_at(directory),
                 )

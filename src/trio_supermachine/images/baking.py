@@ -45,7 +45,9 @@ class BakePlan:
     warmup: Warmup | None = None
 
 
-async def bake(image: Image, plan: BakePlan, dest: Path, progress: ProgressCallback | None) -> None:
+async def bake(
+    image: Image, plan: BakePlan, dest: Path, fingerprint: str, progress: ProgressCallback | None
+) -> None:
     """Make the snapshot ``dest`` of an image that has none.
 
     Errors of the warm-up pass through. Cancelled or failed, it leaves nothing.
@@ -63,7 +65,7 @@ async def bake(image: Image, plan: BakePlan, dest: Path, progress: ProgressCallb
                 await plan.warmup(vm)
             await trio.sleep(plan.triggers.quiesce_ms / 1000)
             await report(progress, "capture", image.reference, 0, None)
-            await vm.snapshot(dest)
+            await vm._capture(dest, None, fingerprint=fingerprint)
     except VmExited as error:
         message = f"the guest of {image.reference} ended before it was captured ({error.reason})"
         raise BakeFailed(message, console=error.console) from error
@@ -149,7 +151,7 @@ async def _heartbeats(vm: Vm, count: int) -> None:
     for beat in range(count):
         if beat:
             await trio.sleep(_HEARTBEAT)
-        await vm.read_file_with_max_bytes("/proc/uptime", 1024)  # the agent answers, nobody else
+        await vm.ping()
 
 
 def _console(vm: Vm) -> str:

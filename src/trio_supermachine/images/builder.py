@@ -282,7 +282,7 @@ class OciImageBuilder:
     ) -> Snapshot:
         await bakes.clear(fingerprint)
         place: Path = bakes.place(fingerprint)
-        await bake(image, self._plan, place, progress)
+        await bake(image, self._plan, place, fingerprint, progress)
         await report(progress, "publish", image.reference, 0, None)
         snapshot = await bakes.find(fingerprint)
         if snapshot is None:

@@ -110,8 +110,9 @@ class ImageStore:
         async with AsyncExitStack() as stack:
             for name in sorted(set(names)):
                 await stack.enter_async_context(exclusive(self.lock_of(_hex(name))))
+            self._layers.mkdir(parents=True, exist_ok=True)
             async with hostfiles.locked(self._layers / "lock"):
-                self.sweep()
+                self._sweep()
                 scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._layers))
                 stack.callback(shutil.rmtree, scratch, ignore_errors=True)
                 stack.enter_context(in_use(scratch))
@@ -121,8 +122,13 @@ class ImageStore:
         """The lock of whoever makes the layer whose file name begins with ``name``."""
         return self._layers / "locks" / name
 
-    def sweep(self) -> None:
-        """Remove what killed programs left. The caller holds the lock of the directory."""
+    async def sweep(self) -> None:
+        """Remove what killed programs left of layers."""
+        if self._layers.is_dir():
+            async with hostfiles.locked(self._layers / "lock"):
+                self._sweep()
+
+    def _sweep(self) -> None:
         for stray in self._layers.glob(_SCRATCH + "*"):
             with unused(stray) as abandoned:
                 if abandoned:
