@@ -30,7 +30,7 @@ from .memory import MemoryImage, PagePatch, digest_memory
 from .metadata import MAX_METADATA, REMEDY, BaseRef, FileRef, LayerRef, MemoryRef, Metadata
 
 #: How many snapshots may lie one on another.
-MAX_CHAIN = 64
+MAX_CHAIN = 32
 _MEMORY, _FILE = "memory", "file"
 
 
