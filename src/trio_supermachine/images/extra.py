@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,12 @@ from .store import ImageStore
 _RECIPE: Final = b"1"  # changes whenever what is made of the same files does
 _MAX_LINKS: Final = 40  # as Linux has it
 _TYPES: Final = {"d": stat.S_IFDIR, "l": stat.S_IFLNK, "c": stat.S_IFCHR}
+#: "drwxr-xr-x 0/0    42 1970-01-01 00:00 squashfs-root/etc"; a link's target comes after " -> ",
+#: and a device has its two numbers in place of a size.
+_LINE: Final = re.compile(
+    rb"([-a-z][-a-zST]{9}) (\d+)/(\d+) +(?:\d+, *)?\d+ [\d-]{10} \d\d:\d\d (squashfs-root.*)",
+    re.DOTALL,
+)
 #: Where the guest mounts file systems of its own.
 _MOUNTED: Final = ("/dev", "/proc", "/sys")
 
@@ -180,22 +187,20 @@ class _Below:
         depth = str(path.count("/") + 1 if path else 0)
         command = [self._tool, "-no-wildcards", "-max-depth", depth, "-lln", os.fspath(layer)]
         done = await trio.run_process([*command, path] if path else command, capture_stdout=True)
-        # "drwxr-xr-x 0/0    42 1970-01-01 00:00 squashfs-root/etc"; a link has " -> " after it.
         name = os.fsencode("squashfs-root" + ("/" + path if path else ""))
-        for line in done.stdout.splitlines():
-            fields = line.split(None, 5)
-            if len(fields) == 6 and (fields[5] == name or fields[5].startswith(name + b" -> ")):
-                return _entry(fields[0].decode(), fields[1].decode(), fields[5][len(name) + 4 :])
+        for line in done.stdout.split(b"\n"):
+            match = _LINE.fullmatch(line)
+            if match and (match[4] == name or match[4].startswith(name + b" -> ")):
+                return _entry(match, match[4][len(name) + 4 :])
         return None
 
 
-def _entry(mode: str, owner: str, target: bytes) -> _Found:
-    uid, _, gid = owner.partition("/")
+def _entry(match: re.Match[bytes], target: bytes) -> _Found:
+    mode = match[1].decode()
     bits = 0
-    for position, letter in enumerate(mode[1:10]):
-        bit = 0o400 >> position
-        bits |= bit if letter in "rwxst" else 0
+    for position, letter in enumerate(mode[1:]):
+        bits |= 0o400 >> position if letter in "rwxst" else 0
         if letter in "sStT":  # set-user-id, set-group-id, sticky
             bits |= (0o4000, 0o2000, 0o1000)[position // 3]
-    info = DirectoryInfo(bits, int(uid), int(gid))
+    info = DirectoryInfo(bits, int(match[2]), int(match[3]))
     return _Found(_TYPES.get(mode[0], stat.S_IFREG), info, os.fsdecode(target))
