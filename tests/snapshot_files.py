@@ -78,19 +78,19 @@ async def write_diff(
     dest: Path,
     base: Snapshot,
     memory: bytes,
-    runs: tuple[Run, ...] = ((0, PAGES),),
+    runs: tuple[Run, ...] | None = None,
     *,
     state: bytes = b"device state, later",
 ) -> Snapshot:
-    """Make a diff of which only ``runs`` were captured."""
+    """Make a diff of which only ``runs`` were captured, or everything that is not zero."""
     async with new_snapshot(dest) as directory:
         (directory / "restore.snap").write_bytes(state)
         captured = bytearray(len(memory))
-        for start, count in runs:
+        for start, count in ((0, PAGES),) if runs is None else runs:
             place = slice(start * PAGE, (start + count) * PAGE)
             captured[place] = memory[place]
         write_sparse(directory / "memory.bin", bytes(captured))
-        await finish_diff(directory, draft(), runs, base)
+        await finish_diff(directory, draft(), runs or (), base, complete=runs is None)
     return await open_snapshot(dest)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from hypothesis import given, settings
@@ -29,6 +30,7 @@ from trio_supermachine.snapshots import (
     read_metadata,
     verify_snapshot,
 )
+from trio_supermachine.snapshots.metadata import BaseRef, LayerRef
 from trio_supermachine.snapshots.pages import PAGE
 from trio_supermachine.snapshots.verify import MAX_CHAIN, Verifier
 
@@ -287,6 +289,21 @@ async def test_a_layer_that_is_no_file_is_refused(tmp_path: Path) -> None:
     for name in ("fifo", "missing", "."):
         with pytest.raises(SnapshotInvalid, match=str(tmp_path)):
             await layer_refs([tmp_path / name])
+
+
+@pytest.mark.parametrize("place", ["/" + "n" * 300, "/\ud800", "/proc/1/root/x", "/dev/zero"])
+async def test_a_place_in_the_metadata_that_cannot_be_is_refused(
+    tmp_path: Path, place: str
+) -> None:
+    """What a hostile writer names is neither opened, unless it is a file, nor believed."""
+    layer = LayerRef(path=Path(place), sha256="0" * 64, size=1)
+    base = BaseRef(identity="0" * 64, path=Path(place), relative=place)
+    for changes in {"layers": (layer,)}, {"kind": "diff", "base": base}:
+        made = await write_full(tmp_path / next(iter(changes)), MEMORY)
+        metadata = attrs.evolve(made.metadata, **changes)
+        (made.directory / "metadata.json").write_bytes(metadata.to_bytes())
+        with pytest.raises(SnapshotInvalid, match=r"missing|not the one"):
+            await open_snapshot(made.directory)
 
 
 def bytes_read() -> int:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trio_supermachine.errors import SnapshotIncompatible, SnapshotInvalid
 from trio_supermachine.oci.config import ImageConfig
 from trio_supermachine.oci.malformed import MalformedError
-from trio_supermachine.snapshots.diff import DiffHeader, encode_runs, parse_runs
+from trio_supermachine.snapshots.diff import MAX_RUNS, DiffHeader, encode_runs, parse_runs
 from trio_supermachine.snapshots.metadata import (
     FORMAT,
     MAX_METADATA,
@@ -317,6 +317,14 @@ def test_a_damaged_header_is_refused_or_says_something_else(
         return
     assert found != good
     assert found.runs <= found.pages <= found.memory_size // PAGE
+
+
+def test_a_header_cannot_announce_a_table_without_bound() -> None:
+    most = DiffHeader(MAX_RUNS * 2 * PAGE, MAX_RUNS, MAX_RUNS)
+    assert DiffHeader.parse(most.to_bytes()) == most
+    more = DiffHeader(MAX_RUNS * 4 * PAGE, MAX_RUNS + 1, MAX_RUNS + 1)
+    with pytest.raises(MalformedError):
+        DiffHeader.parse(more.to_bytes())
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_chain_of_diffs_is_the_memory(
         snapshot = await write_full(scratch / "0", memory)
         for number, (writes, everything, spare) in enumerate(steps, 1):
             before, memory = memory, written(memory, writes)
-            runs: tuple[Run, ...] = ((0, PAGES),)
+            runs: tuple[Run, ...] | None = None
             if not everything:  # an engine tells at least the pages that were written
                 runs = tuple((n, min(1 + spare, PAGES - n)) for n in writes)
             snapshot = await write_diff(scratch / str(number), snapshot, memory, runs)
@@ -173,7 +173,7 @@ async def test_any_pages_can_be_read_across_patches(tmp_path: Path) -> None:
 
 async def test_a_diff_of_nothing_is_empty(tmp_path: Path) -> None:
     base = await write_full(tmp_path / "full", some_memory())
-    for number, runs in enumerate((((0, PAGES),), (), ((17, 2),))):
+    for number, runs in enumerate((None, ((0, PAGES),), (), ((17, 2),))):
         diff = await write_diff(tmp_path / str(number), base, some_memory(), runs)
         assert diff.memory.patches[0].runs == ()
         assert diff.metadata.memory.size == PAGE

@@ -61,18 +61,27 @@ async def finish_full(directory: Path, draft: Draft) -> Metadata:
 
 
 async def finish_diff(
-    directory: Path, draft: Draft, captured_runs: Iterable[Run], base: Snapshot
+    directory: Path,
+    draft: Draft,
+    captured_runs: Iterable[Run],
+    base: Snapshot,
+    *,
+    complete: bool = False,
 ) -> Metadata:
     """As :func:`finish_full`, keeping of the memory only what differs from ``base``.
 
     The full memory file that was written is removed.
 
-    :param captured_runs: the pages that may differ, as pairs of a first page and a count. For
-        a capture of everything that is one run, the whole memory.
+    :param captured_runs: the pages that were captured, as pairs of a first page and a count.
+    :param complete: all other pages are zero; otherwise they are as they were in ``base``.
     :raises SnapshotInvalid: also if the base has another size of memory, or is no longer there,
         or lies on too many others.
+    :raises ValueError: the draft cannot be written, a captured page is not inside the memory, or
+        more runs of pages differ than a diff holds.
     """
-    return await trio.to_thread.run_sync(_finish_diff, directory, draft, tuple(captured_runs), base)
+    # What is zero now need not have been so in the base.
+    runs = ((0, (draft.memory_mib << 20) // PAGE),) if complete else tuple(captured_runs)
+    return await trio.to_thread.run_sync(_finish_diff, directory, draft, runs, base)
 
 
 async def layer_refs(paths: Iterable[Path]) -> tuple[LayerRef, ...]:

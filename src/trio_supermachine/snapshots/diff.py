@@ -22,6 +22,8 @@ MAGIC = b"TSMdiff\0"
 VERSION = 1
 _HEADER = struct.Struct("<8sIIQQQ")  # magic, version, page size, memory size, pages, runs
 _RUN = struct.Struct("<QQ")
+#: More than the most scattered changes of a guest with 8 GiB can be.
+MAX_RUNS = 1 << 20
 _CHUNK = 64  # pages compared at once
 _BUFFER = 1 << 20  # bytes
 
@@ -60,7 +62,7 @@ class DiffHeader:
         magic, version, page, memory_size, pages, runs = _HEADER.unpack_from(data)
         if magic != MAGIC or version != VERSION or page != PAGE:
             raise MalformedError("it does not begin with a header of this format")
-        if memory_size % PAGE or not runs <= pages <= memory_size // PAGE:
+        if memory_size % PAGE or not runs <= pages <= memory_size // PAGE or runs > MAX_RUNS:
             raise MalformedError("its header makes no sense")
         return cls(memory_size, pages, runs)
 
@@ -113,7 +115,7 @@ def pack_diff(
     :param captured: a full memory file; pages outside ``runs`` are not looked at.
     :param runs: which pages may have changed, in any order.
     :return: the number of pages written.
-    :raises ValueError: a run is not inside the memory.
+    :raises ValueError: a run is not inside the memory, or the pages make too many runs.
     :raises EOFError: a file became shorter.
     :raises OSError: ``dest`` could not be written.
     """
@@ -137,6 +139,8 @@ def pack_diff(
                     if new[place] != was[place]:
                         out.write(new[place])
                         _append(kept, first + index)
+            if len(kept) > MAX_RUNS:
+                raise ValueError("the changed pages are too scattered; make a full snapshot")
         out.write(encode_runs(kept))
         header = DiffHeader(base.size, total(kept), len(kept))
         out.seek(0)

@@ -61,7 +61,7 @@ def snapshot_directory(path: str | os.PathLike[str]) -> Path:
     :raises SnapshotInvalid: there is no such thing.
     """
     place = Path(os.path.abspath(path))
-    if place.is_dir():
+    if os.path.isdir(place):
         return place
     if place.name == STATE and os.path.lexists(place):
         return place.parent
@@ -186,7 +186,7 @@ class Verifier:
     def _layer(self, ref: LayerRef) -> Path:
         problem: SnapshotInvalid | None = None
         for path in _layer_places(ref.path):
-            if path.exists():
+            if os.path.exists(path):
                 try:
                     with reading(path, follow=True) as fd:
                         require_size(path, fd, ref.size)
