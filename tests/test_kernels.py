@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import lzma
 import os
 import shutil
@@ -240,6 +241,44 @@ async def test_a_named_initramfs_is_used_as_it_is(empty_home: Path, tmp_path: Pa
     initramfs.write_bytes(b"mine")
     assets = AssetPaths(kernel=kernel, initramfs=initramfs)
     assert (await prepare_kernel(assets)).initramfs == initramfs
+
+
+def sha256(path: Path) -> str:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+async def test_the_digests_are_those_of_the_files_as_they_are_now(
+    empty_home: Path, tmp_path: Path
+) -> None:
+    kernel, initramfs = tmp_path / "k", tmp_path / "i"
+    kernel.write_bytes(bzimage(gzip.compress(elf())))
+    made = await prepare_kernel(AssetPaths(kernel=kernel))
+    assert made.kernel_digest == sha256(made.kernel)
+    assert made.initramfs_digest == sha256(made.initramfs)
+    assets = AssetPaths(kernel=kernel, initramfs=initramfs)
+    for content in (b"mine", b"mine, changed"):
+        initramfs.write_bytes(content)
+        named = await prepare_kernel(assets)
+        assert named.kernel_digest == made.kernel_digest
+        assert named.initramfs_digest == sha256(initramfs)
+
+
+async def test_of_the_initramfs_files_of_older_versions_the_newest_stays(
+    empty_home: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "k"
+    path.write_bytes(elf())
+    first = await prepare_kernel(AssetPaths(kernel=path))
+    directory = first.initramfs.parent
+    first.initramfs.rename(directory / "initramfs-1-newer.cpio")
+    for age, name in enumerate(["initramfs-1-old.cpio", "initramfs-1-older.cpio"], 1):
+        (directory / name).write_bytes(b"old")
+        os.utime(directory / name, (1000 - age, 1000 - age))
+    (directory / ".tmp-killed").write_bytes(b"half")
+    assert await prepare_kernel(AssetPaths(kernel=path)) == first
+    left = {file.name for file in directory.glob("*initramfs*")}
+    assert left == {first.initramfs.name, "initramfs-1-newer.cpio"}
+    assert not strays(empty_home)
 
 
 async def test_what_another_version_left_is_replaced(empty_home: Path, tmp_path: Path) -> None:
