@@ -32,6 +32,7 @@ from .errors import (
 )
 from .exec import ExecChild, ExecSignaler
 from .exec_builder import ExecBuilder, ExecOutcome
+from .images.builder import OciImageBuilder
 from .images.image import Image, PullPolicy
 from .oci.config import ImageConfig
 from .oci.progress import Progress
@@ -70,6 +71,7 @@ __all__ = [
     "ImageNotFound",
     "MountSpec",
     "NotSupported",
+    "OciImageBuilder",
     "Progress",
     "PullPolicy",
     "ReferenceInvalid",
