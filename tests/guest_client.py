@@ -18,10 +18,14 @@ from trio_supermachine.guest import init_binary
 
 PACKET = struct.Struct("<QQIIIHHIII")
 REQUEST, RESPONSE, RST, SHUT, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
-HELLO, SETUP, READY, ERROR, OK = 1, 2, 3, 4, 5
+OP_FREEZE, OP_FROZEN, OP_THAW, OP_RESET = range(16, 20)
+VERSION = 2
+HELLO, SETUP, READY, ERROR, OK, RESTORE = range(1, 7)
 EXEC, STARTED, DATA, END, WINDOW, CLOSE, SIGNAL, ACK, RESIZE, EXIT = range(8, 18)
 READ_FILE, WRITE_FILE = 24, 25
-PING, SHUTDOWN, WORKLOAD_SIGNAL, WORKLOAD_WAIT, SET_CLOCK = range(32, 37)
+PING, SHUTDOWN, WORKLOAD_SIGNAL, WORKLOAD_WAIT, SET_CLOCK, FREEZE, THAW, AWAIT_LISTENER = range(
+    32, 40
+)
 TERMINAL, STDIN, EXACT_ENV, NULL_STDOUT, NULL_STDERR, MERGE_STDERR = 1, 2, 4, 8, 16, 32
 HOST_WINDOW = 262144
 AGENT_PORT, LIFELINE_PORT = 1028, 1029
@@ -80,6 +84,16 @@ def exec_request(
     for path, mode, length in files:
         payload += string(path) + struct.pack("<IQ", mode, length)
     return frame(EXEC, payload)
+
+
+def restore_payload(
+    seed: bytes = bytes(32),
+    version: int = VERSION,
+    machine_id: str = "0123456789abcdef" * 2,
+    boot_id: str = "01234567-89ab-cdef-0123-456789abcdef",
+) -> bytes:
+    payload = struct.pack("<IQ", version, time.time_ns()) + string("") + string(seed)
+    return payload + string(machine_id) + string(boot_id)
 
 
 @attrs.frozen
@@ -181,8 +195,10 @@ class Agent:
         self.resets = 0  # RST packets for connections that this side does not know
         self.buffer = bytearray()
         self.next_port = 5000
-        self.on_request: Callable[[int, int], bool] = lambda port, to: port == LIFELINE_PORT
         self.lifeline: Connection | None = None
+        self.lifelines = 0  # how many were dialled
+        self.refusing = False  # to dial anew
+        self.frozen = False
         self.ended = False
 
     def send(self, data: bytes) -> None:
@@ -226,8 +242,17 @@ class Agent:
     def _packet(self, header: tuple[int, ...], payload: bytes) -> None:
         src_cid, dst_cid, src_port, dst_port, _, kind, op, flags, window, consumed = header
         assert (src_cid, dst_cid, kind) == (3, 2, 1)
+        assert not self.frozen
+        if op == OP_FROZEN:
+            assert header[2:5] == (0, 0, 0)
+            self.frozen = True
+            return
         if op == REQUEST:
             assert dst_port == LIFELINE_PORT
+            self.lifelines += 1
+            if self.refusing:
+                self.send(packet(RST, dst_port, to=src_port))
+                return
             self.lifeline = self._add(dst_port, src_port)
             self.lifeline.peer_window = window
             self.lifeline.open = True
@@ -274,14 +299,41 @@ class Agent:
         workload: Sequence[str] = (),
         stop_signal: int = 15,
     ) -> None:
-        self.until(lambda: self.lifeline is not None)
-        lifeline = self.lifeline
-        assert lifeline is not None
-        lifeline.expect(HELLO)
-        payload = struct.pack("<IQ", 1, time.time_ns()) + string("tester") + string(os.urandom(32))
+        lifeline = self.greeted(0)
+        payload = struct.pack("<IQ", VERSION, time.time_ns()) + string("tester") + string(os.urandom(32))
         payload += u32(0) + strings(env) + string(workdir) + string(user)
-        payload += strings(workload) + struct.pack("<i", stop_signal)
+        payload += strings(workload) + struct.pack("<i", stop_signal) + string("0" * 32)
         lifeline.send(frame(SETUP, payload))
+        lifeline.expect(READY)
+
+    def greeted(self, kind: int) -> Connection:
+        """The lifeline, opened anew or for the first time, when the agent has said this on it."""
+        self.until(lambda: self.lifeline is not None and self.lifeline.ended is None)
+        assert self.lifeline is not None
+        assert struct.unpack_from("<II", self.lifeline.expect(HELLO)) == (VERSION, kind)
+        return self.lifeline
+
+    def freeze(self) -> None:
+        """Have the agent say no more."""
+        self.send(packet(OP_FREEZE, 0, to=0))
+        self.until(lambda: self.frozen)
+
+    def thaw(self) -> None:
+        self.frozen = False
+        self.send(packet(OP_THAW, 0, to=0))
+
+    def restore(self, seed: bytes = bytes(32)) -> None:
+        """As if this were a copy of the machine that was frozen."""
+        self.frozen = False
+        for connection in list(self.connections.values()):
+            self.forget(connection, "reset")
+        self.send(packet(OP_RESET, 0, to=0))
+        self.renew(seed)
+
+    def renew(self, seed: bytes = bytes(32)) -> None:
+        """Answer a lifeline opened anew."""
+        lifeline = self.greeted(1)
+        lifeline.send(frame(RESTORE, restore_payload(seed)))
         lifeline.expect(READY)
 
     def exec(self, *chain: Sequence[str | bytes], **options: object) -> Exec:

@@ -190,7 +190,11 @@ def test_after_its_grace_shutdown_waits_no_longer(bare_agent: Agent) -> None:
 
 def end_lifeline(agent: Agent) -> None:
     assert agent.lifeline is not None
+    agent.refusing = True
     agent.lifeline.reset()
+    with pytest.raises(EOFError):
+        agent.until(lambda: False)
+    assert agent.lifelines == 2
 
 
 @pytest.mark.parametrize("end", [end_lifeline, lambda agent: agent.sock.close()])

@@ -6,6 +6,7 @@ import contextlib
 import errno as errno_names
 import os
 import time
+from collections.abc import Callable
 from typing import NoReturn, final
 
 import attrs
@@ -14,7 +15,7 @@ import trio
 from ..errors import ExecEof, FileTooLarge, VmExited
 from ..hv.base import Machine, MachineExit
 from . import wire
-from .wire import Frame, FrameType, GuestError, WireError
+from .wire import Frame, FrameType, GuestError, HelloKind, WireError
 
 _RECEIVE = 65536
 _EXIT_GRACE = 1.0  # seconds to learn that a broken connection was the machine's end
@@ -71,6 +72,20 @@ class AgentClient:
         :raises VmExited: the machine ended first.
         :raises OSError: the guest could not do something; the message says what.
         """
+        return await self._greeted(HelloKind.BOOT, setup.encode, "setting up the guest")
+
+    async def restored(self, restore: wire.Restore) -> wire.Hello:
+        """Wait until the restored guest asks, tell it what to be, and wait until it is.
+
+        Before it is, none of its programs runs.
+
+        :raises VmExited: the machine ended first.
+        """
+        return await self._greeted(HelloKind.RESTORE, restore.encode, "waking the restored guest")
+
+    async def _greeted(
+        self, kind: HelloKind, encode: Callable[[int], bytes], what: str
+    ) -> wire.Hello:
         try:
             stream = await self._lifeline_listener.accept()
             await self._lifeline_listener.aclose()
@@ -79,10 +94,12 @@ class AgentClient:
             hello = wire.Hello.decode(frame.payload)
             if hello.version != wire.VERSION:
                 raise WireError(f"the guest speaks version {hello.version}, not {wire.VERSION}")
-            await self._lifeline.send(setup.encode(time.time_ns()))
+            if hello.kind != kind:
+                raise WireError(f"a greeting for {hello.kind.name}, not for {kind.name}")
+            await self._lifeline.send(encode(time.time_ns()))
             await self._expect(self._lifeline, FrameType.READY)
         except (trio.BrokenResourceError, trio.ClosedResourceError, WireError) as exc:
-            await self.raise_failure(exc, "setting up the guest")
+            await self.raise_failure(exc, what)
         return hello
 
     async def dial(self) -> FrameStream:

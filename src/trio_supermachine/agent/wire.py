@@ -8,13 +8,14 @@ whatever breaks a bound raises :exc:`WireError`.
 from __future__ import annotations
 
 import struct
+import uuid
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
 from typing import Final
 
 import attrs
 
-VERSION: Final = 1
+VERSION: Final = 2
 AGENT_PORT: Final = 1028
 LIFELINE_PORT: Final = 1029
 
@@ -40,6 +41,7 @@ class FrameType(IntEnum):
     READY = 3
     ERROR = 4
     OK = 5
+    RESTORE = 6
     EXEC = 8
     STARTED = 9
     DATA = 10
@@ -57,6 +59,9 @@ class FrameType(IntEnum):
     WORKLOAD_SIGNAL = 34
     WORKLOAD_WAIT = 35
     SET_CLOCK = 36
+    FREEZE = 37
+    THAW = 38
+    AWAIT_LISTENER = 39
 
 
 class StreamId(IntEnum):
@@ -222,6 +227,10 @@ def strings(values: Sequence[str | bytes]) -> bytes:
     return _U32.pack(len(values)) + b"".join(map(string, values))
 
 
+def _new_machine_id() -> str:
+    return uuid.uuid4().hex  # as systemd makes them
+
+
 @attrs.frozen(kw_only=True)
 class Setup:
     """What a freshly booted guest is told."""
@@ -234,6 +243,8 @@ class Setup:
     user: str = ""
     workload: Sequence[str] = ()
     stop_signal: int = 15
+    #: 32 hexadecimal digits, for an image without a machine id of its own.
+    machine_id: str = attrs.field(factory=_new_machine_id)
 
     def encode(self, realtime_ns: int) -> bytes:
         """As a SETUP frame, with the time of now."""
@@ -250,6 +261,37 @@ class Setup:
                     string(self.user),
                     strings(self.workload),
                     struct.pack("<i", self.stop_signal),
+                    string(self.machine_id),
+                )
+            ),
+        )
+
+
+@attrs.frozen(kw_only=True)
+class Restore:
+    """What a restored guest is told, to be a machine of its own.
+
+    ``seed`` is 32 to 512 bytes of entropy; an empty ``hostname`` keeps the one it has.
+    """
+
+    seed: bytes = attrs.field(repr=False)
+    hostname: str = ""
+    #: 32 hexadecimal digits.
+    machine_id: str = attrs.field(factory=_new_machine_id)
+    #: A UUID with its dashes.
+    boot_id: str = attrs.field(factory=lambda: str(uuid.uuid4()))
+
+    def encode(self, realtime_ns: int) -> bytes:
+        """As a RESTORE frame, with the time of now."""
+        return frame(
+            FrameType.RESTORE,
+            b"".join(
+                (
+                    struct.pack("<IQ", VERSION, realtime_ns),
+                    string(self.hostname),
+                    blob(self.seed),
+                    string(self.machine_id),
+                    string(self.boot_id),
                 )
             ),
         )
@@ -328,20 +370,44 @@ def set_clock(realtime_ns: int) -> bytes:
     return frame(FrameType.SET_CLOCK, struct.pack("<Q", realtime_ns))
 
 
+def freeze() -> bytes:
+    """Answered by OK when no program in the guest runs, or by ERROR; see :func:`thaw`."""
+    return frame(FrameType.FREEZE)
+
+
+def thaw() -> bytes:
+    return frame(FrameType.THAW)
+
+
+def await_listener(timeout_ms: int) -> bytes:
+    """Answered by OK with the guest's first listening TCP port, or with 0 at the timeout."""
+    return frame(FrameType.AWAIT_LISTENER, _U32.pack(timeout_ms))
+
+
+class HelloKind(IntEnum):
+    """Why a guest opens its lifeline."""
+
+    BOOT = 0
+    RESTORE = 1
+
+
 @attrs.frozen
 class Hello:
     """The guest's first words."""
 
     version: int
-    restored: bool
+    kind: HelloKind
     kernel: str
 
     @classmethod
     def decode(cls, payload: bytes) -> Hello:
         reader = Reader(payload)
-        hello = cls(reader.u32(), reader.u32() == 1, reader.string())
+        version, kind, kernel = reader.u32(), reader.u32(), reader.string()
         reader.end()
-        return hello
+        try:
+            return cls(version, HelloKind(kind), kernel)
+        except ValueError:
+            raise WireError(f"a greeting of unknown kind {kind}") from None
 
 
 @attrs.frozen

@@ -33,7 +33,10 @@ const struct action *action_of(enum frame_type type) {
     case SHUTDOWN:
     case WORKLOAD_SIGNAL:
     case WORKLOAD_WAIT:
-    case SET_CLOCK: return &control_action;
+    case SET_CLOCK:
+    case FREEZE:
+    case THAW:
+    case AWAIT_LISTENER: return &control_action;
     default: return NULL;
     }
 }

@@ -31,7 +31,8 @@ struct carrier {
     /* Whether any connection could send now; and: nobody sends more in this turn. */
     bool (*can_send)(void);
     void (*flush)(void);
-    /* Dial a host port; begin to accept, each with conn_accepted. */
+    /* Dial a host port, NULL with errno if that fails at once; begin to accept, each with
+     * conn_accepted. */
     struct conn *(*dial)(uint32_t port);
     void (*listen)(uint32_t port);
     /* Take in what has come, within the bounds of a turn. Returns whether there is more. */

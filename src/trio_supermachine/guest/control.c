@@ -2,8 +2,11 @@
 
 #include <string.h>
 
+#include "freezer.h"
+#include "listeners.h"
 #include "power.h"
 #include "setup.h"
+#include "unique.h"
 #include "workload.h"
 
 static void answer(struct session *session, int error, uint64_t value) {
@@ -49,6 +52,21 @@ static bool control_frame(struct session *session, enum frame_type type, uint8_t
         shut_down(grace_ms, stop_signal);
         return true;
     }
+    case FREEZE:
+        if (!read_whole(payload)) return false;
+        freezer_freeze(session);
+        return true;
+    case THAW:
+        if (!read_whole(payload)) return false;
+        freezer_thaw();
+        answer(session, 0, 0);
+        return true;
+    case AWAIT_LISTENER: {
+        uint32_t timeout_ms = read_u32(payload);
+        if (!read_whole(payload)) return false;
+        listeners_await(session, timeout_ms);
+        return true;
+    }
     default: return false;
     }
 }
@@ -58,8 +76,14 @@ static bool control_data(struct session *session, uint8_t stream, const uint8_t 
     return false;
 }
 
+static void control_gone(struct session *session) {
+    workload_forget(session);
+    freezer_forget(session);
+    listeners_forget(session);
+}
+
 const struct action control_action = {
     .frame = control_frame,
     .data = control_data,
-    .gone = workload_forget,
+    .gone = control_gone,
 };

@@ -1,4 +1,4 @@
-/* The small actions: PING, WORKLOAD_SIGNAL, WORKLOAD_WAIT, SET_CLOCK, SHUTDOWN. */
+/* The small actions, those that one frame asks for and one answers. */
 #pragma once
 
 #include "session.h"

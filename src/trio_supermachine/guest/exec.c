@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "children.h"
+#include "freezer.h"
 #include "image.h"
 #include "newfile.h"
 #include "request.h"
@@ -38,7 +39,7 @@ struct exec {
     struct child first, later, *leader;
     pid_t group; /* 0: nothing was started */
     uint32_t stage;
-    bool exited, timed_out, last_was_second;
+    bool held, exited, timed_out, last_was_second;
     struct timer timeout;
     uint64_t started_ns, peak_rss_kib;
     struct exec *next, **link; /* in the list of all */
@@ -119,6 +120,8 @@ static void start(struct exec *exec) {
     struct session *session = exec->session;
     struct ends ends;
     const char *failed = "standard streams";
+    exec->held = freezer_holds();
+    if (exec->held) return;
     if (open_ends(&exec->request, exec->identity.uid, &ends)) {
         session_fail(session, errno, 0, "%s: %s", failed, strerror(errno));
         return;
@@ -205,6 +208,24 @@ static void leave_stage(struct exec *exec) {
     exec->leader = NULL;
 }
 
+static void next_stage(struct exec *exec) {
+    exec->held = freezer_holds();
+    if (exec->held) return;
+    const char *failed;
+    int error = exec->timed_out ? 0 : start_stage(exec, &failed);
+    if (exec->timed_out) send_exit(exec, -SIGKILL);
+    else if (error) send_exit(exec, error == ENOENT ? 127 : 126); /* as a shell would say */
+}
+
+void exec_start_held(void) {
+    for (struct exec *exec = all, *next; exec; exec = next) {
+        next = exec->next; /* one that cannot be started is taken out */
+        if (!exec->held) continue;
+        if (exec->stage) next_stage(exec);
+        else start(exec);
+    }
+}
+
 static void leader_ended(struct watch *watch, uint32_t events) {
     (void)events;
     struct child *child = CONTAINER(watch, struct child, ended);
@@ -219,9 +240,7 @@ static void leader_ended(struct watch *watch, uint32_t events) {
     }
     leave_stage(exec);
     exec->stage++;
-    const char *failed;
-    int error = start_stage(exec, &failed);
-    if (error) send_exit(exec, error == ENOENT ? 127 : 126); /* as a shell would say */
+    next_stage(exec);
 }
 
 static void exec_gone(struct session *session) {

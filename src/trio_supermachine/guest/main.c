@@ -85,6 +85,7 @@ static void open_missing_streams(void) {
 
 int main(int count, char **arguments) {
     if (getpid() == 1 && count < 2) run_as_init();
+    if (count == 2 && !strcmp(arguments[1], "--trial")) return 0; /* a program that every guest has */
     if (count == 5 && !strcmp(arguments[3], "--root") &&
         (chroot(arguments[4]) || chdir("/")))
         die("%s: %s", arguments[4], strerror(errno));
@@ -93,6 +94,6 @@ int main(int count, char **arguments) {
         agent_run_on_fd(atoi(arguments[2]));
     if (count == 3 && !strcmp(arguments[1], "--agent-on-sockets"))
         agent_run_on_sockets(arguments[2]);
-    fprintf(stderr, "usage: init --agent-on-fd N [--root DIR] | --agent-on-sockets DIR\n");
+    fprintf(stderr, "usage: init --agent-on-fd N [--root DIR] | --agent-on-sockets DIR | --trial\n");
     return 2;
 }

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "exec.h"
+#include "freezer.h"
 #include "loop.h"
 #include "workload.h"
 
@@ -86,6 +87,7 @@ static void wait_for_all(int signal_all) {
 
 static void begin(struct timer *timer) {
     (void)timer;
+    freezer_thaw(); /* a frozen program cannot end as it would */
     if (!machine_is_ours) {
         workload_signal(workload_stop_signal);
         if (!workload_pid()) power_off();

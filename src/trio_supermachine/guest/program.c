@@ -14,6 +14,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "freezer.h"
+#include "intocgroup.h"
+
 /* The child shares this process's memory until it executes (CLONE_VM|CLONE_VFORK: nothing is
  * copied, and an error is simply left behind in `struct start`). It must call nothing that keeps
  * state; libc's set*id would try to reach other threads, hence the plain system calls. */
@@ -114,7 +117,11 @@ pid_t spawn(const struct program *program, const char **failed) {
         return -1;
     }
     if (!strchr(program->argv[0], '/')) start.path = path_of(program->environment);
-    pid_t pid = clone(child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, &start);
+    pid_t pid = -1;
+    if (freezer_cgroup() >= 0)
+        pid = clone_into_cgroup(freezer_cgroup(), child, stack, sizeof stack, &start);
+    /* What users make of their cgroups must not keep programs from running. */
+    if (pid < 0) pid = clone(child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, &start);
     if (pid < 0) {
         start.error = errno;
     } else if (start.error) {

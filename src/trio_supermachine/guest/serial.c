@@ -20,6 +20,8 @@
 #define BUCKETS 256u
 
 enum op { REQUEST = 1, RESPONSE, RST, SHUT, RW, CREDIT_UPDATE, CREDIT_REQUEST };
+/* Not of vsock: around a capture of the machine. They concern no connection. */
+enum quiet_op { OP_FREEZE = 16, OP_FROZEN, OP_THAW, OP_RESET };
 
 struct packet {
     uint64_t src_cid, dst_cid;
@@ -47,6 +49,9 @@ struct line {
 static struct watch port;
 static bool readable, writable, ends_when_empty, hung_up;
 static void (*carrier_end)(const char *);
+
+/* Between FREEZE and THAW or RESET nothing is sent, but for FROZEN as the last packet. */
+static enum { TALKING, ENDING, QUIET } voice;
 
 static uint8_t out[WRITE_SIZE];
 static size_t out_at, out_size;
@@ -89,15 +94,19 @@ static struct line *add(uint32_t local_port, uint32_t peer_port, enum state stat
     return line;
 }
 
+static void dispose(struct line *line) {
+    conn_unqueue(&line->conn);
+    free_later(line->rest);
+    free_later(line);
+}
+
 static void drop(struct line *line) {
     struct line **link = bucket(line->local_port, line->peer_port);
     while (*link != line) link = &(*link)->next;
     *link = line->next;
     lines--;
     if (body_line == line) body_line = NULL;
-    conn_unqueue(&line->conn);
-    free_later(line->rest);
-    free_later(line);
+    dispose(line);
 }
 
 static void let_user_go(struct line *line) {
@@ -130,7 +139,7 @@ static bool flush_out(void) {
     return true;
 }
 
-static void put(struct line *line, enum op op, uint32_t flags, uint32_t size) {
+static void put(struct line *line, unsigned op, uint32_t flags, uint32_t size) {
     struct packet packet = {
         .src_cid = GUEST_CID, .dst_cid = HOST_CID,
         .src_port = line->local_port, .dst_port = line->peer_port,
@@ -152,6 +161,7 @@ static void put_resets(void) {
 }
 
 static bool can_send(void) {
+    if (voice != TALKING) return false;
     /* What is left over from a write goes first; and a packet deserves some room. */
     if ((out_at || WRITE_SIZE - out_size < WRITE_SIZE / 8) && !flush_out()) return false;
     put_resets();
@@ -160,7 +170,13 @@ static bool can_send(void) {
 
 static void flush(void) {
     if (out_at && !flush_out()) return;
-    put_resets();
+    if (voice == TALKING) put_resets();
+    if (voice == ENDING) {
+        if (WRITE_SIZE - out_size < sizeof(struct packet) && !flush_out()) return;
+        struct line nobody = {0};
+        put(&nobody, OP_FROZEN, 0, 0);
+        voice = QUIET;
+    }
     flush_out();
 }
 
@@ -306,11 +322,48 @@ static void take_data(struct line *line) {
     body_line = line;
 }
 
+/* This machine is a copy: no connection that the original had exists. */
+static void forget_all(void) {
+    struct line *all = NULL, *line;
+    out_at = out_size = 0;
+    reset_count = 0;
+    lines = 0;
+    /* Taken out first: letting one of them go may dial anew. */
+    for (size_t i = 0; i < BUCKETS; i++)
+        while ((line = buckets[i])) {
+            buckets[i] = line->next;
+            line->next = all;
+            all = line;
+        }
+    while ((line = all)) {
+        all = line->next;
+        let_user_go(line);
+        dispose(line);
+    }
+}
+
+static const char *take_quiet_op(void) {
+    if (header.src_port || header.dst_port || header.len) return "a packet that concerns nothing";
+    if (header.op == OP_FREEZE && voice == TALKING) {
+        voice = ENDING;
+    } else if (header.op == OP_THAW && voice == QUIET) {
+        voice = TALKING;
+    } else if (header.op == OP_RESET && voice == QUIET) {
+        voice = TALKING;
+        forget_all();
+    } else {
+        return "an operation out of order";
+    }
+    return NULL;
+}
+
 /* Act on `header`. Returns NULL, or what makes this carrier useless. */
 static const char *take_header(void) {
     if (header.src_cid != HOST_CID || header.dst_cid != GUEST_CID) return "a packet for others";
     if (header.type != STREAM_TYPE) return "a packet of unknown type";
+    if (header.op == OP_FREEZE || header.op == OP_THAW || header.op == OP_RESET) return take_quiet_op();
     if (header.op < REQUEST || header.op > CREDIT_REQUEST) return "an unknown operation";
+    if (voice != TALKING) return "a packet in the silence";
     if (header.len > MAX_PAYLOAD) return "a packet too long";
     body_left = header.len;
     body_line = NULL;

@@ -1,22 +1,16 @@
 #include "setup.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/random.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/stat.h>
 #include <sys/utsname.h>
-#include <time.h>
-#include <unistd.h>
 
+#include "freezer.h"
 #include "image.h"
 #include "mount.h"
 #include "power.h"
 #include "session.h"
+#include "unique.h"
 #include "workload.h"
 
 #define MIN_SEED 32u
@@ -27,15 +21,22 @@ int stop_signal = SIGTERM;
 
 static const struct carrier *lifeline_carrier;
 
+/* A machine that runs and has lost its lifeline may be a copy of the one that was set up: it asks
+ * once. The host kills what it is done with, so nobody waits for the answer "no". */
+static enum { BOOTED, RUNNING, COPIED } phase;
+enum { KIND_BOOT = 0, KIND_RESTORE = 1 };
+
 struct setup {
     uint32_t version, layers;
     uint64_t realtime_ns;
-    const char *hostname, *workdir, *user;
+    const char *hostname, *workdir, *user, *machine_id;
     const uint8_t *seed;
     uint32_t seed_size;
     const char **environment, **workload;
     int stop_signal;
 };
+
+static bool is_seed(uint32_t size) { return size >= MIN_SEED && size <= MAX_SEED; }
 
 static bool setup_read(struct setup *setup, struct reader *payload) {
     uint32_t ignored;
@@ -49,41 +50,8 @@ static bool setup_read(struct setup *setup, struct reader *payload) {
     setup->user = read_string(payload);
     setup->workload = read_list(payload, &ignored);
     setup->stop_signal = (int)read_u32(payload);
-    return read_whole(payload) && setup->seed_size >= MIN_SEED && setup->seed_size <= MAX_SEED;
-}
-
-void set_clock(uint64_t realtime_ns) {
-    struct timespec time = {
-        .tv_sec = (time_t)(realtime_ns / NS_PER_S),
-        .tv_nsec = (long)(realtime_ns % NS_PER_S),
-    };
-    if (clock_settime(CLOCK_REALTIME, &time)) say("clock: %s", strerror(errno));
-}
-
-static void add_entropy(const uint8_t *seed, uint32_t size) {
-    struct rand_pool_info *pool = must_alloc(sizeof *pool + size);
-    pool->entropy_count = (int)size * 8;
-    pool->buf_size = (int)size;
-    memcpy(pool->buf, seed, size);
-    int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
-    if (fd < 0 || ioctl(fd, RNDADDENTROPY, pool)) say("entropy: %s", strerror(errno));
-    free(pool);
-    if (fd >= 0) close(fd);
-}
-
-static void name_host(const char *hostname) {
-    char text[512];
-    struct stat status;
-    if (!*hostname) return;
-    if (sethostname(hostname, strlen(hostname))) say("hostname: %s", strerror(errno));
-    mkdir("/etc", 0755);
-    snprintf(text, sizeof text, "%.64s\n", hostname);
-    if (write_text("/etc/hostname", text)) say("/etc/hostname: %s", strerror(errno));
-    if (!stat("/etc/hosts", &status) && status.st_size) return;
-    snprintf(text, sizeof text,
-             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t%.64s\n",
-             hostname);
-    if (write_text("/etc/hosts", text)) say("/etc/hosts: %s", strerror(errno));
+    setup->machine_id = read_string(payload);
+    return read_whole(payload) && is_seed(setup->seed_size) && is_machine_id(setup->machine_id);
 }
 
 /* NULL, or what failed, with errno. */
@@ -92,16 +60,19 @@ static const char *set_up_machine(const struct setup *setup) {
     set_clock(setup->realtime_ns);
     const char *failed = mount_root(setup->layers);
     if (failed) return failed;
+    freezer_open();
     name_host(setup->hostname);
+    set_machine_id(setup->machine_id);
     return NULL;
 }
 
-static bool lifeline_frame(struct session *session, enum frame_type type, uint8_t stream,
-                           struct reader *payload) {
+static void fail(struct session *session, const char *what) {
+    session_fail(session, errno, 0, "%.300s: %s", what, strerror(errno));
+}
+
+static bool set_up(struct session *session, struct reader *payload) {
     static struct setup setup; /* what it points to stays: the image refers to it */
-    (void)stream;
-    if (type != SETUP || setup.environment) return false;
-    if (!setup_read(&setup, payload)) return false;
+    if (setup.environment || !setup_read(&setup, payload)) return false;
     session_take_payload(session);
     const char *failed = NULL;
     errno = EPROTO;
@@ -112,15 +83,51 @@ static bool lifeline_frame(struct session *session, enum frame_type type, uint8_
     image.user = setup.user;
     if (!failed && make_dirs(image.workdir, 0755)) failed = image.workdir;
     if (failed) {
-        session_fail(session, errno, 0, "%.300s: %s", failed, strerror(errno));
+        fail(session, failed);
         return true;
     }
     if (setup.stop_signal > 0) stop_signal = setup.stop_signal;
     lifeline_carrier->listen(AGENT_PORT);
     workload_start((const char *const *)setup.workload,
                    machine_is_ours ? "/run/supermachine-workload.pid" : NULL);
+    phase = RUNNING;
     session_send(session, READY, 0, NULL, 0);
     return true;
+}
+
+static bool restore(struct session *session, struct reader *payload) {
+    uint32_t version = read_u32(payload), seed_size;
+    uint64_t realtime_ns = read_u64(payload);
+    const char *hostname = read_string(payload);
+    const uint8_t *seed = read_bytes(payload, &seed_size);
+    const char *machine_id = read_string(payload), *boot_id = read_string(payload);
+    if (!read_whole(payload) || !is_seed(seed_size) || !is_machine_id(machine_id) ||
+        !is_boot_id(boot_id))
+        return false;
+    if (version != WIRE_VERSION) {
+        errno = EPROTO;
+        fail(session, "version of the wire");
+        return true;
+    }
+    if (machine_is_ours) {
+        add_entropy(seed, seed_size);
+        set_clock(realtime_ns);
+        renew_machine_id(machine_id);
+        renew_boot_id(boot_id);
+        name_host(hostname);
+    }
+    freezer_thaw();
+    phase = RUNNING;
+    session_send(session, READY, 0, NULL, 0);
+    return true;
+}
+
+static bool lifeline_frame(struct session *session, enum frame_type type, uint8_t stream,
+                           struct reader *payload) {
+    (void)stream;
+    if (type == SETUP && phase == BOOTED) return set_up(session, payload);
+    if (type == RESTORE && phase == COPIED) return restore(session, payload);
+    return false;
 }
 
 static bool lifeline_data(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size) {
@@ -128,9 +135,14 @@ static bool lifeline_data(struct session *session, uint8_t stream, const uint8_t
     return false;
 }
 
+static void greet(uint32_t kind);
+
 static void lifeline_gone(struct session *session) {
     /* After a failure the host still has to read why; it then ends the machine. */
-    if (!session->finishing) power_off();
+    if (session->finishing) return;
+    if (phase != RUNNING) power_off();
+    phase = COPIED;
+    greet(KIND_RESTORE);
 }
 
 static const struct action lifeline = {
@@ -139,18 +151,24 @@ static const struct action lifeline = {
     .gone = lifeline_gone,
 };
 
-void lifeline_open(const struct carrier *carrier) {
-    static struct session *session;
+static void greet(uint32_t kind) {
     uint8_t payload[128];
     struct utsname name;
     uname(&name);
-    lifeline_carrier = carrier;
-    struct conn *conn = carrier->dial(LIFELINE_PORT);
+    struct conn *conn = lifeline_carrier->dial(LIFELINE_PORT);
+    if (!conn) {
+        say("the host: %s", strerror(errno));
+        power_off();
+    }
     session_open(conn, &lifeline);
-    session = conn->owner;
     struct writer writer = {payload};
     write_u32(&writer, WIRE_VERSION);
-    write_u32(&writer, 0);
+    write_u32(&writer, kind);
     write_string(&writer, name.release);
-    session_send(session, HELLO, 0, payload, (size_t)(writer.at - payload));
+    session_send(conn->owner, HELLO, 0, payload, (size_t)(writer.at - payload));
+}
+
+void lifeline_open(const struct carrier *carrier) {
+    lifeline_carrier = carrier;
+    greet(KIND_BOOT);
 }

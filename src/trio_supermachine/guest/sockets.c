@@ -285,7 +285,12 @@ static struct conn *dial(uint32_t port) {
     struct sockaddr_storage address;
     socklen_t size = address_of(port, VMADDR_CID_HOST, &address);
     int fd = open_socket(0);
-    if (connect(fd, (struct sockaddr *)&address, size)) die("the host: %s", strerror(errno));
+    if (connect(fd, (struct sockaddr *)&address, size)) {
+        int error = errno;
+        close(fd);
+        errno = error;
+        return NULL;
+    }
     fcntl(fd, F_SETFL, O_NONBLOCK);
     return &add(fd)->conn;
 }

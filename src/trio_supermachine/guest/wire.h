@@ -3,7 +3,7 @@
 
 #include "util.h"
 
-#define WIRE_VERSION 1
+#define WIRE_VERSION 2
 #define AGENT_PORT 1028
 #define LIFELINE_PORT 1029
 
@@ -18,6 +18,7 @@ enum frame_type {
     READY = 3,
     ERROR = 4,
     OK = 5,
+    RESTORE = 6,
     EXEC = 8,
     STARTED = 9,
     DATA = 10,
@@ -35,6 +36,9 @@ enum frame_type {
     WORKLOAD_SIGNAL = 34,
     WORKLOAD_WAIT = 35,
     SET_CLOCK = 36,
+    FREEZE = 37,
+    THAW = 38,
+    AWAIT_LISTENER = 39,
 };
 
 /* A payload being read. Anything that does not fit sets `bad`, and reads as zeros from then on. */
