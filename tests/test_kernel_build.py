@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trio_supermachine.kernels.store as store
+from trio_supermachine import Vm
 from trio_supermachine.assets import AssetPaths
 from trio_supermachine.cli.app import app
 from trio_supermachine.errors import AssetNotFound
@@ -278,3 +279,62 @@ async def test_a_cancelled_build_leaves_nothing_and_the_next_sweeps_after_a_kill
     assert list(dict.fromkeys(phases)) == ["download", "unpack", "build"]
     assert leftovers(own_home) == []
     assert await list_kernels() == []
+
+
+@needs_tools
+@pytest.mark.skipif(
+    "TRIO_SUPERMACHINE_TEST_KERNEL" not in os.environ,
+    reason="takes minutes; TRIO_SUPERMACHINE_TEST_KERNEL=1 runs it",
+)
+async def test_a_build_makes_a_kernel_once(own_home: Path) -> None:
+    steps: list[Progress] = []
+
+    async def progress(step: Progress) -> None:
+        steps.append(step)
+
+    kernels: list[CachedKernel] = []
+
+    async def build() -> None:
+        kernels.append(await build_small_kernel(progress=progress))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(build)
+        nursery.start_soon(build)
+    assert kernels[0] == kernels[1]
+    assert await preferred_kernel() == kernels[0]
+    assert len([step for step in steps if step.phase == "unpack"]) == 1
+    assert steps[-1].done == steps[-1].total
+    assert set(leftovers(own_home)) == {
+        kernels[0].kernel,
+        kernels[0].directory / "kernel.json",
+    }
+
+
+# The kernel itself, where it was built.
+
+
+@pytest.mark.vm
+async def test_a_guest_on_the_small_kernel_has_what_images_rely_on(vm: Vm) -> None:
+    kernel = await preferred_kernel()
+    if kernel is None or kernel.kind != "small" or "TRIO_SUPERMACHINE_KERNEL" in os.environ:
+        pytest.skip("needs `trio-supermachine kernel build`")
+
+    async def read(path: str) -> list[str]:
+        return (await vm.read_file(path)).decode().split()
+
+    assert await read("/proc/sys/kernel/osrelease") == [kernel.release]
+    kinds = {"squashfs", "overlay", "ext4", "fuse", "virtiofs", "tmpfs", "cgroup2", "binfmt_misc"}
+    assert kinds <= set(await read("/proc/filesystems"))
+    assert {"cpuset", "cpu", "io", "memory", "pids"} <= set(
+        await read("/sys/fs/cgroup/cgroup.controllers")
+    )
+    assert "user_notif" in await read("/proc/sys/kernel/seccomp/actions_avail")
+    script = (
+        "set -e; cd /sys/fs/cgroup; mkdir t; echo 1 >t/cgroup.freeze; cat t/cgroup.freeze; rmdir t;"
+        " ls /proc/self/ns; test -e /proc/net/if_inet6; test -e /proc/net/unix;"
+        " test ! -e /proc/modules"
+    )
+    done = await vm.run_process(["sh", "-c", script], capture_stdout=True)
+    frozen, *namespaces = done.stdout.decode().split()
+    assert frozen == "1"
+    assert {"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"} <= set(namespaces)

@@ -158,11 +158,12 @@ async def _unpacked(package: Package, directory: Path, progress: ProgressCallbac
 
 
 def _environment(tree: Path) -> dict[str, str]:
-    """Nothing of the caller's but the path: the same sources and tools make the same kernel."""
+    """Of the caller's only the path to its tools: with these, the same sources make one kernel."""
     made = time.gmtime((tree / "Makefile").stat().st_mtime)
     return {
         "PATH": os.environ.get("PATH", os.defpath),
         "LC_ALL": "C",
+        "TMPDIR": str(tree.parent),  # where a killed compiler leaves its files
         "KBUILD_BUILD_USER": _NAME,
         "KBUILD_BUILD_HOST": _NAME,
         "KBUILD_BUILD_TIMESTAMP": time.strftime("%Y-%m-%d %H:%M:%S UTC", made),
