@@ -241,6 +241,7 @@ class PoolCore(Generic[T]):
         lease._holder = trio.CancelScope()
         self._in_use += 1
         self._failures = 0
+        self._not_before = -math.inf
         self._wake.set()
 
     def _release(self, lease: Lease[T], end: bool | None = None) -> None:
