@@ -74,7 +74,9 @@ async def capture(
         if base is None:
             await finish_full(directory, draft)
         else:
-            await finish_diff(directory, draft, captured.runs, base)
+            await finish_diff(
+                directory, draft, captured.runs, base, complete=captured.complete
+            )
     return await open_snapshot(Path(dest))
 
 

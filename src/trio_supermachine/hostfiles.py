@@ -84,6 +84,7 @@ def new_directory(dest: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 _sync(file)
+        _sync(temporary)
         temporary.replace(dest)
         _sync(dest.parent)
     except BaseException:

@@ -169,7 +169,7 @@ def _memory(spec: MachineSpec, fds: MachineFds) -> tuple[str, str]:
 def _start(spec: MachineSpec, fds: MachineFds, tsc_khz: int | None) -> list[str | bytes]:
     """What the machine begins with. A restored one has its kernel in its memory."""
     if fds.restore is not None:
-        return ["-S", "-incoming", f"fd:{fds.restore.state}"]
+        return ["-S", "-incoming", "defer"]
     if spec.kernel is None or spec.initramfs is None:
         raise ConfigError("a machine boots a kernel with an initramfs, or is restored")
     return [

@@ -77,6 +77,7 @@ class QemuEngine(Engine):
                 vsock=vsock,
                 memory_size=spec.memory_mib << 20,
                 restore=spec.restore,
+                state_fd=restore.state if restore else None,
             )
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(machine._run)

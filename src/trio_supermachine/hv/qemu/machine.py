@@ -58,11 +58,13 @@ class QemuMachine(Machine):
         vsock: socket.socket,
         memory_size: int,
         restore: Restore | None,
+        state_fd: int | None,
     ) -> None:
         self.console: ConsoleRing = ConsoleRing()
         self._process = process
         self._memory_size = memory_size
         self._restore = restore
+        self._state_fd = state_fd  # QEMU's
         self._memory: GuestMemory | None = None
         self._paused = False
         self._running = trio.Event()
@@ -189,10 +191,13 @@ class QemuMachine(Machine):
         await self._or_exited(self._qmp.negotiate)
         if self._restore is None:
             return
+        # Memory is complete first: devices look at their rings in it when they are loaded.
         if self._restore.patches:
             memory = await self._guest_memory()
             await in_thread(memory.patch, self._restore.patches)
-        # Before the state is loaded this is remembered, and done then.
+        uri = {"uri": f"fd:{self._state_fd}"}
+        await self._or_exited(self._qmp.execute, "migrate-incoming", uri)
+        # As long as the state is being loaded, this is remembered.
         await self._or_exited(self._qmp.execute, "cont")
         await self._running.wait()
         if self._exit is not None:
