@@ -199,10 +199,16 @@ class Agent:
         self.lifelines = 0  # how many were dialled
         self.refusing = False  # to dial anew
         self.frozen = False
+        self.held: bytearray | None = (
+            None  # what is to be sent after a silence; None: there is none
+        )
         self.ended = False
 
     def send(self, data: bytes) -> None:
         """Send raw packets, taking in what comes meanwhile."""
+        if self.held is not None:
+            self.held += data
+            return
         view = memoryview(data)
         while view:
             try:
@@ -300,8 +306,8 @@ class Agent:
         stop_signal: int = 15,
     ) -> None:
         lifeline = self.greeted(0)
-        payload = struct.pack("<IQ", VERSION, time.time_ns()) + string("tester") + string(os.urandom(32))
-        payload += u32(0) + strings(env) + string(workdir) + string(user)
+        payload = struct.pack("<IQ", VERSION, time.time_ns()) + string("tester")
+        payload += string(os.urandom(32)) + u32(0) + strings(env) + string(workdir) + string(user)
         payload += strings(workload) + struct.pack("<i", stop_signal) + string("0" * 32)
         lifeline.send(frame(SETUP, payload))
         lifeline.expect(READY)
@@ -316,15 +322,17 @@ class Agent:
     def freeze(self) -> None:
         """Have the agent say no more."""
         self.send(packet(OP_FREEZE, 0, to=0))
+        self.held = bytearray()
         self.until(lambda: self.frozen)
 
     def thaw(self) -> None:
+        held, self.held = self.held or b"", None
         self.frozen = False
-        self.send(packet(OP_THAW, 0, to=0))
+        self.send(packet(OP_THAW, 0, to=0) + held)
 
     def restore(self, seed: bytes = bytes(32)) -> None:
         """As if this were a copy of the machine that was frozen."""
-        self.frozen = False
+        self.frozen, self.held = False, None
         for connection in list(self.connections.values()):
             self.forget(connection, "reset")
         self.send(packet(OP_RESET, 0, to=0))
@@ -428,12 +436,12 @@ def agent_program() -> Path:
 
 
 @contextmanager
-def start_agent(*arguments: str) -> Iterator[Agent]:
-    """The agent before its set-up. It has ended when the block is left."""
+def start_agent(*arguments: str, within: Sequence[str] = ()) -> Iterator[Agent]:
+    """The agent before its set-up, started by this command. It has ended when the block is left."""
     ours, theirs = socket.socketpair()
     with ours:
         process = subprocess.Popen(
-            [agent_program(), "--agent-on-fd", str(theirs.fileno()), *arguments],
+            [*within, agent_program(), "--agent-on-fd", str(theirs.fileno()), *arguments],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )

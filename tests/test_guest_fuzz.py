@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def test_random_bytes_end_it_cleanly(root: Path, data: bytes) -> None:
         agent.send(data)
 
 
+quiet_packets = st.builds(packet, op=st.integers(16, 20), port=st.just(0), to=st.just(0))
 packets = st.builds(
     packet,
     op=st.integers(1, 7),
@@ -82,6 +84,21 @@ def test_sound_packets_in_any_order_concern_their_connection_alone(
 ) -> None:
     with unbreakable(root) as agent:
         agent.send(b"".join(sent))
+
+
+@fuzz
+@given(sent=st.lists(packets | quiet_packets, max_size=40), after=st.binary(max_size=100))
+def test_the_operations_of_silence_in_any_order_end_it_cleanly(
+    root: Path, sent: list[bytes], after: bytes
+) -> None:
+    # The test's client would be surprised by what only a copy does: it does not look.
+    with start_agent("--root", str(root)) as agent:
+        agent.set_up()
+        agent.sock.settimeout(g.PATIENCE)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            agent.sock.sendall(b"".join(sent) + after)
+        agent.sock.close()
+        assert agent.process.wait(g.PATIENCE) == 0
 
 
 @pytest.mark.parametrize(
@@ -134,7 +151,13 @@ requests = (
         lambda p, n: frame(g.WRITE_FILE, string(p) + u32(n)), paths, st.integers(0, 2**32 - 1)
     )
     | st.just(frame(g.PING))
-    | st.builds(frame, st.sampled_from([g.WORKLOAD_SIGNAL, g.WORKLOAD_WAIT, g.SET_CLOCK]), small)
+    | st.builds(
+        frame,
+        st.sampled_from(
+            [g.WORKLOAD_SIGNAL, g.WORKLOAD_WAIT, g.SET_CLOCK, g.FREEZE, g.THAW, g.AWAIT_LISTENER]
+        ),
+        small,
+    )
 )
 followers = (
     st.builds(frame, st.just(g.DATA), small | st.just(bytes(65536)), st.integers(0, 4))
@@ -198,6 +221,10 @@ def test_a_damaged_request_concerns_its_connection_alone(
         frame(g.EXEC, struct.pack("<IIHHI", 0, 0, 0, 0, 0) + strings(["", ""])[4:] + u32(65537)),
         frame(g.PING) + frame(g.PING)[:4] + struct.pack("<BBH", g.DATA, 0, 9),
         frame(g.WORKLOAD_SIGNAL, u32(2**31)),
+        frame(g.RESTORE, g.restore_payload()),
+        frame(g.FREEZE, b"x"),
+        frame(g.THAW, b"x"),
+        frame(g.AWAIT_LISTENER),
     ],
 )
 def test_what_breaks_the_protocol_ends_the_connection(root: Path, request_: bytes) -> None:

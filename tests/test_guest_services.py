@@ -6,13 +6,15 @@ import errno
 import os
 import signal
 import struct
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from . import guest_client as g
-from .guest_client import Agent, frame, string, u32
+from .guest_client import Agent, frame, start_agent, string, u32
 from .guest_fixtures import agent, bare_agent, ping, run, wait_until_gone
 
 __all__ = ["agent", "bare_agent"]  # fixtures
@@ -161,6 +163,75 @@ def test_the_workload_is_supervised(bare_agent: Agent, tmp_path: Path) -> None:
         assert connection.wait_end() == "shut"
     gone = control(bare_agent, g.WORKLOAD_SIGNAL, struct.pack("<i", signal.SIGTERM))
     assert gone.error()[0] == errno.ESRCH
+
+
+def test_what_runs_beside_a_host_is_not_frozen(agent: Agent) -> None:
+    assert control(agent, g.FREEZE).error()[0] == errno.EOPNOTSUPP
+    control(agent, g.THAW).expect(g.OK)
+
+
+@pytest.fixture
+def agent_alone() -> Iterator[Agent]:
+    """An agent in a network of its own, where nothing listens yet."""
+    if os.geteuid():
+        pytest.skip("a network of its own needs root")
+    with start_agent(within=["unshare", "--net"]) as agent:
+        agent.set_up(env=[f"PATH={os.environ['PATH']}"])
+        yield agent
+
+
+LISTEN = """
+import socket, sys
+sockets = [socket.socket(getattr(socket, family)) for family in sys.argv[1::2]]
+for sock, port in zip(sockets, sys.argv[2::2]):
+    sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", int(port)))
+    sock.listen()
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+def listen(agent: Agent, *sockets: str) -> g.Exec:
+    """Listen on these families and ports, the sockets made in this order."""
+    done = agent.exec([sys.executable, "-c", LISTEN, *sockets], flags=g.STDIN)
+    done.until(lambda: b"up" in done.output[1])
+    return done
+
+
+def first_listener(agent: Agent, timeout_ms: int) -> int:
+    connection = control(agent, g.AWAIT_LISTENER, u32(timeout_ms))
+    (port,) = struct.unpack("<Q", connection.expect(g.OK))
+    assert connection.wait_end() == "shut"
+    return int(port)
+
+
+@pytest.mark.parametrize(
+    ("sockets", "first"),
+    [
+        (["AF_INET", "8080", "AF_INET", "7070"], 8080),
+        (["AF_INET6", "9090", "AF_INET", "1"], 9090),
+        (["AF_INET", "65535", "AF_INET6", "80"], 65535),
+    ],
+)
+def test_the_first_listener_is_the_socket_that_was_made_first(
+    agent_alone: Agent, sockets: list[str], first: int
+) -> None:
+    assert first_listener(agent_alone, 0) == 0
+    listen(agent_alone, *sockets)
+    assert first_listener(agent_alone, 0) == first
+
+
+def test_who_waits_for_a_listener_is_told_when_there_is_one(agent_alone: Agent) -> None:
+    waiters = [control(agent_alone, g.AWAIT_LISTENER, u32(2**32 - 1)) for _ in range(3)]
+    assert first_listener(agent_alone, 1) == 0
+    waiters.pop().reset()
+    listen(agent_alone, "AF_INET", "1234")
+    for waiter in waiters:
+        assert waiter.expect(g.OK) == struct.pack("<Q", 1234)
+
+
+def test_the_trial_program_ends_at_once() -> None:
+    assert subprocess.run([g.agent_program(), "--trial"]).returncode == 0
 
 
 def test_without_a_workload_there_is_none_to_wait_for(agent: Agent) -> None:

@@ -56,8 +56,16 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
                 lifeline.settimeout(g.PATIENCE)
                 answers = frames(lifeline)
                 assert next(answers)[0] == g.HELLO
-                setup = struct.pack("<IQ", g.VERSION, time.time_ns()) + string("x") + string(bytes(32))
-                setup += u32(0) + strings([]) + string("/") + string("") + strings([]) + u32(15)
+                setup = struct.pack("<IQ", g.VERSION, time.time_ns()) + string("x")
+                setup += (
+                    string(bytes(32))
+                    + u32(0)
+                    + strings([])
+                    + string("/")
+                    + string("")
+                    + strings([])
+                    + u32(15)
+                )
                 setup += string("0" * 32)
                 lifeline.sendall(frame(g.SETUP, setup))
                 assert next(answers)[0] == g.READY
