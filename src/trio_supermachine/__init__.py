@@ -34,8 +34,10 @@ from .exec import ExecChild, ExecSignaler
 from .exec_builder import ExecBuilder, ExecOutcome
 from .images.builder import OciImageBuilder
 from .images.image import Image, PullPolicy
+from .limits import LimitStatistics, memory_admission, spawn_concurrency
 from .oci.config import ImageConfig
 from .oci.progress import Progress
+from .pool import Pool, PoolBuilder, PooledVm, PoolStats
 from .resources import (
     DEFAULT_CMDLINE,
     DEFAULT_EXEC_GUEST_PORT,
@@ -69,9 +71,14 @@ __all__ = [
     "ImageConfig",
     "ImageCorrupt",
     "ImageNotFound",
+    "LimitStatistics",
     "MountSpec",
     "NotSupported",
     "OciImageBuilder",
+    "Pool",
+    "PoolBuilder",
+    "PoolStats",
+    "PooledVm",
     "Progress",
     "PullPolicy",
     "ReferenceInvalid",
@@ -92,4 +99,6 @@ __all__ = [
     "VmResources",
     "VolumeSpec",
     "__version__",
+    "memory_admission",
+    "spawn_concurrency",
 ]

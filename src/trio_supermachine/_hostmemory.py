@@ -37,9 +37,9 @@ def _limits_mib(proc: Path, cgroups: Path) -> list[int]:
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if not controllers:
-            mounts, file = (cgroups, cgroups / "unified"), "memory.max"
+            mounts, file = [cgroups, cgroups / "unified"], "memory.max"
         elif "memory" in controllers.split(","):
-            mounts, file = (cgroups / "memory",), "memory.limit_in_bytes"
+            mounts, file = [cgroups / "memory"], "memory.limit_in_bytes"
         else:
             continue
         # In a container the named path may not be there: its mount is then the group itself.
