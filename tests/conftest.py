@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from trio_supermachine import Image, Vm
+from trio_supermachine.images.prepare import prepare_image
 
 #: Seconds after which a test gives up, and says what came so far.
 PATIENCE = 60
@@ -60,8 +61,8 @@ def nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 async def busybox() -> Image:
-    """The embedded image."""
-    return await Image.from_oci("builtin:busybox")
+    """The embedded image, which boots."""
+    return await prepare_image("builtin:busybox")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from trio_supermachine.errors import (
     ReferenceInvalid,
     SupermachineError,
 )
-from trio_supermachine.images.image import Image
+from trio_supermachine.images.prepare import prepare_image
 from trio_supermachine.oci.platform import Platform
 from trio_supermachine.oci.progress import Progress
 
@@ -50,7 +51,7 @@ def layout(tmp_path: Path) -> Layout:
 async def test_the_built_in_image_is_busybox_and_the_same_each_time(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = await Image.from_oci("builtin:busybox")
+    image = await prepare_image("builtin:busybox")
     first = image.layers[0].read_bytes()
     root = unpack(image.layers[0], tmp_path / "root")
     assert os.readlink(root / "bin/sh") == "/bin/busybox"
@@ -59,7 +60,7 @@ async def test_the_built_in_image_is_busybox_and_the_same_each_time(
     assert (root / "tmp").stat().st_mode & 0o7777 == 0o1777
     assert image.config.argv == ("sh",)
     monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(home) + "2")
-    again = await Image.from_oci("builtin:busybox")
+    again = await prepare_image("builtin:busybox")
     assert (again.layers[0].read_bytes(), again.digest) == (first, image.digest)
 
 
@@ -68,7 +69,7 @@ async def test_a_busybox_that_is_no_static_program_is_refused(
 ) -> None:
     monkeypatch.setenv("TRIO_SUPERMACHINE_BUSYBOX", str(tmp_path / "none"))
     with pytest.raises(AssetNotFound, match="busybox-static"):
-        await Image.from_oci("builtin:busybox")
+        await prepare_image("builtin:busybox")
     assert not store_files(home) if home.exists() else True
 
 
@@ -78,7 +79,7 @@ async def test_without_squashfs_tools_the_package_is_named(
     reference = layout.write(layout.manifest([HELLO], architecture=ARCHITECTURE))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AssetNotFound, match="apt-get install squashfs-tools"):
-        await Image.from_oci(reference)
+        await prepare_image(reference)
     assert not store_files(home)
 
 
@@ -104,7 +105,7 @@ async def test_images_of_umoci_through_skopeo_are_the_same_by_each_transport(
             ["skopeo", "copy", "-q", "--insecure-policy", f"oci:{layout}:t", dest], check=True
         )
         sources += [dest, f"{transport}:{tmp_path}/{transport}.tar"]
-    images = [await Image.from_oci(source) for source in sources]
+    images = [await prepare_image(source) for source in sources]
     for image in images:
         assert image.layers == images[0].layers
         config = image.config
@@ -117,12 +118,13 @@ async def test_images_of_umoci_through_skopeo_are_the_same_by_each_transport(
 
 async def test_layers_may_be_plain_gzipped_or_zstd(layout: Layout) -> None:
     references = []
-    for number, compress in enumerate((bytes, zstandard.compress)):
+    compressions: list[Callable[[bytes], bytes]] = [bytes, zstandard.compress]
+    for number, compress in enumerate(compressions):
         at = Layout(layout.path.with_name(f"layout{number}"))
         manifest = at.manifest([HELLO], compress=compress, architecture=ARCHITECTURE)
         references.append(at.write(manifest))
     references.append(layout.write(layout.manifest([HELLO], architecture=ARCHITECTURE)))
-    images = [await Image.from_oci(reference) for reference in references]
+    images = [await prepare_image(reference) for reference in references]
     assert len({image.layers for image in images}) == 1
     assert len({image.digest for image in images}) == 3
 
@@ -130,13 +132,13 @@ async def test_layers_may_be_plain_gzipped_or_zstd(layout: Layout) -> None:
 async def test_a_layer_may_end_right_after_its_last_byte(layout: Layout) -> None:
     # Without padding and the end's two empty blocks, as umoci insert writes it.
     short = HELLO[: HELLO.rindex(b"hello\n") + 6]
-    await Image.from_oci(layout.write(layout.manifest([short], architecture=ARCHITECTURE)))
+    await prepare_image(layout.write(layout.manifest([short], architecture=ARCHITECTURE)))
 
 
 async def test_a_layer_that_ends_within_a_file_is_corrupt(layout: Layout, home: Path) -> None:
     short = HELLO[: HELLO.rindex(b"hello\n") + 5]
     with pytest.raises(ImageCorrupt, match="within a file"):
-        await Image.from_oci(layout.write(layout.manifest([short], architecture=ARCHITECTURE)))
+        await prepare_image(layout.write(layout.manifest([short], architecture=ARCHITECTURE)))
     assert not store_files(home)
 
 
@@ -153,12 +155,12 @@ async def test_the_platform_is_chosen_through_nested_indexes(layout: Layout) -> 
     kind = "application/vnd.oci.image.index.v1+json"
     reference = layout.write(layout.blob(inner, kind, **layout.tagged("t")))
     for architecture, descriptor in arches.items():
-        image = await Image.from_oci(reference + ":t", platform=f"linux/{architecture}")
+        image = await prepare_image(reference + ":t", platform=f"linux/{architecture}")
         assert image.digest == descriptor["digest"]
     with pytest.raises(ImageNotFound, match="linux/s390x, but linux/amd64, linux/arm64"):
-        await Image.from_oci(reference, platform="linux/s390x")
+        await prepare_image(reference, platform="linux/s390x")
     with pytest.raises(ConfigError):
-        await Image.from_oci(reference, platform="linux")
+        await prepare_image(reference, platform="linux")
 
 
 async def test_a_directory_is_an_image_and_changes_are_seen(tmp_path: Path) -> None:
@@ -169,11 +171,11 @@ async def test_a_directory_is_an_image_and_changes_are_seen(tmp_path: Path) -> N
     os.mkfifo(root / "fifo", 0o600)
     (root / "link").symlink_to("/nowhere")
     (root / ".wh.not-a-whiteout").touch()
-    first = await Image.from_oci(f"rootfs:{root}")
+    first = await prepare_image(f"rootfs:{root}")
     assert tree(unpack(first.layers[0], tmp_path / "out")) == tree(root)
-    assert (await Image.from_oci(f"rootfs:{root}")).layers == first.layers
+    assert (await prepare_image(f"rootfs:{root}")).layers == first.layers
     (root / "bin/a").write_text("two")
-    second = await Image.from_oci(f"rootfs:{root}")
+    second = await prepare_image(f"rootfs:{root}")
     assert (unpack(second.layers[0], tmp_path / "out2") / "bin/b").read_text() == "two"
 
 
@@ -198,7 +200,7 @@ async def test_bad_references_are_typed_errors(
     reference: str, error: type[SupermachineError], home: Path
 ) -> None:
     with pytest.raises(error):
-        await Image.from_oci(reference)
+        await prepare_image(reference)
     assert not home.exists() or not store_files(home)
 
 
@@ -234,7 +236,7 @@ async def test_a_layer_that_leaves_its_root_leaves_nothing_in_the_store(
     tars = [HELLO, make_tar(members)]
     reference = layout.write(layout.manifest(tars, architecture=ARCHITECTURE))
     with pytest.raises(ImageCorrupt):
-        await Image.from_oci(reference)
+        await prepare_image(reference)
     assert not {name for name in store_files(home) if name.startswith("layers/")}
 
 
@@ -247,13 +249,13 @@ async def test_damage_of_every_blob_is_found(layout: Layout, home: Path) -> None
         for bad in (flipped, sound[:-1], sound + b"\0", b""):
             blob.write_bytes(bad)
             with pytest.raises(ImageCorrupt):
-                await Image.from_oci(reference)
+                await prepare_image(reference)
             assert not store_files(home)
         blob.unlink()
         with pytest.raises(ImageCorrupt, match="missing"):
-            await Image.from_oci(reference)
+            await prepare_image(reference)
         blob.write_bytes(sound)
-    await Image.from_oci(reference)
+    await prepare_image(reference)
 
 
 async def test_a_lie_about_the_diff_id_is_found(layout: Layout, home: Path) -> None:
@@ -262,21 +264,21 @@ async def test_a_lie_about_the_diff_id_is_found(layout: Layout, home: Path) -> N
 
     manifest = layout.manifest([HELLO], architecture=ARCHITECTURE, change_config=lie)
     with pytest.raises(ImageCorrupt, match="diff_id"):
-        await Image.from_oci(layout.write(manifest))
+        await prepare_image(layout.write(manifest))
     assert not store_files(home)
 
 
 async def test_a_changed_blob_is_found_though_the_store_has_its_layer(layout: Layout) -> None:
     descriptor = layout.manifest([HELLO], architecture=ARCHITECTURE)
     reference = layout.write(descriptor)
-    await Image.from_oci(reference)
+    await prepare_image(reference)
     manifest = json.loads(layout.file_of(descriptor["digest"]).read_bytes())
     blob = layout.file_of(manifest["layers"][0]["digest"])
     data = bytearray(blob.read_bytes())
     data[len(data) // 2] ^= 1
     blob.write_bytes(data)
     with pytest.raises(ImageCorrupt):
-        await Image.from_oci(reference)
+        await prepare_image(reference)
 
 
 async def test_an_unchanged_blob_is_not_hashed_again(layout: Layout) -> None:
@@ -291,10 +293,10 @@ async def test_an_unchanged_blob_is_not_hashed_again(layout: Layout) -> None:
     async def progress(step: Progress) -> None:
         seen.append(step)
 
-    await Image.from_oci(reference, progress=progress)
+    await prepare_image(reference, progress=progress)
     assert [(s.phase, s.done == s.total) for s in seen] == [("convert", False), ("convert", True)]
     seen.clear()
-    await Image.from_oci(reference, progress=progress)
+    await prepare_image(reference, progress=progress)
     assert [(s.phase, s.done == s.total) for s in seen] == [("verify", True)]
 
 
@@ -316,11 +318,11 @@ async def test_cancelling_a_conversion_leaves_nothing(layout: Layout, home: Path
             scope.cancel()
 
         async with trio.open_nursery() as nursery:
-            await Image.from_oci(reference, progress=progress)
+            await prepare_image(reference, progress=progress)
     assert scope.cancelled_caught
     assert not store_files(home)
     assert not list(home.rglob(".tmp-*"))
-    await Image.from_oci(reference)
+    await prepare_image(reference)
 
 
 async def test_tasks_and_programs_convert_a_layer_once(layout: Layout, home: Path) -> None:
@@ -329,13 +331,13 @@ async def test_tasks_and_programs_convert_a_layer_once(layout: Layout, home: Pat
     reference = layout.write(layout.manifest(tars, architecture=ARCHITECTURE))
     program = (
         "import sys, trio\n"
-        "from trio_supermachine.images.image import Image\n"
+        "from trio_supermachine.images.prepare import prepare_image\n"
         "async def progress(s): print(s.phase, s.done == s.total)\n"
         "async def main():\n"
         "    async with trio.open_nursery() as nursery:\n"
         "        for _ in range(3):\n"
         "            nursery.start_soon(one)\n"
-        "async def one(): await Image.from_oci(sys.argv[1], progress=progress)\n"
+        "async def one(): await prepare_image(sys.argv[1], progress=progress)\n"
         "trio.run(main)\n"
     )
     output: list[str] = []
@@ -354,5 +356,5 @@ async def test_what_a_killed_program_left_is_swept(layout: Layout, home: Path) -
     stray = home / "layers/.tmp-killed"
     stray.mkdir(parents=True)
     (stray / "half").touch()
-    await Image.from_oci(layout.write(layout.manifest([HELLO], architecture=ARCHITECTURE)))
+    await prepare_image(layout.write(layout.manifest([HELLO], architecture=ARCHITECTURE)))
     assert not stray.exists()

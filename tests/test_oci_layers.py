@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_supermachine.images.image import Image
+from trio_supermachine.images.prepare import prepare_image
 from trio_supermachine.oci.platform import Platform
 
 from .image_files import Layout, make_tar, member, tree, unpack
@@ -129,7 +129,7 @@ async def test_nasty_layers_are_what_umoci_makes_of_them(
     tars = [make_tar(members, format) for members in (BASE, UPPER)]
     architecture = Platform.parse(None).architecture
     manifest = layout.manifest(tars, architecture=architecture, **layout.tagged("t"))
-    image = await Image.from_oci(layout.write(manifest))
+    image = await prepare_image(layout.write(manifest))
     bundle = tmp_path / "bundle"
     command = ["umoci", "unpack", "--image", f"{layout.path}:t", str(bundle)]
     subprocess.run(command, check=True, capture_output=True)
@@ -148,7 +148,7 @@ async def test_whiteouts_are_what_overlayfs_wants(
     layout = Layout(tmp_path / "layout")
     architecture = Platform.parse(None).architecture
     tars = [make_tar(BASE), make_tar(UPPER)]
-    image = await Image.from_oci(layout.write(layout.manifest(tars, architecture=architecture)))
+    image = await prepare_image(layout.write(layout.manifest(tars, architecture=architecture)))
     upper = unpack(image.layers[1], tmp_path / "upper")
     gone = (upper / "etc/old").lstat()
     assert stat.S_ISCHR(gone.st_mode)
@@ -173,7 +173,7 @@ async def test_marks_of_overlayfs_in_a_layer_are_not_believed(
     ]
     architecture = Platform.parse(None).architecture
     tars = [make_tar(members)]
-    image = await Image.from_oci(layout.write(layout.manifest(tars, architecture=architecture)))
+    image = await prepare_image(layout.write(layout.manifest(tars, architecture=architecture)))
     root = unpack(image.layers[0], tmp_path / "root")
     assert os.listdir(root) == ["d"]
     assert os.listxattr(root / "d") == []

@@ -20,6 +20,7 @@ from trio_supermachine import (
     VmExited,
     VolumeSpec,
 )
+from trio_supermachine.images.prepare import prepare_image
 
 from .conftest import child_processes, read_until
 
@@ -175,7 +176,7 @@ async def test_the_workload_runs_by_itself_and_can_be_signalled(tmp_path: Path) 
 
 async def workload_image(directory: Path, cmd: list[str]) -> Image:
     """The embedded image with another command, as an OCI layout made by umoci."""
-    root = await Image.from_oci("builtin:busybox")
+    root = await prepare_image("builtin:busybox")
     layout = directory / "oci"
     unpacked = directory / "root"
     await trio.run_process(
@@ -189,7 +190,7 @@ async def workload_image(directory: Path, cmd: list[str]) -> Image:
         config += ["--config.cmd", word]
     config += ["--config.env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
     await trio.run_process(config)
-    return await Image.from_oci(f"oci:{layout}:t")
+    return await prepare_image(f"oci:{layout}:t")
 
 
 async def test_a_workload_that_cannot_start_says_127(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from trio_supermachine import Image, Vm, VmConfig
+from trio_supermachine import Vm, VmConfig
+from trio_supermachine.images.prepare import prepare_image
 
 pytestmark = pytest.mark.vm
 
@@ -42,7 +43,7 @@ async def test_an_image_of_umoci_is_honoured_in_every_field(tmp_path: Path) -> N
     options = [f"--config.{n}={v}" for n, v in zip(settings[::2], settings[1::2], strict=True)]
     await run(["umoci", "config", "--image", image, *options])
 
-    loaded = await Image.from_oci(f"oci:{image}")
+    loaded = await prepare_image(f"oci:{image}")
     assert loaded.config.argv == ("/bin/echo", "from the workload")
     async with Vm.start(loaded) as vm:
         assert await vm.wait_workload() == 0, vm.console.tail()
@@ -76,7 +77,7 @@ async def test_the_same_image_through_each_local_transport(tmp_path: Path) -> No
         sources.append(f"{transport}:{archive}")
 
     async def check(source: str) -> None:
-        image = await Image.from_oci(source)
+        image = await prepare_image(source)
         async with Vm.start(image) as vm:
             done = await vm.run_process(["/bin/cat", "/etc/passwd"], capture_stdout=True)
             assert b"app:x:1234" in done.stdout
@@ -117,7 +118,7 @@ def debian_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_pythons_own_tests_of_processes_pass_in_a_debian(debian_layout: Path) -> None:
-    image = await Image.from_oci(f"oci:{debian_layout}:t")
+    image = await prepare_image(f"oci:{debian_layout}:t")
     async with Vm.start(image, VmConfig(memory_mib=512, vcpus=2)) as vm:
         script = (
             "import os, sys, subprocess; print(subprocess.check_output(['id', '-un']).decode())"

@@ -17,7 +17,7 @@ from ..config import VmConfig
 from ..errors import ConfigError
 from ..exec import ExecChild
 from ..exec_builder import ExecBuilder
-from ..images.image import Image
+from ..images.prepare import prepare_image
 from ..vm import Vm
 from .failures import SIGNALLED, TIMED_OUT, CommandNotStarted
 from .hostio import Output, forward_input, raw_terminal, terminal_size
@@ -66,7 +66,7 @@ async def run(options: RunOptions) -> int:
 
 
 async def _run_image(options: RunOptions) -> int:
-    image = await Image.from_oci(options.image)
+    image = await prepare_image(options.image)
     argv = (*image.config.entrypoint, *(options.command or image.config.cmd))
     if not argv:
         raise ConfigError(f"{options.image} has no command of its own; give one after the image")

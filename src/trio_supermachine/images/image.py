@@ -73,31 +73,37 @@ class Image:
         engine: EngineName = "auto",
         progress: ProgressCallback | None = None,
     ) -> Image:
-        """Prepare the image that ``ref`` names.
+        """The image that ``ref`` names, baked: booted once, and restored from then on.
 
-        Layers become read-only file systems in the data directory, once for all programs;
-        digests are verified. Cancelling ends the work and leaves nothing half-made.
+        Its layers become read-only file systems in the data directory, once for all programs;
+        digests are verified. The first call for an image boots it with 256 MiB and one CPU, waits
+        until its workload is ready (see :meth:`OciImageBuilder.with_snapshot`) and captures it;
+        later calls find that snapshot. :meth:`builder` bakes with other settings. Cancelling
+        ends the work and leaves nothing half-made.
 
         :param ref: ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``,
             ``docker-archive:FILE[:NAME]``, ``rootfs:DIR`` or ``builtin:busybox``.
         :param pull: when to ask a registry.
         :param platform: such as ``"linux/arm64"``; ``None`` is Linux on this machine's
             architecture.
-        :param engine: the engine for VMs of this image.
+        :param engine: the engine for the bake and the VMs of this image.
         :param progress: an async function that is called with
             :class:`~trio_supermachine.Progress` values.
         :raises ReferenceInvalid: the reference does not parse.
         :raises ImageNotFound: there is no such image, or not for this platform.
         :raises ImageCorrupt: it is damaged, lies about a digest, or tries to leave its root.
+        :raises BakeFailed: its guest did not get as far as its capture; its message says how to
+            bake it otherwise.
+        :raises EngineUnavailable: no engine can run a guest here.
         :raises AssetNotFound: a tool is missing; the message names its package.
-        :raises NotSupported: the image is in a registry, or of a kind not known here.
+        :raises NotSupported: the image is in a registry, of a kind not known here, or for a
+            platform that no guest here can have.
         :raises ConfigError: another argument makes no sense.
         """
-        from .prepare import prepare_image
+        from .builder import OciImageBuilder  # which makes images
 
-        return await prepare_image(
-            ref, pull=pull, platform=platform, engine=engine, progress=progress
-        )
+        builder = OciImageBuilder(reference=ref, pull=pull, platform=platform, engine=engine)
+        return await builder.build(progress)
 
     @staticmethod
     def builder(ref: str) -> OciImageBuilder:
