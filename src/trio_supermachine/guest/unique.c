@@ -98,9 +98,10 @@ static const char *behind(const char *path, char *real) {
     return realpath(path, real) ? real : strcpy(real, path);
 }
 
-static bool is_missing_or_regular(const char *path) {
+/* Whether a file may take its place. What is a link after all leads nowhere. */
+static bool is_file_or_nothing(const char *path) {
     struct stat status;
-    return lstat(path, &status) || S_ISREG(status.st_mode);
+    return lstat(path, &status) || S_ISREG(status.st_mode) || S_ISLNK(status.st_mode);
 }
 
 static void write_machine_id(const char *id) {
@@ -109,12 +110,12 @@ static void write_machine_id(const char *id) {
     snprintf(text, sizeof text, "%s\n", id);
     mkdir("/etc", 0755);
     /* As systemd does where the file cannot be written. */
-    if (is_missing_or_regular(behind(MACHINE_ID, real)) && (covered || replace(real, text)) &&
+    if (is_file_or_nothing(behind(MACHINE_ID, real)) && (covered || replace(real, text)) &&
         cover(real, text, &covered))
         say(MACHINE_ID ": %s", strerror(errno));
     /* What older systems have as a file of its own is a symbolic link to it now. */
     if (access(DBUS_MACHINE_ID, F_OK) || !strcmp(behind(DBUS_MACHINE_ID, dbus), real)) return;
-    if (is_missing_or_regular(dbus) && replace(dbus, text))
+    if (is_file_or_nothing(dbus) && replace(dbus, text))
         say(DBUS_MACHINE_ID ": %s", strerror(errno));
 }
 
@@ -129,9 +130,19 @@ void set_machine_id(const char *id) {
 
 void renew_machine_id(const char *id) { write_machine_id(id); }
 
+/* In a user namespace the kernel lets /proc be mounted only if one that nothing covers is in sight:
+ * without this, sandboxes of unprivileged users would not work in copies. */
+static void keep_clean_proc(void) {
+    static const char at[] = "/run/.supermachine-proc";
+    mkdir(at, 0700);
+    if (mount("proc", at, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL))
+        say("%s: %s", at, strerror(errno));
+}
+
 void renew_boot_id(const char *id) {
     static bool covered;
     char text[40];
+    if (!covered) keep_clean_proc();
     snprintf(text, sizeof text, "%s\n", id);
     if (cover(BOOT_ID, text, &covered)) say(BOOT_ID ": %s", strerror(errno));
 }
