@@ -60,6 +60,24 @@ async def test_frozen_programs_stand_still_and_then_go_on(vm: Vm) -> None:
         child.kill()
 
 
+async def test_programs_in_cgroups_of_their_own_are_frozen_too(vm: Vm) -> None:
+    """Container engines make cgroups beside the one that they were started in."""
+    await sh(vm, "mkdir -p /sys/fs/cgroup/engine/box /sys/fs/cgroup/own /sys/fs/cgroup/empty")
+    await sh(vm, "echo 1 >/sys/fs/cgroup/own/cgroup.freeze")
+    async with vm.exec(
+        ["sh", "-c", f"echo $$ >/sys/fs/cgroup/engine/box/cgroup.procs; {COUNT}"]
+    ) as child:
+        await wait_past(vm, 0)
+        await call(vm, wire.freeze())
+        assert b"frozen 1" in await vm.read_file("/sys/fs/cgroup/engine/box/cgroup.events")
+        there = await count(vm)
+        await call(vm, wire.thaw())
+        await wait_past(vm, there)
+        child.kill()
+    # What the guest had frozen itself stays so.
+    assert await sh(vm, "cat /sys/fs/cgroup/*/cgroup.freeze") == "0\n0\n0\n1\n"
+
+
 async def test_a_frozen_program_can_be_killed(vm: Vm) -> None:
     async with vm.exec(["sleep", "1000"]) as child:
         await call(vm, wire.freeze())

@@ -1,5 +1,6 @@
 #include "freezer.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -10,9 +11,12 @@
 #include "loop.h"
 
 #define CGROUP "/sys/fs/cgroup/guest"
+#define MAX_CGROUPS 64u   /* frozen at once, beside each other */
 #define PATIENCE_MS 2000u /* a process in the kernel freezes when it comes out */
 
-static int cgroup = -1;
+static int cgroup = -1; /* where programs begin */
+static int frozen[MAX_CGROUPS];
+static size_t frozen_count;
 static enum { THAWED, FREEZING, FROZEN } state;
 static struct session *waiting; /* for FREEZING to end */
 static struct watch changes = {.fd = -1};
@@ -28,8 +32,10 @@ int freezer_cgroup(void) { return cgroup; }
 
 bool freezer_holds(void) { return state != THAWED; }
 
-static int command(const char *word) {
-    int fd = openat(cgroup, "cgroup.freeze", O_WRONLY | O_CLOEXEC);
+/* --- the cgroups --- */
+
+static int command(int directory, const char *word) {
+    int fd = openat(directory, "cgroup.freeze", O_WRONLY | O_CLOEXEC);
     if (fd < 0) return -1;
     ssize_t written = write(fd, word, strlen(word));
     int error = errno;
@@ -37,6 +43,39 @@ static int command(const char *word) {
     errno = error;
     return written < 0 ? -1 : 0;
 }
+
+/* Frozen here already, or by the guest's own wish: then it is not ours to thaw. */
+static bool is_told_to_freeze(int directory) {
+    char word = '1';
+    int fd = openat(directory, "cgroup.freeze", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return true;
+    if (read(fd, &word, 1) != 1) word = '1';
+    close(fd);
+    return word == '1';
+}
+
+/* A cgroup that a program has made beside its own, as container engines do. -1: no more. */
+static int find_other(void) {
+    int fd = openat(cgroup, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC), found = -1;
+    DIR *top = fd < 0 ? NULL : fdopendir(fd);
+    if (!top) {
+        if (fd >= 0) close(fd);
+        return -1;
+    }
+    struct dirent *entry;
+    while (found < 0 && (entry = readdir(top))) {
+        if (entry->d_type != DT_DIR || *entry->d_name == '.') continue;
+        found = openat(fd, entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (found >= 0 && is_told_to_freeze(found)) {
+            close(found);
+            found = -1;
+        }
+    }
+    closedir(top);
+    return found;
+}
+
+/* --- freezing them one after the other: those that are frozen make no new ones --- */
 
 static struct session *end_wait(void) {
     struct session *session = waiting;
@@ -48,7 +87,11 @@ static struct session *end_wait(void) {
 
 static void thaw(void) {
     if (state == THAWED) return;
-    if (command("0")) say("thaw: %s", strerror(errno));
+    while (frozen_count) {
+        int directory = frozen[--frozen_count];
+        if (command(directory, "0")) say("thaw: %s", strerror(errno));
+        if (directory != cgroup) close(directory);
+    }
     state = THAWED;
     exec_start_held();
 }
@@ -59,24 +102,46 @@ static void give_up(int error) {
     session_fail(session, error, 0, "freezing: %s", strerror(error));
 }
 
-static void look(void) {
+/* Whether it has happened to the one that was told last. */
+static bool is_frozen(void) {
     char text[128];
     ssize_t size = pread(changes.fd, text, sizeof text - 1, 0);
-    if (size < 0) {
-        give_up(errno);
-        return;
-    }
+    if (size < 0) return errno == ENODEV; /* it was removed, so nothing was in it */
     text[size] = 0;
-    if (!strstr(text, "frozen 1")) return;
-    state = FROZEN;
-    struct session *session = end_wait();
-    session_send_ok(session, 0);
-    session_finish(session);
+    return strstr(text, "frozen 1");
+}
+
+static void changed(struct watch *watch, uint32_t events);
+
+static int begin(int directory) {
+    frozen[frozen_count++] = directory;
+    int fd = openat(directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return -1;
+    watch_add(&changes, fd, EPOLLPRI, changed);
+    return command(directory, "1");
+}
+
+static void go_on(void) {
+    while (is_frozen()) {
+        watch_drop(&changes);
+        int other = frozen_count < MAX_CGROUPS ? find_other() : -1;
+        if (other < 0) {
+            state = FROZEN;
+            struct session *session = end_wait();
+            session_send_ok(session, 0);
+            session_finish(session);
+            return;
+        }
+        if (begin(other)) {
+            give_up(errno);
+            return;
+        }
+    }
 }
 
 static void changed(struct watch *watch, uint32_t events) {
     (void)watch, (void)events;
-    look();
+    go_on();
 }
 
 static void patience_over(struct timer *timer) {
@@ -97,14 +162,12 @@ void freezer_freeze(struct session *session) {
     }
     waiting = session;
     state = FREEZING;
-    int fd = openat(cgroup, "cgroup.events", O_RDONLY | O_CLOEXEC);
-    if (fd >= 0) watch_add(&changes, fd, EPOLLPRI, changed);
-    if (fd < 0 || command("1")) {
+    if (begin(cgroup)) {
         give_up(errno);
         return;
     }
     timer_set(&patience, now_ns() + PATIENCE_MS * NS_PER_MS, patience_over);
-    look();
+    go_on();
 }
 
 void freezer_thaw(void) {
