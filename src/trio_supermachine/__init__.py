@@ -3,6 +3,7 @@
 A VM is a nursery, an exec is a pair of streams, and a cancel scope is the timeout.
 """
 
+from ._pool_core import PoolStats
 from ._version import __version__
 from .assets import AssetPaths
 from .config import MountSpec, SymlinkPolicy, VmConfig
@@ -37,7 +38,7 @@ from .images.image import Image, PullPolicy
 from .limits import LimitStatistics, memory_admission, spawn_concurrency
 from .oci.config import ImageConfig
 from .oci.progress import Progress
-from .pool import Pool, PoolBuilder, PooledVm, PoolStats
+from .pool import Pool, PoolBuilder, PooledVm
 from .resources import (
     DEFAULT_CMDLINE,
     DEFAULT_EXEC_GUEST_PORT,
