@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -74,10 +73,9 @@ async def capture(
         if base is None:
             await finish_full(directory, draft)
         else:
-            await finish_diff(
-                directory, draft, captured.runs, base, complete=captured.complete
-            )
-    return await open_snapshot(Path(dest))
+            await finish_diff(directory, draft, captured.runs, base, complete=captured.complete)
+    with trio.CancelScope(shield=True):  # what is published is not taken back
+        return await open_snapshot(dest)
 
 
 @asynccontextmanager
@@ -86,13 +84,14 @@ async def _frozen(client: AgentClient) -> AsyncIterator[None]:
     does before it is a machine of its own. The clock is right afterwards.
     """
     try:
-        await client.call(wire.freeze())
-    except OSError as exc:
-        if exc.errno == errno.EOPNOTSUPP:
-            message = "a snapshot needs a guest kernel with cgroups (CONFIG_CGROUPS)"
-            raise NotSupported("snapshot", message) from exc
-        raise CaptureFailed(f"the guest's programs could not be frozen: {exc.strerror}") from exc
-    try:
+        try:
+            await client.call(wire.freeze())
+        except OSError as exc:
+            if exc.errno == errno.EOPNOTSUPP:
+                message = "a snapshot needs a guest kernel with cgroups (CONFIG_CGROUPS)"
+                raise NotSupported("snapshot", message) from exc
+            message = f"the guest's programs could not be frozen: {exc.strerror}"
+            raise CaptureFailed(message) from exc
         yield
     finally:
         with trio.move_on_after(_THAW, shield=True), suppress(OSError, VmExited, ExecEof):

@@ -6,7 +6,6 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
@@ -83,9 +82,7 @@ async def plan(image: Image, config: VmConfig, *, workload: bool = True) -> Plan
     return await _plan_boot(image, config, workload)
 
 
-def _disagreement(
-    image: Image, snapshot: Snapshot, config: VmConfig, workload: bool
-) -> str | None:
+def _disagreement(image: Image, snapshot: Snapshot, config: VmConfig, workload: bool) -> str | None:
     metadata = snapshot.metadata
     if config.engine not in ("auto", metadata.engine):
         reason = f"it was made on the engine {metadata.engine!r}, not {config.engine!r}"
@@ -113,8 +110,8 @@ async def _plan_boot(image: Image, config: VmConfig, workload: bool) -> Plan:
         disks=tuple(Disk(path=layer) for layer in image.layers),
     )
     kernel = KernelFacts(
-        kernel=getattr(boot, "kernel_digest", "0" * 64).removeprefix("sha256:"),
-        initramfs=getattr(boot, "initramfs_digest", "0" * 64).removeprefix("sha256:"),
+        kernel=boot.kernel_digest.removeprefix("sha256:"),
+        initramfs=boot.initramfs_digest.removeprefix("sha256:"),
         release=boot.release,
     )
     return Plan(
@@ -179,8 +176,11 @@ async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[
             client = AgentClient(machine)
             stack.push_async_callback(client.aclose)
             if plan.source is None:
-                await _answer(client, _set_up(client, plan, image), StartTimeout, config.start_timeout)
+                await _answer(
+                    client, _set_up(client, plan, image), StartTimeout, config.start_timeout
+                )
             else:
+                await machine.resume()
                 restored = client.restored(_renewal(config.hostname))
                 await _answer(client, restored, RestoreTimeout, config.restore_timeout)
         yield client

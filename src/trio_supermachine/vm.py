@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 #: The default of :meth:`Vm.read_file`, in bytes.
 READ_FILE_CAP: Final = 32 << 20
 
-_DAY: Final = 86400.0  # seconds
+_LISTENER_MS: Final = 3_600_000  # asked for at once
 _POWER_OFF: Final = 2.0  # seconds for the guest kernel to power off, beyond the grace
 
 
@@ -93,10 +93,10 @@ class Vm:
         """Start a VM: an async context manager, entered when the guest's agent has answered.
 
         A VM of an image with a snapshot is restored from it, unless ``config`` needs other
-        hardware than the snapshot has: then the image boots. The image's own entrypoint and command run as the workload unless ``workload`` is false.
-        Leaving the block, by any path, ends the VM at once and waits until nothing of it is
-        left on the host. A VM that ends by itself cancels the body, and the block raises
-        :exc:`VmExited`.
+        hardware than the snapshot has: then the image boots. The image's own entrypoint and
+        command run as the workload unless ``workload`` is false. Leaving the block, by any path,
+        ends the VM at once and waits until nothing of it is left on the host. A VM that ends by
+        itself cancels the body, and the block raises :exc:`VmExited`.
 
         :raises NotSupported: the configuration asks for what this version does not have.
         :raises EngineUnavailable: no engine can run a guest here.
@@ -299,18 +299,12 @@ class Vm:
         await self._machine.resume()
         await self._client.call(wire.set_clock(time.time_ns()))
 
-    async def wait_listener(self, timeout: float | None = None) -> int | None:
-        """Wait until a program in the guest listens on a TCP port; gives the first such port.
-
-        :param timeout: in seconds, at most a day; then it gives ``None``. No limit without it.
-        """
-        if timeout is not None and not 0 <= timeout <= _DAY:
-            raise ValueError("timeout must be 0 to 86400 seconds")
+    async def wait_listener(self) -> int:
+        """Wait until a program in the guest listens on a TCP port; gives the first such port."""
         while True:
-            seconds = _DAY if timeout is None else timeout
-            answer = await self._client.call(wire.await_listener(round(seconds * 1000)))
-            if (port := wire.decode_u64(answer.payload)) or timeout is not None:
-                return port or None
+            answer = await self._client.call(wire.await_listener(_LISTENER_MS))
+            if port := wire.decode_u64(answer.payload):
+                return port
 
     # Snapshots
 

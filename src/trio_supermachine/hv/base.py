@@ -141,7 +141,10 @@ class Machine(ABC):
 
     @abstractmethod
     async def resume(self) -> None:
-        """Let the vCPUs run again. Idempotent."""
+        """Let the vCPUs run again, or a restored machine's for the first time. Idempotent.
+
+        :raises SnapshotInvalid: the engine cannot load the state to go on from.
+        """
 
     @abstractmethod
     async def capture(self, state: Path, memory: Path, *, since: str | None = None) -> Captured:
@@ -182,6 +185,9 @@ class Engine(ABC):
     def open(self, spec: MachineSpec) -> AbstractAsyncContextManager[Machine]:
         """Start a machine: entered when its vCPUs run; left when nothing of it remains.
 
+        A restored machine stands still until :meth:`Machine.resume`, so that whatever its guest
+        does first finds a listener.
+
         Leaving the block by any path, a cancellation included, kills the machine and waits,
         shielded and bounded, until its process, files and descriptors are gone. Exceptions of
         the body come out as themselves. The machine's own end does not end the block: whoever
@@ -189,5 +195,4 @@ class Engine(ABC):
 
         :raises AssetNotFound: the engine's program is not installed.
         :raises VmExited: the engine refused to start the machine.
-        :raises SnapshotInvalid: the engine cannot load the state to go on from.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from enum import Enum
 from typing import Final
 
 import attrs
@@ -55,6 +56,12 @@ class Listening:
     backlog: deque[Connection] = attrs.Factory(deque)
 
 
+class _Voice(Enum):
+    TALKING = "talking"
+    FREEZING = "freezing"  # silent, and the peer may still have something to say
+    STILL = "still"
+
+
 class Mux:
     """The connections of one machine.
 
@@ -80,8 +87,8 @@ class Mux:
         self._stray: dict[tuple[int, int], None] = {}
         self._closing: dict[Connection, None] = {}
         self._carrier_ops: list[Op] = []
-        self._freezes = 0  # that the peer has not confirmed yet
-        self._frozen = False
+        self._voice = _Voice.TALKING
+        self._stillness_wanted = False
         self._next_port = _FIRST_EPHEMERAL
 
     # --- what the local user does ---
@@ -166,20 +173,23 @@ class Mux:
         connection.drop()
 
     def freeze(self) -> None:
-        """Ask the peer to send nothing, and send nothing, from here to :meth:`thaw`."""
-        self._frozen = True
-        self._freezes += 1
-        self._carrier_ops.append(Op.FREEZE)
+        """Send nothing, and ask the peer to send nothing, from here to :meth:`thaw`."""
+        self._stillness_wanted = True
+        if self._voice is _Voice.TALKING:
+            self._voice = _Voice.FREEZING
+            self._carrier_ops.append(Op.FREEZE)
 
     @property
     def still(self) -> bool:
         """Whether nothing is under way in either direction."""
-        return self._frozen and not self._freezes
+        return self._voice is _Voice.STILL
 
     def thaw(self) -> None:
-        """Go on, both."""
-        self._frozen = False
-        self._carrier_ops.append(Op.THAW)
+        """Go on, both: at once, or when the peer has come to rest as it was asked to."""
+        self._stillness_wanted = False
+        if self._voice is _Voice.STILL:
+            self._voice = _Voice.TALKING
+            self._carrier_ops.append(Op.THAW)
 
     def reset_peer(self) -> None:
         """Tell a peer that was restored that its connections are gone. The first thing to do."""
@@ -209,9 +219,11 @@ class Mux:
             )
         op = packet.op
         if op >= Op.FREEZE:
-            if op is not Op.FROZEN or not self._freezes:
+            if op is not Op.FROZEN or self._voice is not _Voice.FREEZING:
                 raise VsockProtocolError(f"an unexpected {op.name} on the carrier")
-            self._freezes -= 1
+            self._voice = _Voice.STILL
+            if not self._stillness_wanted:
+                self.thaw()
             return None
         connection = self._connections.get((packet.dst_port, packet.src_port))
         if connection is None:
@@ -301,7 +313,7 @@ class Mux:
         """Whether :meth:`pull` would give anything."""
         if self._carrier_ops:
             return True
-        return not self._frozen and bool(self._control or self._senders or self._stray)
+        return self._voice is _Voice.TALKING and bool(self._control or self._senders or self._stray)
 
     def pull(self, max_bytes: int) -> list[bytes | memoryview]:
         """The next packets as buffers, header and payload in turn: control first, then data.
@@ -312,7 +324,7 @@ class Mux:
         for op in self._carrier_ops:
             buffers.append(self._header(0, 0, 0, op, 0, 0, 0))
         self._carrier_ops.clear()
-        if self._frozen:
+        if self._voice is not _Voice.TALKING:
             return buffers
         while self._stray and len(buffers) < _MAX_BUFFERS:
             local, peer = key = next(iter(self._stray))

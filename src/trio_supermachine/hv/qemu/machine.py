@@ -98,7 +98,18 @@ class QemuMachine(Machine):
 
     async def resume(self) -> None:
         self._paused = False
-        await self._or_exited(self._qmp.execute, "cont")
+        if self._restore is None or self._running.is_set():
+            await self._or_exited(self._qmp.execute, "cont")
+            return
+        try:
+            # As long as the state is being loaded, QEMU remembers this.
+            await self._or_exited(self._qmp.execute, "cont")
+        except VmExited:
+            pass
+        await self._running.wait()
+        if self._exit is not None:
+            reason = f"QEMU cannot load it: {self._exit.detail}; make the snapshot again"
+            raise SnapshotInvalid(str(self._restore.state), reason)
 
     async def capture(self, state: Path, memory: Path, *, since: str | None = None) -> Captured:
         guest = await self._guest_memory()
@@ -184,9 +195,9 @@ class QemuMachine(Machine):
     # The machine's life. All below runs in tasks that the engine's ``open`` owns.
 
     async def _start(self) -> None:
-        """Wait until the machine runs.
+        """Wait until the machine runs, or what it goes on from is being loaded.
 
-        :raises VmExited: QEMU refused. :raises SnapshotInvalid: it cannot load the state.
+        :raises VmExited: QEMU refused.
         """
         await self._or_exited(self._qmp.negotiate)
         if self._restore is None:
@@ -197,12 +208,6 @@ class QemuMachine(Machine):
             await in_thread(memory.patch, self._restore.patches)
         uri = {"uri": f"fd:{self._state_fd}"}
         await self._or_exited(self._qmp.execute, "migrate-incoming", uri)
-        # As long as the state is being loaded, this is remembered.
-        await self._or_exited(self._qmp.execute, "cont")
-        await self._running.wait()
-        if self._exit is not None:
-            reason = f"QEMU cannot load it: {self._exit.detail}; bake the image again"
-            raise SnapshotInvalid(str(self._restore.state), reason)
 
     def _end_within(self, seconds: float) -> None:
         self.kill()
