@@ -23,6 +23,7 @@ from trio_supermachine import (
     hostfiles,
 )
 from trio_supermachine.images.bakes import BakeStore
+from trio_supermachine.images.locks import unused
 from trio_supermachine.images.prune import prune
 
 pytestmark = pytest.mark.vm
@@ -186,6 +187,16 @@ async def test_other_images_bake_side_by_side_and_the_same_one_once(home: Path) 
     assert len({image.snapshot.identity for image in images if image.snapshot}) == 1
     async with images[0].start() as vm:
         assert vm.started_by == "restore"
+
+
+async def test_a_build_waits_while_a_pruner_holds_a_layer() -> None:
+    image = await builder().build()
+    with unused(image.layers[0]) as free:
+        assert free
+        with trio.move_on_after(0.3) as scope:
+            await builder().build()
+        assert scope.cancelled_caught
+    await builder().build()
 
 
 BAKER = """

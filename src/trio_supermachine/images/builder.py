@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import attrs
+import trio
 
 from .. import _validators as check
 from ..config import MAX_VCPUS, MIN_MEMORY_MIB, EngineName
@@ -29,7 +30,7 @@ from .prepare import check_request, prepare_image
 from .store import ImageStore
 
 _MAX_TEXT: Final = 64 * 1024  # bytes; an argument, or a variable with its name
-_ATTEMPTS: Final = 5  # at an image whose layers another program removes meanwhile
+_RETRY: Final = 0.02  # seconds, while another program looks whether a layer is needed
 
 
 def _text(name: str, value: object) -> str:
@@ -204,13 +205,13 @@ class OciImageBuilder:
         Other errors are those of :meth:`Image.from_oci`, and what the warm-up raises.
         """
         warmup = warmup_identity(self._plan.warmup, self._tag)
-        for _ in range(_ATTEMPTS):
+        while True:
             image = await self._prepare(progress)
             with ExitStack() as held:
                 # As long as they are held nobody prunes them.
                 if all(held.enter_context(in_use(layer)) for layer in image.layers):
                     return await self._build(image, warmup, progress)
-        raise SupermachineError(f"the layers of {self._reference} were removed again and again")
+            await trio.sleep(_RETRY)
 
     async def _prepare(self, progress: ProgressCallback | None) -> Image:
         """The image as it is to run, without a snapshot."""
