@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import attrs
 import pytest
@@ -27,6 +28,7 @@ from trio_supermachine import (
     VmExited,
     memory_admission,
 )
+from trio_supermachine.images.prepare import prepare_image
 
 from .conftest import PATIENCE, child_processes
 
@@ -35,6 +37,12 @@ from .conftest import PATIENCE, child_processes
 def image() -> Image:
     """An image that is never started."""
     return Image(reference="none", config=ImageConfig(), layers=(), digest="sha256:0")
+
+
+@pytest.fixture
+async def baked() -> Image:
+    """The embedded image, which is restored."""
+    return await Image.from_oci("builtin:busybox")
 
 
 @pytest.fixture
@@ -110,11 +118,11 @@ async def test_a_pool_that_can_never_be_admitted_is_refused_before_a_vm_starts(
         async with image.pool().min(3).max(9).config(VmConfig(memory_mib=400)).build():
             pytest.fail("entered")
     assert (caught.value.requested_mib, caught.value.limit_mib) == (1200, 1000)
-    baked = attrs.evolve(image, memory_mib=600)
+    large = attrs.evolve(image, memory_mib=600)
     with pytest.raises(AdmissionRefused):
-        async with baked.pool().min(2).max(2).build():
+        async with large.pool().min(2).max(2).build():
             pytest.fail("entered")
-    async with baked.pool().min(0).max(2).build() as pool:
+    async with large.pool().min(0).max(2).build() as pool:
         with pytest.raises(AdmissionRefused):
             pool.resize(min=2)
 
@@ -123,14 +131,14 @@ async def test_a_pool_that_can_never_be_admitted_is_refused_before_a_vm_starts(
 
 
 @pytest.mark.vm
-async def test_each_acquire_gives_a_warm_fresh_vm_with_all_of_its_api(busybox: Image) -> None:
+async def test_each_acquire_gives_a_warm_fresh_vm_with_all_of_its_api(baked: Image) -> None:
     seen = set()
-    async with busybox.pool().min(1).max(2).build() as pool:
+    async with baked.pool().min(1).max(2).build() as pool:
         for _ in range(3):
             async with pool.acquire() as vm:
                 assert isinstance(vm, PooledVm)
                 assert isinstance(vm, Vm)
-                assert not vm.reused
+                assert (vm.reused, vm.started_by) == (False, "restore")
                 done = await vm.run_process(["ls", "/tmp"], capture_stdout=True)
                 assert done.stdout == b""
                 await vm.write_file("/tmp/mine", b"x")
@@ -149,8 +157,8 @@ async def test_each_acquire_gives_a_warm_fresh_vm_with_all_of_its_api(busybox: I
 
 
 @pytest.mark.vm
-async def test_a_kept_vm_is_handed_out_again_and_marked(busybox: Image) -> None:
-    async with busybox.pool().max(1).restore_on_release(False).build() as pool:
+async def test_a_kept_vm_is_handed_out_again_and_marked(baked: Image) -> None:
+    async with baked.pool().max(1).restore_on_release(False).build() as pool:
         async with pool.acquire() as first:
             await first.write_file("/tmp/left", b"here")
             assert not first.reused
@@ -164,8 +172,8 @@ async def test_a_kept_vm_is_handed_out_again_and_marked(busybox: Image) -> None:
 
 
 @pytest.mark.vm
-async def test_a_killed_idle_vm_is_replaced(busybox: Image) -> None:
-    async with busybox.pool().min(1).max(2).build() as pool:
+async def test_a_killed_idle_vm_is_replaced(baked: Image) -> None:
+    async with baked.pool().min(1).max(2).build() as pool:
         (pid,) = engines()
         os.kill(pid, signal.SIGKILL)
         await until(pool, died_total=1, idle=1)
@@ -177,8 +185,8 @@ async def test_a_killed_idle_vm_is_replaced(busybox: Image) -> None:
 
 @pytest.mark.vm
 @pytest.mark.parametrize("how", ["poweroff", "kill"])
-async def test_a_vm_that_dies_in_use_fails_its_acquirer_alone(busybox: Image, how: str) -> None:
-    async with busybox.pool().min(2).max(3).build() as pool:
+async def test_a_vm_that_dies_in_use_fails_its_acquirer_alone(baked: Image, how: str) -> None:
+    async with baked.pool().min(2).max(3).build() as pool:
         async with pool.acquire() as other:
             await until(pool, idle=2)
             with pytest.raises(VmExited):
@@ -194,8 +202,8 @@ async def test_a_vm_that_dies_in_use_fails_its_acquirer_alone(busybox: Image, ho
 
 
 @pytest.mark.vm
-async def test_an_image_gives_one_vm_without_a_pool(busybox: Image) -> None:
-    async with busybox.acquire(VmConfig(hostname="alone")) as vm:
+async def test_an_image_gives_one_vm_without_a_pool(baked: Image) -> None:
+    async with baked.acquire(VmConfig(hostname="alone")) as vm:
         assert not vm.reused
         done = await vm.run_process(["hostname"], capture_stdout=True)
         assert done.stdout == b"alone\n"
@@ -203,9 +211,18 @@ async def test_an_image_gives_one_vm_without_a_pool(busybox: Image) -> None:
 
 
 @pytest.mark.vm
-async def test_memory_that_is_taken_is_waited_for(busybox: Image, admission: None) -> None:
+async def test_an_image_without_true_is_warmed_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    bare = await prepare_image(f"rootfs:{tmp_path}")
+    async with bare.pool().min(1).max(1).build() as pool, pool.acquire() as vm:
+        with pytest.raises(FileNotFoundError):
+            await vm.run_process(["true"])
+
+
+@pytest.mark.vm
+async def test_memory_that_is_taken_is_waited_for(baked: Image, admission: None) -> None:
     memory_admission.limit = 300
-    pooling = busybox.pool().min(1).max(2).acquire_timeout(PATIENCE)
+    pooling = baked.pool().min(1).max(2).acquire_timeout(PATIENCE)
     async with pooling.build() as pool, trio.open_nursery() as nursery:
         entered = trio.Event()
 
@@ -222,8 +239,8 @@ async def test_memory_that_is_taken_is_waited_for(busybox: Image, admission: Non
 
 
 @pytest.mark.vm
-async def test_the_acquire_timeout_is_typed(busybox: Image) -> None:
-    async with busybox.pool().max(1).acquire_timeout(0.1).build() as pool:
+async def test_the_acquire_timeout_is_typed(baked: Image) -> None:
+    async with baked.pool().max(1).acquire_timeout(0.1).build() as pool:
         with pytest.raises(AcquireTimeout):
             async with pool.acquire():
                 pytest.fail("there was none, and a start takes longer than that")
@@ -232,7 +249,7 @@ async def test_the_acquire_timeout_is_typed(busybox: Image) -> None:
 
 
 @pytest.mark.vm
-async def test_500_random_cancellations_leak_nothing(busybox: Image, admission: None) -> None:
+async def test_500_random_cancellations_leak_nothing(baked: Image, admission: None) -> None:
     source = random.Random(1)
     before = len(os.listdir("/proc/self/fd"))
 
@@ -244,7 +261,7 @@ async def test_500_random_cancellations_leak_nothing(busybox: Image, admission: 
         with trio.move_on_after(source.random() * 0.1):
             await use(pool)
 
-    async with busybox.pool().min(1).max(2).restore_on_release(False).build() as pool:
+    async with baked.pool().min(1).max(2).restore_on_release(False).build() as pool:
         for _ in range(50):
             async with trio.open_nursery() as nursery:
                 for _ in range(10):
@@ -260,10 +277,12 @@ async def test_500_random_cancellations_leak_nothing(busybox: Image, admission: 
 
 
 @pytest.mark.vm
-async def test_a_random_history_of_real_vms_keeps_the_laws(busybox: Image, admission: None) -> None:
+async def test_a_random_history_of_real_vms_keeps_the_laws(baked: Image, admission: None) -> None:
     source = random.Random(7)
 
-    async def use(pool: Pool, leave: trio.Event, task_status: trio.TaskStatus[trio.CancelScope]):
+    async def use(
+        pool: Pool, leave: trio.Event, task_status: trio.TaskStatus[trio.CancelScope]
+    ) -> None:
         with trio.CancelScope() as scope:
             task_status.started(scope)
             try:
@@ -273,7 +292,7 @@ async def test_a_random_history_of_real_vms_keeps_the_laws(busybox: Image, admis
             except VmExited:
                 pass
 
-    async with busybox.pool().min(1).max(3).build() as pool, trio.open_nursery() as nursery:
+    async with baked.pool().min(1).max(3).build() as pool, trio.open_nursery() as nursery:
         users: list[tuple[trio.Event, trio.CancelScope]] = []
         for _ in range(30):
             what = source.choice(["acquire", "acquire", "release", "cancel", "kill", "resize"])
@@ -302,7 +321,7 @@ async def test_a_random_history_of_real_vms_keeps_the_laws(busybox: Image, admis
 
 
 @pytest.mark.vm
-async def test_leaving_the_pool_ends_what_is_in_use_starting_and_waiting(busybox: Image) -> None:
+async def test_leaving_the_pool_ends_what_is_in_use_starting_and_waiting(baked: Image) -> None:
     ended: list[str] = []
 
     async def use(pool: Pool) -> None:
@@ -313,7 +332,7 @@ async def test_leaving_the_pool_ends_what_is_in_use_starting_and_waiting(busybox
             ended.append(type(error).__name__)
 
     async with trio.open_nursery() as nursery:
-        async with busybox.pool().min(1).max(2).build() as pool:
+        async with baked.pool().min(1).max(2).build() as pool:
             for _ in range(3):
                 nursery.start_soon(use, pool)
             await until(pool, in_use=1, starting=1, waiting=2)

@@ -23,9 +23,8 @@ from .vm import Vm
 if TYPE_CHECKING:
     from .images.image import Image
 
-#: Run in every VM before it is handed out, so that the first real exec finds the guest's paths
-#: warm. The guest's init is the one program that every image has.
-_TRIAL: Final = ["/proc/1/exe", "--trial"]
+#: The guest's init is the one program that every image has.
+_OTHER_TRIAL: Final = ["/proc/1/exe", "--trial"]
 
 
 @final
@@ -213,18 +212,23 @@ async def _open_warm(image: Image, config: VmConfig) -> AsyncIterator[Vm]:
         restored = vm.started_by == "restore"
         seconds = config.restore_timeout if restored else config.start_timeout
         with trio.move_on_after(seconds) as scope:
-            await vm.run_process(
-                _TRIAL,
-                env={},
-                cwd="/",
-                user=0,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            await _warm(vm)
         if scope.cancelled_caught:
             console = vm.console.tail().decode("utf-8", "replace")
             raise (RestoreTimeout if restored else StartTimeout)(seconds, console=console)
         yield vm
+
+
+async def _warm(vm: Vm) -> None:
+    """Run a program, so that the first real one finds its paths through the guest warm.
+
+    The image's own ``true`` comes nearest to it: it needs the image's files, user and loader.
+    """
+    quiet = subprocess.DEVNULL
+    try:
+        await vm.run_process(["true"], check=False, stdout=quiet, stderr=quiet)
+    except OSError:
+        await vm.run_process(_OTHER_TRIAL, env={}, cwd="/", user=0, stdout=quiet, stderr=quiet)
 
 
 def _is_alive(vm: Vm) -> bool:
