@@ -66,9 +66,15 @@ async def busybox() -> Image:
 
 
 @pytest.fixture
-async def vm(busybox: Image) -> AsyncIterator[Vm]:
-    """A freshly booted VM of the embedded image."""
-    async with Vm.start(busybox) as vm:
+async def baked() -> Image:
+    """The embedded image, which is restored; baked by the first test that wants it."""
+    return await Image.from_oci("builtin:busybox")
+
+
+@pytest.fixture
+async def vm(baked: Image) -> AsyncIterator[Vm]:
+    """A VM of the embedded image, as users have it: restored."""
+    async with Vm.start(baked) as vm:
         yield vm
 
 

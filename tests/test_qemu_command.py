@@ -16,6 +16,7 @@ from trio_supermachine.hv.base import Disk, MachineSpec
 from trio_supermachine.hv.qemu.command import (
     MAX_DISKS,
     MachineFds,
+    RestoreFds,
     command_line,
     kernel_command_line,
 )
@@ -111,3 +112,19 @@ def test_the_callers_kernel_words_come_last_and_win() -> None:
     line = kernel_command_line(attrs.evolve(SPEC, cmdline="a=1 quiet"), 2_000_000)
     assert line.endswith(" tsc_early_khz=2000000 a=1 quiet")
     assert "tsc_early_khz" not in kernel_command_line(SPEC, None)
+
+
+def test_a_restore_maps_its_memory_privately_and_brings_no_kernel() -> None:
+    restore = RestoreFds(state=7, memory=8)
+    fds = MachineFds(qmp=3, console=4, vsock=5, restore=restore)
+    argv = command_line(QEMU, MachineSpec(), fds, tsc_khz=1000)
+    (memory,) = [o for o in objects(argv, b"-object") if o["id"] == "memory"]
+    assert (memory["mem-path"], memory["share"]) == ("/proc/self/fd/8", False)
+    assert not {b"-kernel", b"-initrd", b"-append"} & set(argv)
+    assert values(argv, b"-incoming") == [b"defer"]
+    assert {7, 8} <= set(fds.all)
+
+
+def test_a_machine_without_a_kernel_or_a_state_is_refused() -> None:
+    with pytest.raises(ConfigError, match="boots a kernel"):
+        words(MachineSpec())

@@ -7,13 +7,16 @@ import signal
 import time
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
 from trio_supermachine import (
     AssetPaths,
     Image,
+    ImageNotFound,
     NotSupported,
+    SnapshotInvalid,
     StartTimeout,
     Vm,
     VmConfig,
@@ -32,11 +35,13 @@ def engine_pid() -> int:
     return pid
 
 
-async def test_a_vm_knows_what_it_is(vm: Vm) -> None:
-    assert (vm.engine, vm.started_by) == ("qemu", "boot")
-    assert "builtin:busybox" in repr(vm)
-    done = await vm.run_process(["sh", "-c", "hostname; id -u; pwd"], capture_stdout=True)
-    assert done.stdout.decode().split() == ["supermachine", "0", "/"]
+async def test_a_vm_knows_what_it_is(busybox: Image, baked: Image) -> None:
+    for image, started_by in ((busybox, "boot"), (baked, "restore")):
+        async with Vm.start(image) as vm:
+            assert (vm.engine, vm.started_by) == ("qemu", started_by)
+            assert "builtin:busybox" in repr(vm)
+            done = await vm.run_process(["sh", "-c", "hostname; id -u; pwd"], capture_stdout=True)
+            assert done.stdout.decode().split() == ["supermachine", "0", "/"]
 
 
 async def test_the_clock_is_right_after_a_boot(vm: Vm) -> None:
@@ -204,9 +209,9 @@ async def test_a_guest_that_hangs_at_boot_is_a_start_timeout_with_its_console(
     busybox: Image,
 ) -> None:
     with pytest.raises(StartTimeout) as caught:
-        async with Vm.start(busybox, VmConfig(start_timeout=0.7)):
+        async with Vm.start(busybox, VmConfig(start_timeout=0.1)):
             pytest.fail("entered")
-    assert caught.value.seconds == 0.7
+    assert caught.value.seconds == 0.1
 
 
 async def test_a_guest_that_panics_at_boot_is_vm_exited_with_its_console(
@@ -218,6 +223,20 @@ async def test_a_guest_that_panics_at_boot_is_vm_exited_with_its_console(
         async with Vm.start(busybox, VmConfig(assets=AssetPaths(initramfs=empty))):
             pytest.fail("entered")
     assert "panic" in caught.value.console
+
+
+async def test_files_that_were_removed_meanwhile_are_named(
+    busybox: Image, vm: Vm, tmp_path: Path
+) -> None:
+    layer = tmp_path / "layer"
+    with pytest.raises(ImageNotFound, match=r"layer was removed; prepare"):
+        async with Vm.start(attrs.evolve(busybox, layers=(layer,))):
+            pytest.fail("entered")
+    image = await vm.snapshot(tmp_path / "snap")
+    (tmp_path / "snap/memory.bin").unlink()
+    with pytest.raises(SnapshotInvalid, match=r"memory\.bin: it was removed; bake"):
+        async with Vm.start(image):
+            pytest.fail("entered")
 
 
 async def test_what_is_not_built_is_refused_before_any_work(busybox: Image) -> None:

@@ -75,7 +75,8 @@ async def capture(
         else:
             await finish_diff(directory, draft, captured.runs, base, complete=captured.complete)
     with trio.CancelScope(shield=True):  # what is published is not taken back
-        return await open_snapshot(dest)
+        snapshot = await open_snapshot(dest)
+    return snapshot
 
 
 @asynccontextmanager

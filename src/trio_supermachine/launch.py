@@ -14,7 +14,13 @@ import trio
 from .agent import wire
 from .agent.client import AgentClient
 from .config import VmConfig
-from .errors import RestoreTimeout, SnapshotIncompatible, SnapshotInvalid, StartTimeout
+from .errors import (
+    ImageNotFound,
+    RestoreTimeout,
+    SnapshotIncompatible,
+    SnapshotInvalid,
+    StartTimeout,
+)
 from .hv.base import Disk, Engine, MachineSpec, Restore
 from .hv.select import choose_engine
 from .kernels import prepare_kernel
@@ -167,12 +173,17 @@ async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[
     :raises StartTimeout: a booted guest did not answer within ``config.start_timeout``.
     :raises RestoreTimeout: a restored one did not within ``config.restore_timeout``.
     :raises VmExited: the guest ended before it answered.
+    :raises ImageNotFound: a layer was removed since the image was prepared.
+    :raises SnapshotInvalid: a file was removed since, or the engine cannot load the state.
     """
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(memory_admission.admit(plan.spec.memory_mib))
         async with spawn_concurrency:
             trace("vm", "%s %r on %s: %r", plan.started_by, image, plan.engine.name, plan.spec)
-            machine = await stack.enter_async_context(plan.engine.open(plan.spec))
+            try:
+                machine = await stack.enter_async_context(plan.engine.open(plan.spec))
+            except FileNotFoundError as exc:  # removed since it was verified
+                raise _removed(exc.filename, plan, image) from exc
             client = AgentClient(machine)
             stack.push_async_callback(client.aclose)
             if plan.source is None:
@@ -184,6 +195,12 @@ async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[
                 restored = client.restored(_renewal(config.hostname))
                 await _answer(client, restored, RestoreTimeout, config.restore_timeout)
         yield client
+
+
+def _removed(name: str, plan: Plan, image: Image) -> Exception:
+    if plan.source is None:
+        return ImageNotFound(image.reference, f"{name} was removed; prepare the image again")
+    return SnapshotInvalid(name, "it was removed; bake the image or take the snapshot again")
 
 
 async def _set_up(client: AgentClient, plan: Plan, image: Image) -> None:
