@@ -321,11 +321,12 @@ def test_other_cids_end_the_carrier(host: Mux, src: int, dst: int) -> None:
 
 
 def test_stray_packets_are_reset_and_stray_resets_are_not(host: Mux) -> None:
-    for op in Op:
+    virtio = [op for op in Op if op < Op.FREEZE]
+    for op in virtio:
         host.receive(from_guest(op, port=int(op), to=5))
     sent = packets(host)
     assert set(ops(sent)) == {Op.RST}
-    assert {p.dst_port for p in sent} == {int(op) for op in Op if op is not Op.RST}
+    assert {p.dst_port for p in sent} == {int(op) for op in virtio if op is not Op.RST}
 
 
 def test_requests_beyond_the_backlog_are_refused() -> None:
