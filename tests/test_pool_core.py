@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from trio_supermachine import AcquireTimeout
-from trio_supermachine._pool_core import PoolCore
+from trio_supermachine._pool_core import PoolCore, PoolSettings
 
 from .pool_things import Died, NotMade, Thing, World
 
@@ -187,6 +187,15 @@ async def test_an_idle_thing_that_dies_is_replaced_and_never_handed_out(world: W
         assert isinstance(stats.last_error, Died)
 
 
+async def test_what_is_dead_but_not_yet_gone_is_not_handed_out(world: World) -> None:
+    async with world.pool(min=1, max=2) as pool:
+        (dead,) = world.open
+        dead.alive = False  # as it is until its own task has been told
+        async with pool.acquire() as lease:
+            assert lease.item is not dead
+        dead.die()
+
+
 async def test_all_idle_things_that_die_at_once_are_replaced_at_once(world: World) -> None:
     async with world.pool(min=4, max=8) as pool:
         for thing in list(world.open):
@@ -300,17 +309,38 @@ async def test_a_raised_min_is_filled_and_a_lowered_max_ends_what_nobody_uses(
     world: World,
 ) -> None:
     async with world.pool(min=0, max=6) as pool:
-        pool.apply(pool.settings.__class__(min=4, max=6))
+        pool.apply(PoolSettings(min=4, max=6))
         await settle()
         assert pool.stats().idle == 4
         async with pool.acquire() as one, pool.acquire() as two:
-            pool.apply(pool.settings.__class__(min=1, max=1))
+            pool.apply(PoolSettings(min=1, max=1))
             await settle()
             assert (pool.stats().idle, pool.stats().in_use, pool.stats().alive) == (0, 2, 2)
             assert one.item.alive
             assert two.item.alive
         await settle()
         assert (pool.stats().idle, pool.stats().alive) == (1, 1)
+
+
+async def test_a_lowered_max_is_reached_though_others_wait_for_what_is_released(
+    world: World, nursery: trio.Nursery
+) -> None:
+    leave = trio.Event()
+    async with world.pool(max=2, restore_on_release=False) as pool:
+        async with pool.acquire(), pool.acquire():
+            nursery.start_soon(hold, pool, leave)
+            nursery.start_soon(hold, pool, leave)
+            await settle()
+            pool.apply(PoolSettings(min=0, max=1, restore_on_release=False))
+        await settle()
+        assert (pool.stats().alive, pool.stats().in_use, pool.stats().waiting) == (1, 1, 1)
+        leave.set()
+        await settle()
+
+
+async def hold(pool: PoolCore[Thing], leave: trio.Event) -> None:
+    async with pool.acquire():
+        await leave.wait()
 
 
 async def test_leaving_the_pool_ends_those_in_use_and_those_who_wait(world: World) -> None:
