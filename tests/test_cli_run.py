@@ -19,6 +19,8 @@ from typing import Any
 import pexpect
 import pytest
 
+from trio_supermachine import hostfiles
+
 pytestmark = pytest.mark.vm
 
 PROGRAM = [sys.executable, "-m", "trio_supermachine.cli"]
@@ -37,6 +39,71 @@ def cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     return cli("run", *arguments, **options)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def baked() -> None:
+    """The bake of which most runs here are: the first one says on stderr what it does."""
+    assert run("--quiet", BUSYBOX, "true").returncode == 0
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of the test's own, with the host's kernels."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "kernels").symlink_to(hostfiles.home() / "kernels")
+    monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(home))
+    return home
+
+
+def test_the_first_run_bakes_and_says_so_and_the_next_one_restores(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(BUSYBOX, "echo", "out")
+    assert (first.returncode, first.stdout) == (0, b"out\n")
+    phases = [line.partition(":")[0] for line in first.stderr.decode().splitlines()]
+    assert phases == ["boot", "wait", "capture", "publish"]
+    monkeypatch.setenv("TRIO_SUPERMACHINE_TRACE", "vm")
+    second = run(BUSYBOX, "echo", "out")
+    assert second.stdout == b"out\n"
+    assert b" restore <Image" in second.stderr
+    assert b" boot <Image" not in second.stderr
+
+
+def test_a_cold_run_boots_and_bakes_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIO_SUPERMACHINE_TRACE", "vm")
+    done = run("--cold", BUSYBOX, "echo", "out")
+    assert done.stdout == b"out\n"
+    assert b" boot <Image" in done.stderr
+    assert not (home / "bakes").exists()
+
+
+def test_a_quiet_first_run_has_only_the_commands_stderr(home: Path) -> None:
+    done = run("-q", BUSYBOX, "sh", "-c", "echo out; echo err >&2")
+    assert (done.stdout, done.stderr) == (b"out\n", b"err\n")
+
+
+def test_a_run_that_is_stopped_while_it_bakes_leaves_nothing(home: Path) -> None:
+    with start(BUSYBOX, "true") as process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == b"boot: builtin:busybox\n"
+            engines = descendants(process.pid)
+            process.terminate()
+            assert process.wait(ANSWER) == 128 + signal.SIGTERM
+            assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+        finally:
+            process.kill()
+    assert not list(home.glob("bakes/*/snapshot"))
+    assert run(BUSYBOX, "echo", "out").stdout == b"out\n"
+
+
+def test_what_the_image_runs_has_not_run_in_the_bake(tmp_path: Path) -> None:
+    layout = make_image(tmp_path, {"Entrypoint": ["/bin/busybox", "sh", "-c"]}, "bin/busybox")
+    script = "echo once >>/marks; /bin/busybox cat /marks"
+    for _ in range(2):
+        assert run("-q", layout, script).stdout == b"once\n"
 
 
 def test_output_goes_where_it_belongs_and_the_exit_code_is_the_commands() -> None:
@@ -67,7 +134,7 @@ def test_options_reach_the_guest() -> None:
     script = 'echo "$A,$B,$(pwd),$(id -u),$(hostname),$(nproc)"'
     done = run(
         *("-e", "A=1", "--env", "B=x=y", "-e", "ABSENT", "--workdir", "/tmp", "--user", "65534"),
-        *("--hostname", "box", "--vcpus", "2", "--memory", "300", "--engine", "qemu"),
+        *("--hostname", "box", "--vcpus", "2", "--memory", "300", "--engine", "qemu", "--quiet"),
         *(BUSYBOX, "--", "sh", "-c", script),
     )
     assert done.stderr == b""
@@ -190,6 +257,8 @@ def test_options_of_later_versions_are_refused_by_name(option: list[str]) -> Non
         ["--memory", "much", BUSYBOX],
         ["--timeout", "0", BUSYBOX],
         ["--engine", "xen", BUSYBOX],
+        ["--pull", "often", BUSYBOX],
+        ["--platform", "linux/arm64", BUSYBOX],
         ["--no-such-option", BUSYBOX],
         ["-e", "=x", BUSYBOX],
         ["-it", BUSYBOX],
@@ -217,14 +286,14 @@ def test_an_image_runs_its_entrypoint_with_its_command_or_the_given_one(tmp_path
     assert run(layout, "--", "given").stdout == b"entry given\n"
 
 
-def make_image(directory: Path, config: dict[str, object]) -> str:
-    """An OCI layout with the host's static busybox as ``/bin/echo``."""
+def make_image(directory: Path, config: dict[str, object], program: str = "bin/echo") -> str:
+    """An OCI layout with the host's static busybox as its only file."""
     layout = directory / "layout"
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True)
     layer = directory / "layer.tar"
     with tarfile.open(layer, "w") as tar:
-        tar.add("/bin/busybox", "bin/echo")
+        tar.add("/bin/busybox", program)
 
     def put(data: bytes, kind: str) -> dict[str, object]:
         digest = hashlib.sha256(data).hexdigest()
@@ -272,10 +341,10 @@ def test_an_interactive_terminal_is_the_guests_with_its_size_and_ctrl_c() -> Non
     assert terminal.exitstatus == 5
 
 
-def read_until_up(terminal: int) -> None:
-    """Read what a program writes to a terminal, until it says ``up``."""
+def read_until(terminal: int, text: bytes) -> None:
+    """Read what a program writes to a terminal, until it says ``text``."""
     said = b""
-    while b"up" not in said:
+    while text not in said:
         assert select.select([terminal], [], [], ANSWER)[0], said
         said += os.read(terminal, 1000)
 
@@ -293,7 +362,7 @@ def test_the_terminal_is_restored_however_the_command_ends(command: str) -> None
             stdout=theirs,
             stderr=subprocess.DEVNULL,
         ) as process:
-            read_until_up(ours)
+            read_until(ours, b"up")
             assert not termios.tcgetattr(theirs)[3] & termios.ICANON
             os.write(ours, b"\r")
             process.wait(ANSWER)
@@ -314,9 +383,38 @@ def test_the_terminal_is_restored_after_sigterm() -> None:
             stdout=theirs,
             stderr=subprocess.DEVNULL,
         ) as process:
-            read_until_up(ours)
+            read_until(ours, b"up")
             process.terminate()
             assert process.wait(ANSWER) == 128 + signal.SIGTERM
+        assert termios.tcgetattr(theirs) == before
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_stopped_run_leaves_the_terminal_to_others_and_takes_it_again() -> None:
+    ours, theirs = pty.openpty()
+    try:
+        before = termios.tcgetattr(theirs)
+        with subprocess.Popen(
+            [*PROGRAM, "run", "-it", BUSYBOX, "sh", "-c", "echo up; read x; echo $x-came"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            try:
+                read_until(ours, b"up")
+                process.send_signal(signal.SIGTSTP)
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+                assert termios.tcgetattr(theirs) == before
+                process.send_signal(signal.SIGCONT)
+                while termios.tcgetattr(theirs)[3] & termios.ICANON:
+                    assert process.poll() is None
+                os.write(ours, b"it\r")
+                read_until(ours, b"it-came")
+                assert process.wait(ANSWER) == 0
+            finally:
+                process.kill()
         assert termios.tcgetattr(theirs) == before
     finally:
         os.close(ours)

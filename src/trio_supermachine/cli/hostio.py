@@ -13,9 +13,8 @@ import os
 import struct
 import termios
 import tty
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final, final
+from contextlib import suppress
+from typing import Final, Self, final
 
 import trio
 
@@ -90,16 +89,39 @@ class Output:
         return b""
 
 
-@contextmanager
-def raw_terminal(fd: int) -> Iterator[None]:
-    """Pass every key on as it is typed, Ctrl-C too; the terminal is restored on every path."""
-    before = termios.tcgetattr(fd)
-    # Not TCSAFLUSH, which would throw away what has been typed ahead.
-    tty.setraw(fd, termios.TCSANOW)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(fd, termios.TCSANOW, before)
+@final
+class RawTerminal:
+    """A terminal that passes every key on as it is typed, Ctrl-C too, for the length of a block.
+
+    It is as it was found on every way out of the block. One that has been hung up is left alone.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._before: Final = termios.tcgetattr(fd)
+
+    def __enter__(self) -> Self:
+        self.make_raw()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.restore()
+
+    def make_raw(self) -> None:
+        """Make it raw, unless it serves another program at the moment."""
+        try:
+            foreground = os.tcgetpgrp(self._fd) == os.getpgrp()
+        except OSError:  # not this session's terminal, so without job control
+            foreground = True
+        if foreground:
+            with suppress(termios.error):
+                # Not TCSAFLUSH, which would throw away what has been typed ahead.
+                tty.setraw(self._fd, termios.TCSANOW)
+
+    def restore(self) -> None:
+        """Make it what it was."""
+        with suppress(termios.error):
+            termios.tcsetattr(self._fd, termios.TCSANOW, self._before)
 
 
 def terminal_size(fd: int) -> tuple[int, int] | None:

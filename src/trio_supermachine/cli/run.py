@@ -6,7 +6,7 @@ import math
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack
 from typing import Final
 
 import attrs
@@ -17,13 +17,17 @@ from ..config import VmConfig
 from ..errors import ConfigError
 from ..exec import ExecChild
 from ..exec_builder import ExecBuilder
+from ..images.image import Image, PullPolicy
 from ..images.prepare import prepare_image
+from ..oci.progress import Progress, ProgressCallback
 from ..vm import Vm
 from .failures import SIGNALLED, TIMED_OUT, CommandNotStarted
-from .hostio import Output, forward_input, raw_terminal, terminal_size
+from .hostio import Output, RawTerminal, forward_input, terminal_size
+from .meter import Meter
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_JOB_CONTROL: Final = (signal.SIGTSTP, signal.SIGCONT)
 
 
 @attrs.frozen(kw_only=True)
@@ -33,6 +37,10 @@ class RunOptions:
     image: str
     command: tuple[str, ...] = ()
     config: VmConfig = attrs.field(factory=VmConfig)
+    platform: str | None = None
+    pull: PullPolicy = PullPolicy.MISSING
+    cold: bool = False
+    quiet: bool = False
     environment: tuple[tuple[str, str], ...] = ()
     workdir: str | None = None
     user: str | None = None
@@ -66,10 +74,8 @@ async def run(options: RunOptions) -> int:
 
 
 async def _run_image(options: RunOptions) -> int:
-    image = await prepare_image(options.image)
-    argv = (*image.config.entrypoint, *(options.command or image.config.cmd))
-    if not argv:
-        raise ConfigError(f"{options.image} has no command of its own; give one after the image")
+    with Meter() as meter:
+        image, argv = await _prepare(options, _silent if options.quiet else meter.show)
     async with Vm.start(image, options.config, workload=False) as vm:
         builder = _exec_of(vm, options, argv)
         with trio.move_on_after(math.inf if options.timeout is None else options.timeout) as scope:
@@ -77,6 +83,43 @@ async def _run_image(options: RunOptions) -> int:
         if scope.cancelled_caught:
             return TIMED_OUT
     return SIGNALLED - returncode if returncode < 0 else returncode
+
+
+async def _prepare(
+    options: RunOptions, progress: ProgressCallback
+) -> tuple[Image, tuple[str, ...]]:
+    """The image to start, and the command to run in it."""
+    config = options.config
+    config.refuse_unbuilt()
+    image = await prepare_image(
+        options.image,
+        pull=options.pull,
+        platform=options.platform,
+        engine=config.engine,
+        progress=progress,
+    )
+    argv = (*image.config.entrypoint, *(options.command or image.config.cmd))
+    if not argv:
+        raise ConfigError(f"{options.image} has no command of its own; give one after the image")
+    if options.cold:
+        return image, argv
+    # The image's own program is the command here: a bake in which it runs already would do its
+    # work a second time.
+    builder = (
+        Image.builder(options.image)
+        .with_entrypoint([])
+        .with_cmd([])
+        .with_memory_mib(config.effective_memory_mib)
+        .with_vcpus(config.effective_vcpus)
+        .with_pull_policy(options.pull)
+        .with_platform(options.platform)
+        .with_engine(config.engine)
+    )
+    return await builder.build(progress), argv
+
+
+async def _silent(step: Progress) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 def _exec_of(vm: Vm, options: RunOptions, argv: tuple[str, ...]) -> ExecBuilder:
@@ -98,9 +141,10 @@ async def _run_command(builder: ExecBuilder, options: RunOptions) -> int:
     async with AsyncExitStack() as stack:
         # From here on no change of the terminal's size is missed.
         resizes = stack.enter_context(trio.open_signal_receiver(signal.SIGWINCH))
+        stops = stack.enter_context(trio.open_signal_receiver(*_JOB_CONTROL)) if raw else None
         if options.tty and (size := _window()) is not None:
             builder = builder.winsize(*size)
-        stack.enter_context(raw_terminal(_STDIN) if raw else nullcontext())
+        terminal = stack.enter_context(RawTerminal(_STDIN)) if raw else None
         try:
             child = await stack.enter_async_context(builder.spawn())
         except OSError as exc:
@@ -112,6 +156,8 @@ async def _run_command(builder: ExecBuilder, options: RunOptions) -> int:
                     copying.start_soon(output.copy)
                 if options.tty:
                     nursery.start_soon(_follow_size, resizes, child)
+                if stops is not None and terminal is not None:
+                    nursery.start_soon(_follow_stops, stops, terminal)
                 if options.interactive and child.stdin is not None:
                     nursery.start_soon(forward_input, _STDIN, child.stdin)
                 elif not options.tty and child.stdin is not None:
@@ -128,6 +174,15 @@ async def _follow_size(resizes: AsyncIterator[int], child: ExecChild) -> None:
     async for _ in resizes:
         if (size := _window()) is not None:
             await child.resize(*size)
+
+
+async def _follow_stops(signals: AsyncIterator[int], terminal: RawTerminal) -> None:
+    """Leave the terminal to others while this program is stopped, as job control expects."""
+    async for signum in signals:
+        if signum == signal.SIGTSTP:
+            terminal.restore()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        terminal.make_raw()
 
 
 def _window() -> tuple[int, int] | None:
