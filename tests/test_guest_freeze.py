@@ -159,6 +159,7 @@ async def test_a_copys_clock_is_right(vm: Vm) -> None:
 )
 async def test_the_machine_id_is_renewed_wherever_it_is(vm: Vm, before: str, file: str) -> None:
     await sh(vm, before)
+    await call(vm, wire.freeze())
     restore = wire.Restore(seed=bytes(32))
     vm._client = await renew(vm, restore)
     for path in (file, "/etc/machine-id"):
@@ -167,6 +168,7 @@ async def test_the_machine_id_is_renewed_wherever_it_is(vm: Vm, before: str, fil
 
 async def test_a_machine_id_that_is_no_file_is_left_alone(vm: Vm) -> None:
     await sh(vm, "ln -sf /dev/null /etc/machine-id")
+    await call(vm, wire.freeze())
     vm._client = await renew(vm, wire.Restore(seed=bytes(32)))
     assert await sh(vm, "cat /dev/null; test -c /dev/null && echo whole") == "whole\n"
 

@@ -10,6 +10,8 @@
 
 #include "exec.h"
 #include "loop.h"
+#include "power.h"
+#include "unique.h"
 
 #define CGROUP "/sys/fs/cgroup/guest"
 #define MAX_CGROUPS 64u   /* frozen at once, beside each other */
@@ -139,6 +141,7 @@ static void go_on(void) {
         int other = frozen_count < MAX_CGROUPS ? find_other() : -1;
         if (other < 0) {
             state = FROZEN;
+            if (machine_is_ours) prepare_renewal();
             struct session *session = end_wait();
             session_send_ok(session, 0);
             session_finish(session);

@@ -112,8 +112,7 @@ static bool restore(struct session *session, struct reader *payload) {
     if (machine_is_ours) {
         add_entropy(seed, seed_size);
         set_clock(realtime_ns);
-        renew_machine_id(machine_id);
-        renew_boot_id(boot_id);
+        renew_identity(machine_id, boot_id);
         name_host(hostname);
     }
     freezer_thaw();

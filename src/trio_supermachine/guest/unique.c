@@ -73,17 +73,23 @@ bool is_boot_id(const char *text) {
     return !*text;
 }
 
-/* Have `path` read as this by a mount, for what cannot be replaced; `mounted`: it is so already. */
+/* Have `path` read as this by a mount, for what cannot be replaced; `mounted`: it is so already.
+ * Returns a descriptor to write it anew, or -1. */
 static int cover(const char *path, const char *text, bool *mounted) {
     static const char source[] = "/run/.supermachine-cover";
     unlink(source);
-    if (write_text(source, text) || chmod(source, 0444)) return -1;
-    if (*mounted) umount2(path, MNT_DETACH);
-    *mounted = !mount(source, path, NULL, MS_BIND, NULL);
+    int fd = open(source, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0444);
+    if (fd < 0) return -1;
+    if (write(fd, text, strlen(text)) == (ssize_t)strlen(text)) {
+        if (*mounted) umount2(path, MNT_DETACH);
+        *mounted = !mount(source, path, NULL, MS_BIND, NULL);
+    }
     int error = errno;
     unlink(source);
+    if (*mounted) return fd;
+    close(fd);
     errno = error;
-    return *mounted ? 0 : -1;
+    return -1;
 }
 
 static int replace(const char *path, const char *text) {
@@ -110,9 +116,11 @@ static void write_machine_id(const char *id) {
     snprintf(text, sizeof text, "%s\n", id);
     mkdir("/etc", 0755);
     /* As systemd does where the file cannot be written. */
-    if (is_file_or_nothing(behind(MACHINE_ID, real)) && (covered || replace(real, text)) &&
-        cover(real, text, &covered))
-        say(MACHINE_ID ": %s", strerror(errno));
+    if (is_file_or_nothing(behind(MACHINE_ID, real)) && (covered || replace(real, text))) {
+        int fd = cover(real, text, &covered);
+        if (fd < 0) say(MACHINE_ID ": %s", strerror(errno));
+        else close(fd);
+    }
     /* What older systems have as a file of its own is a symbolic link to it now. */
     if (access(DBUS_MACHINE_ID, F_OK) || !strcmp(behind(DBUS_MACHINE_ID, dbus), real)) return;
     if (is_file_or_nothing(dbus) && replace(dbus, text))
@@ -128,7 +136,18 @@ void set_machine_id(const char *id) {
     write_machine_id(id);
 }
 
-void renew_machine_id(const char *id) { write_machine_id(id); }
+/* --- what a copy writes to, made ready at the capture: in a copy all code is slow at first --- */
+
+static int machine_id_file = -1, boot_id_file = -1;
+
+/* The file, if writing 33 bytes over it is all there is to do. */
+static int open_machine_id(void) {
+    char now[64], real[PATH_MAX], dbus[PATH_MAX];
+    if (read_text(MACHINE_ID, now, sizeof now) != 33 || !is_hexadecimal(now, 32)) return -1;
+    behind(MACHINE_ID, real);
+    if (!access(DBUS_MACHINE_ID, F_OK) && strcmp(behind(DBUS_MACHINE_ID, dbus), real)) return -1;
+    return open(real, O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
+}
 
 /* In a user namespace the kernel lets /proc be mounted only if one that nothing covers is in sight:
  * without this, sandboxes of unprivileged users would not work in copies. */
@@ -139,10 +158,36 @@ static void keep_clean_proc(void) {
         say("%s: %s", at, strerror(errno));
 }
 
-void renew_boot_id(const char *id) {
-    static bool covered;
+static int cover_boot_id(void) {
+    bool covered = false;
+    char now[64];
+    if (read_text(BOOT_ID, now, sizeof now) != 37) return -1;
+    keep_clean_proc();
+    return cover(BOOT_ID, now, &covered);
+}
+
+void prepare_renewal(void) {
+    if (machine_id_file >= 0) close(machine_id_file);
+    machine_id_file = open_machine_id();
+    if (boot_id_file < 0) boot_id_file = cover_boot_id();
+    if (boot_id_file < 0) say(BOOT_ID ": %s", strerror(errno));
+}
+
+static bool write_over(int fd, const char *id) {
     char text[40];
-    if (!covered) keep_clean_proc();
-    snprintf(text, sizeof text, "%s\n", id);
-    if (cover(BOOT_ID, text, &covered)) say(BOOT_ID ": %s", strerror(errno));
+    int size = snprintf(text, sizeof text, "%s\n", id);
+    return pwrite(fd, text, (size_t)size, 0) == size;
+}
+
+static bool is_linked(int fd) {
+    struct stat status;
+    return fd >= 0 && !fstat(fd, &status) && status.st_nlink;
+}
+
+void renew_identity(const char *machine_id, const char *boot_id) {
+    /* The host may have replaced the file in the meantime. */
+    if (!is_linked(machine_id_file) || !write_over(machine_id_file, machine_id))
+        write_machine_id(machine_id);
+    if (boot_id_file < 0) boot_id_file = cover_boot_id();
+    if (!write_over(boot_id_file, boot_id)) say(BOOT_ID ": %s", strerror(errno));
 }

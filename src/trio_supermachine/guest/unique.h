@@ -18,6 +18,8 @@ bool is_boot_id(const char *text);
 /* Give a freshly booted machine this identity, unless its image has one. */
 void set_machine_id(const char *id);
 
+/* Make ready, in a machine that is being captured, what its copies need for the next call. */
+void prepare_renewal(void);
+
 /* Replace what a copy has of the machine that it was made of. */
-void renew_machine_id(const char *id);
-void renew_boot_id(const char *id);
+void renew_identity(const char *machine_id, const char *boot_id);
