@@ -241,6 +241,10 @@ def can_build() -> bool:
 
 
 needs_tools = pytest.mark.skipif(not can_build(), reason="needs what builds a kernel")
+takes_minutes = pytest.mark.skipif(
+    "TRIO_SUPERMACHINE_TEST_KERNEL" not in os.environ,
+    reason="takes minutes; TRIO_SUPERMACHINE_TEST_KERNEL=1 runs it",
+)
 
 
 def leftovers(home: Path) -> list[Path]:
@@ -248,6 +252,7 @@ def leftovers(home: Path) -> list[Path]:
 
 
 @needs_tools
+@takes_minutes
 async def test_an_option_that_the_sources_do_not_have_is_named(
     own_home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,10 +287,7 @@ async def test_a_cancelled_build_leaves_nothing_and_the_next_sweeps_after_a_kill
 
 
 @needs_tools
-@pytest.mark.skipif(
-    "TRIO_SUPERMACHINE_TEST_KERNEL" not in os.environ,
-    reason="takes minutes; TRIO_SUPERMACHINE_TEST_KERNEL=1 runs it",
-)
+@takes_minutes
 async def test_a_build_makes_a_kernel_once(own_home: Path) -> None:
     steps: list[Progress] = []
 

@@ -43,8 +43,8 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def build_command(jobs: int | None, as_json: bool) -> None:
     """Build the small kernel from Debian's linux-source package, unless it is here.
 
-    It boots in about a third of the stock kernel's time and takes a third of its memory. The
-    build takes some minutes and 2.5 GB of disk meanwhile; Ctrl-C ends it and leaves nothing
+    It boots in about a third of the stock kernel's time and takes less than half of its memory. The
+    build takes some minutes and 1 GB of disk meanwhile; Ctrl-C ends it and leaves nothing
     behind. It needs gcc, make, flex, bison, bc, xz-utils and libelf-dev, and never installs them.
     """
     with Meter() as meter:

@@ -135,7 +135,7 @@ async def build_small_kernel(
 ) -> CachedKernel:
     """Build the small kernel from Debian's ``linux-source`` package, unless the same is here.
 
-    That takes minutes of all processors, and 2.5 GB below the data directory meanwhile. Afterwards
+    That takes minutes of all processors, and 1 GB below the data directory meanwhile. Afterwards
     :func:`prepare_kernel` prefers it. A later version of the package is built beside it, for what
     refers to a kernel needs that very one. Cancellation kills the compilers and removes what is
     half done, and so does the next build after this program was killed. Programs that build at
