@@ -99,6 +99,7 @@ class World:
         idle_timeout: float = math.inf,
         acquire_timeout: float = math.inf,
         restore_on_release: bool = True,
+        head_start: float = 0,
     ) -> AbstractAsyncContextManager[PoolCore[Thing]]:
         settings = PoolSettings(
             min=min,
@@ -106,5 +107,6 @@ class World:
             idle_timeout=idle_timeout,
             acquire_timeout=acquire_timeout,
             restore_on_release=restore_on_release,
+            head_start=head_start,
         )
         return open_pool(self.make, lambda thing: thing.alive, settings)

@@ -51,6 +51,21 @@ async def test_an_acquire_is_replaced_in_the_background_up_to_max(world: World) 
             assert (pool.stats().idle, pool.stats().alive) == (1, 3)
 
 
+async def test_a_refill_gives_the_acquirer_a_head_start_unless_somebody_waits(
+    world: World, mock_clock: trio.testing.MockClock
+) -> None:
+    async with world.pool(min=2, max=5, head_start=1) as pool, pool.acquire():
+        await settle()
+        assert pool.stats().alive == 2
+        mock_clock.jump(0.6)
+        async with pool.acquire():  # this does not put it off any more
+            mock_clock.jump(0.6)
+            await settle()
+            assert (pool.stats().idle, pool.stats().alive) == (2, 4)
+            async with pool.acquire(), pool.acquire(), pool.acquire():
+                assert pool.stats().alive == 5
+
+
 async def test_a_released_thing_is_never_handed_out_again(world: World) -> None:
     seen = set()
     async with world.pool(min=1, max=2) as pool:

@@ -34,13 +34,18 @@ _PROVEN: Final = 60.0
 
 @attrs.frozen(kw_only=True)
 class PoolSettings:
-    """What a pool keeps to. Times in seconds; infinity is no limit."""
+    """What a pool keeps to. Times in seconds; infinity is no limit.
+
+    ``head_start`` is how long a refill of a pool that was full waits after a hand-over, so that
+    it does not compete with the acquirer's first steps.
+    """
 
     min: int
     max: int
     idle_timeout: float = math.inf
     acquire_timeout: float = math.inf
     restore_on_release: bool = True
+    head_start: float = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -241,7 +246,9 @@ class PoolCore(Generic[T]):
         lease._holder = trio.CancelScope()
         self._in_use += 1
         self._failures = 0
-        self._not_before = -math.inf
+        was_full = len(self._starting) + len(self._idle) + 1 >= self.settings.min
+        head_start = self.settings.head_start if was_full else -math.inf
+        self._not_before = trio.current_time() + head_start
         self._wake.set()
 
     def _release(self, lease: Lease[T], end: bool | None = None) -> None:
@@ -387,7 +394,7 @@ class PoolCore(Generic[T]):
         return math.inf
 
     def _grow(self) -> float:
-        """Begin what is missing: at once for acquirers that wait, up to ``min`` after failures."""
+        """Begin what is missing: at once for acquirers that wait, and up to ``min`` when due."""
         while self._alive < self.settings.max:
             coming = len(self._starting) + len(self._idle)
             if coming >= self.settings.min + len(self._waiters):

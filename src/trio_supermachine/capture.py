@@ -76,6 +76,7 @@ async def capture(
             await finish_diff(directory, draft, captured.runs, base, complete=captured.complete)
     with trio.CancelScope(shield=True):  # what is published is not taken back
         snapshot = await open_snapshot(dest)
+    trace("vm", "snapshot %s of %r", snapshot.identity, image.reference)
     return snapshot
 
 
