@@ -1,7 +1,8 @@
 /* Helper of the QEMU engine on the host.
  *
- * launcher run PARENT_PID PROGRAM ARGS...   PROGRAM, killed when PARENT_PID's thread ends
- * launcher tsc-khz                          the frequency of the time stamp counter */
+ * launcher run PARENT_PID PROGRAM ARGS...     PROGRAM, killed when PARENT_PID's thread ends
+ * launcher run-lean PARENT_PID PROGRAM ...    the same, with no memory spent on huge pages
+ * launcher tsc-khz                            the frequency of the time stamp counter */
 
 #include <errno.h>
 #include <signal.h>
@@ -13,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-static int run(char **arguments) {
+static int run(char **arguments, int lean) {
     long parent = strtol(arguments[0], NULL, 10);
     if (prctl(PR_SET_PDEATHSIG, SIGKILL)) {
         perror("launcher: prctl");
@@ -21,6 +22,7 @@ static int run(char **arguments) {
     }
     /* It may have died before the kernel was told to watch it. */
     if (getppid() != parent) return 1;
+    if (lean) prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
@@ -72,8 +74,9 @@ static int print_tsc_khz(void) {
 #endif
 
 int main(int count, char **arguments) {
-    if (count >= 4 && !strcmp(arguments[1], "run")) return run(arguments + 2);
+    if (count >= 4 && !strcmp(arguments[1], "run")) return run(arguments + 2, 0);
+    if (count >= 4 && !strcmp(arguments[1], "run-lean")) return run(arguments + 2, 1);
     if (count == 2 && !strcmp(arguments[1], "tsc-khz")) return print_tsc_khz();
-    fprintf(stderr, "usage: launcher run PARENT_PID PROGRAM ARGS... | tsc-khz\n");
+    fprintf(stderr, "usage: launcher run|run-lean PARENT_PID PROGRAM ARGS... | tsc-khz\n");
     return 2;
 }

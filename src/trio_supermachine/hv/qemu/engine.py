@@ -69,7 +69,12 @@ class QemuEngine(Engine):
                     qmp=qmp_fd, console=console_fd, vsock=vsock_fd, disks=disks, restore=restore
                 )
                 argv = command_line(qemu, spec, fds, tsc_khz=khz)
-                process = await ours.enter_async_context(engine_process(launcher, argv, fds.all))
+                # Most of what a restored machine has of its own is translated code, and huge
+                # pages for it cost more memory than they save time. A boot gains by them.
+                lean = spec.restore is not None
+                process = await ours.enter_async_context(
+                    engine_process(launcher, argv, fds.all, lean=lean)
+                )
             machine = QemuMachine(
                 process,
                 qmp=qmp,

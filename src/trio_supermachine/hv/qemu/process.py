@@ -107,14 +107,17 @@ class EngineProcess:
 
 @asynccontextmanager
 async def engine_process(
-    launcher: Path, argv: Sequence[bytes], pass_fds: Sequence[int]
+    launcher: Path, argv: Sequence[bytes], pass_fds: Sequence[int], *, lean: bool = False
 ) -> AsyncIterator[EngineProcess]:
     """Run ``argv``, an absolute path and its arguments; gone, by SIGKILL, when the block ends.
+
+    :param lean: spend no memory on huge pages.
 
     :raises OSError: the launcher could not be started, or no descriptors are left.
     """
     process = EngineProcess()
-    command = [os.fsencode(launcher), b"run", str(os.getpid()).encode(), *argv]
+    word = b"run-lean" if lean else b"run"
+    command = [os.fsencode(launcher), word, str(os.getpid()).encode(), *argv]
     try:
         process._start(command, pass_fds)
         yield process
