@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.rst"))]
 #: The pages whose Python is whole programs.
-PROGRAMS = [ROOT / "README.md", ROOT / "docs/tutorial.rst"]
+PROGRAMS = [ROOT / "README.md", ROOT / "docs/tutorial.rst", ROOT / "docs/snapshots.rst"]
+#: The pages whose Python is parts of programs, or needs an image of the reader's own.
+FRAGMENTS = [ROOT / "docs/howto.rst", ROOT / "docs/baking.rst"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -45,6 +47,7 @@ def test_programs_run(program: str, tmp_path: Path) -> None:
         text=True,
         timeout=300,
         check=False,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
 
@@ -54,7 +57,7 @@ def test_there_are_programs_to_run(page: Path) -> None:
     assert blocks(page, "python")
 
 
-@pytest.mark.parametrize("fragment", cases([ROOT / "docs/howto.rst"], "python"))
+@pytest.mark.parametrize("fragment", cases(FRAGMENTS, "python"))
 def test_fragments_compile(fragment: str) -> None:
     compile("async def _() -> None:\n" + textwrap.indent(fragment, "    "), "fragment", "exec")
 
