@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,18 @@ def test_there_are_programs_to_run(page: Path) -> None:
 @pytest.mark.parametrize("fragment", cases(FRAGMENTS, "python"))
 def test_fragments_compile(fragment: str) -> None:
     compile("async def _() -> None:\n" + textwrap.indent(fragment, "    "), "fragment", "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_references_to_public_names_lead_there(page: Path) -> None:
+    import trio_supermachine
+
+    text = page.read_text()
+    references = re.findall(r":(?:class|exc|meth|func|attr|data):`~?([\w.]+)`", text)
+    own = [name for name in references if name.split(".")[0] in trio_supermachine.__all__]
+    for name in own:
+        attrgetter(name)(trio_supermachine)
+    assert not own or ".. currentmodule:: trio_supermachine" in text
 
 
 @pytest.mark.parametrize("script", cases(PAGES, "sh"))
