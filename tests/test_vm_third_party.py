@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,11 @@ import trio
 from trio_supermachine import Vm, VmConfig
 from trio_supermachine.images.prepare import prepare_image
 
-pytestmark = pytest.mark.vm
+from .debian_image import debian_layout, run
 
-run = partial(trio.run_process, capture_stdout=True, capture_stderr=True)
+__all__ = ["debian_layout"]  # a fixture
+
+pytestmark = pytest.mark.vm
 
 
 async def make_busybox_rootfs(root: Path) -> None:
@@ -85,36 +86,6 @@ async def test_the_same_image_through_each_local_transport(tmp_path: Path) -> No
     async with trio.open_nursery() as nursery:
         for source in sources:
             nursery.start_soon(check, source)
-
-
-@pytest.fixture(scope="session")
-def debian_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Debian with Python and its test suite, made by mmdebstrap and umoci."""
-    directory = tmp_path_factory.mktemp("debian")
-    archive, layout = directory / "root.tar", directory / "layout"
-
-    release = dict(
-        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if line
-    )
-    codename = release["VERSION_CODENAME"]
-
-    async def make() -> None:
-        packages = "python3,libpython3-stdlib"
-        found = await run(
-            ["apt-cache", "search", "--names-only", r"^libpython3\.[0-9]*-testsuite$"]
-        )
-        packages += "," + found.stdout.decode().split()[0]
-        await run(["mmdebstrap", "--variant=apt", f"--include={packages}", codename, str(archive)])
-        await run(["umoci", "init", "--layout", str(layout)])
-        await run(["umoci", "new", "--image", f"{layout}:t"])
-        unpacked = directory / "root"
-        unpacked.mkdir()
-        await run(["tar", "-C", str(unpacked), "-xf", str(archive), "--exclude=./dev/*"])
-        await run(["umoci", "insert", "--image", f"{layout}:t", str(unpacked), "/"])
-        await run(["rm", "-r", str(unpacked), str(archive)])
-
-    trio.run(make)
-    return layout
 
 
 async def test_pythons_own_tests_of_processes_pass_in_a_debian(debian_layout: Path) -> None:
