@@ -48,12 +48,12 @@ _NEVER_COMPILED: Final = (
     *("pinctrl", "scsi", "staging", "usb"),
 )
 _LEFT_OUT: Final = (
-    *(f"linux-source-*/arch/[a-w]*.{suffix}" for suffix in ("[chS]", "dts", "dtsi")),
-    "linux-source-*/Documentation/*/*",
-    "linux-source-*/tools/perf/*",
-    "linux-source-*/tools/testing/*",
-    "linux-source-*/sound/*.[ch]",
-    *(f"linux-source-*/drivers/{name}/*.[ch]" for name in _NEVER_COMPILED),
+    *(f"arch/[a-w]*.{suffix}" for suffix in ("[chS]", "dts", "dtsi")),
+    "Documentation/*/*",
+    "tools/perf/*",
+    "tools/testing/*",
+    "sound/*.[ch]",
+    *(f"drivers/{name}/*.[ch]" for name in _NEVER_COMPILED),
 )
 _NAME: Final = "trio-supermachine"
 _STEP: Final = re.compile(r"  (CC|AS|LD|AR|HOSTCC|OBJCOPY) +(\S+)")
@@ -163,8 +163,9 @@ async def _unpacked(package: Package, directory: Path, progress: ProgressCallbac
         )
     tree = directory / "source"
     tree.mkdir()
-    skip = [f"--exclude={pattern}" for pattern in _LEFT_OUT]
-    command = ["tar", "-xJf", str(archives[0]), "--strip-components=1", *skip]
+    top = archives[0].name.removesuffix(".tar.xz")
+    skip = [f"--exclude={top}/{pattern}" for pattern in _LEFT_OUT]
+    command = ["tar", "--anchored", *skip, "--strip-components=1", "-xJf", str(archives[0])]
     await run_group(command, tree, os.environ)
     return tree
 
