@@ -19,7 +19,7 @@ from ..guest import init_binary, launcher_binary
 from ..hostfiles import home, offline
 from ..hv.base import EngineReport
 from ..hv.select import probe_engines
-from ..kernels import list_kernels
+from ..kernels import preferred_kernel
 from ..resources import DEFAULT_MEMORY_MIB
 
 #: What QEMU itself takes beside the guest's memory, roughly.
@@ -120,9 +120,10 @@ async def _kernel() -> Check:
         return Check("kernel", "missing", exc.reason, exc.remedy)
     if explicit is not None:
         return Check("kernel", "ok", f"{explicit} (TRIO_SUPERMACHINE_KERNEL)")
-    for kernel in await list_kernels():
-        if kernel.stock:
-            return Check("kernel", "ok", f"{kernel.release} in {kernel.directory}")
+    kernel = await preferred_kernel()
+    if kernel is not None:
+        hint = "; `trio-supermachine kernel build` makes a faster one" if kernel.stock else ""
+        return Check("kernel", "ok", f"{kernel.release} in {kernel.directory}{hint}")
     by_hand = "set TRIO_SUPERMACHINE_KERNEL to an x86-64 Linux kernel"
     if offline():
         return Check(

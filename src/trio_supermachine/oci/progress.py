@@ -11,9 +11,10 @@ import attrs
 class Progress:
     """One step of progress.
 
-    :attr:`phase` is ``"convert"``, ``"verify"``, ``"download"`` or ``"build"``, or in a bake
-    ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``; :attr:`item` is what it
-    works on, for people; :attr:`done` and :attr:`total` are bytes (``total`` is `None` if unknown).
+    :attr:`phase` is ``"convert"``, ``"verify"`` or ``"download"``, in a bake ``"boot"``,
+    ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``, and for a kernel ``"unpack"`` or
+    ``"build"``; :attr:`item` is what it works on, for people; :attr:`done` and :attr:`total` are
+    bytes, or for ``"build"`` steps (``total`` is `None` if unknown).
     """
 
     phase: str
