@@ -399,3 +399,12 @@ async def test_the_carriers_end_in_the_middle_of_a_packet_is_an_end() -> None:
         await peer.send_all(Packet(3, 2, 1, PORT, Op.REQUEST).encode()[:20])
 
     assert await _against(hostile) == ""
+
+
+async def test_an_answer_to_a_peer_that_has_left_is_an_end() -> None:
+    left, right = socket.socketpair()
+    mux = VsockMux(SocketCarrier(left))
+    # Nobody listens there, so it is answered by a reset, which finds the socket broken.
+    right.send(Packet(3, 2, 5000, 999, Op.REQUEST).encode())
+    right.close()
+    await mux.run()

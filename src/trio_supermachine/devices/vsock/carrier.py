@@ -28,13 +28,17 @@ class Carrier(ABC):
 
     @abstractmethod
     async def wait_writable(self) -> None:
-        """Wait until sending may work again."""
+        """Wait until sending may work again.
+
+        :raises trio.ClosedResourceError: it is closed.
+        """
 
     @abstractmethod
     async def receive(self) -> memoryview:
         """Wait for bytes; empty at the end. The view is good until the next call.
 
         :raises OSError: the carrier has broken.
+        :raises trio.ClosedResourceError: it is closed.
         """
 
     @abstractmethod
@@ -65,15 +69,21 @@ class SocketCarrier(Carrier):
             return 0
 
     async def wait_writable(self) -> None:
-        await trio.lowlevel.wait_writable(self._socket.fileno())
+        await trio.lowlevel.wait_writable(self._open_fd())
 
     async def receive(self) -> memoryview:
         while True:
-            await trio.lowlevel.wait_readable(self._socket.fileno())
+            await trio.lowlevel.wait_readable(self._open_fd())
             try:
                 return self._buffer[: self._socket.recv_into(self._buffer)]
             except BlockingIOError:
                 pass
+
+    def _open_fd(self) -> int:
+        fd = self._socket.fileno()
+        if fd < 0:  # a send found it broken, and closed it, since its last wait
+            raise trio.ClosedResourceError("the carrier is closed")
+        return fd
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:

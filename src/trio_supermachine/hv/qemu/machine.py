@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar, final
 
 import trio
 
+from ..._nursery import open_flat_nursery
 from ...devices.vsock.carrier import SocketCarrier
 from ...devices.vsock.packet import VsockProtocolError
 from ...devices.vsock.stream import VsockListener, VsockMux
@@ -222,7 +223,7 @@ class QemuMachine(Machine):
         status: int | None = None
         try:
             with self._scope:
-                async with trio.open_nursery() as nursery:
+                async with open_flat_nursery() as nursery:
                     nursery.start_soon(self._serve_console)
                     nursery.start_soon(self._serve_qmp)
                     nursery.start_soon(self._serve_vsock)
