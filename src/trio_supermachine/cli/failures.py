@@ -35,7 +35,7 @@ def report(exc: Exception) -> None:
         message = str(failure).partition("\n--- console ---\n")[0]
         if not isinstance(failure, (SupermachineError, CommandNotStarted)):
             message = f"{type(failure).__name__}: {message} ({VARIABLE}=all shows where)"
-        complain(message)
+        complain("; ".join([message, *getattr(failure, "__notes__", ())]))
         # A guest that was asked to power off has nothing more to explain.
         console = getattr(failure, "console", "")
         if console and getattr(failure, "reason", "") != "shutdown":

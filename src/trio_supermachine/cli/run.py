@@ -14,7 +14,7 @@ import trio
 
 from .._nursery import open_flat_nursery
 from ..config import VmConfig
-from ..errors import ConfigError
+from ..errors import BakeFailed, ConfigError
 from ..exec import ExecChild
 from ..exec_builder import ExecBuilder
 from ..images.image import Image, PullPolicy
@@ -115,7 +115,11 @@ async def _prepare(
         .with_platform(options.platform)
         .with_engine(config.engine)
     )
-    return await builder.build(progress), argv
+    try:
+        return await builder.build(progress), argv
+    except BakeFailed as error:
+        error.add_note("--cold runs it without a bake")
+        raise
 
 
 async def _silent(step: Progress) -> None:
