@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
@@ -46,33 +46,28 @@ def try_exclusive(path: Path) -> Iterator[bool]:
         os.close(fd)
 
 
-@contextmanager
-def in_use(path: Path) -> Iterator[bool]:
+def in_use(path: Path) -> AbstractContextManager[bool]:
     """Mark an existing file or directory as used: :func:`unused` is false meanwhile.
 
     Gives whether it is there.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield _lock(fd, fcntl.LOCK_SH) and _is_still(fd, path)
-    finally:
-        os.close(fd)
+    return _held(path, fcntl.LOCK_SH)
+
+
+def unused(path: Path) -> AbstractContextManager[bool]:
+    """Give whether nobody marks a file or directory as used, and keep it so."""
+    return _held(path, fcntl.LOCK_EX)
 
 
 @contextmanager
-def unused(path: Path) -> Iterator[bool]:
-    """Give whether nobody marks a file or directory as used, and keep it so."""
+def _held(path: Path, kind: int) -> Iterator[bool]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         yield False
         return
     try:
-        yield _lock(fd, fcntl.LOCK_EX) and _is_still(fd, path)
+        yield _lock(fd, kind) and _is_still(fd, path)
     finally:
         os.close(fd)
 
