@@ -119,7 +119,6 @@ def test_a_mount_keeps_symbolic_links_opaque() -> None:
         ("balloon", VmConfig().with_balloon()),
         ("egress", VmConfig(egress=object())),
         ("vsock_mux_dir", VmConfig(vsock_mux_dir="/run/x")),
-        ("require_restore", VmConfig(require_restore=True)),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(feature: str, config: VmConfig) -> None:
