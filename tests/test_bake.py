@@ -289,7 +289,7 @@ async def test_a_workload_that_never_listens_fails_the_bake_and_the_remedy_is_na
 ) -> None:
     baking = builder().with_cmd(["sh", "-c", "echo busy; sleep 1000"]).with_guest_port(80)
     with pytest.raises(BakeFailed, match=r"on a TCP port.*with_trigger_timeout") as caught:
-        await baking.with_trigger_timeout(0.5).build()
+        await baking.with_trigger_timeout(3).build()
     assert "busy" in caught.value.console
     assert not left(home)
 
