@@ -198,8 +198,8 @@ async def test_a_layer_for_which_a_bake_appears_meanwhile_is_kept(home: Path) ->
 async def test_old_records_and_strays_go_and_new_ones_stay(home: Path) -> None:
     await make_bake("kept", "a")
     month = time.time() - 31 * 24 * 3600
-    (home / "bakes/names").mkdir()
     for directory in (home / "bakes/names", home / "verified", home / "layers/test"):
+        directory.mkdir(exist_ok=True)
         (directory / ".tmp-new").touch()
         (directory / ".tmp-old").touch()
         os.utime(directory / ".tmp-old", (month, month))

@@ -134,6 +134,8 @@ class BakeStore:
             try:
                 metadata = await read_metadata(place)
             except SnapshotInvalid as error:
+                if not place.exists():  # it was removed meanwhile
+                    continue
                 problem = error
             fingerprint = directory.name
             found.append(
