@@ -13,6 +13,8 @@ import trio
 
 from trio_supermachine import hostfiles
 
+from .conftest import read_until
+
 
 def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", "/somewhere")
@@ -105,7 +107,7 @@ async def test_a_killed_program_drops_its_lock(tmp_path: Path) -> None:
         )
         assert process.stdout is not None
         async with process.stdout:
-            assert await process.stdout.receive_some() == b"held\n"
+            assert await read_until(process.stdout, b"\n") == b"held\n"
             with trio.move_on_after(0.05) as scope:
                 async with hostfiles.locked(lock):
                     pytest.fail("two holders")
