@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Final, final
@@ -18,13 +17,11 @@ from .config import VmConfig
 from .errors import AdmissionRefused, ConfigError, RestoreTimeout, StartTimeout
 from .limits import memory_admission
 from .resources import DEFAULT_MEMORY_MIB
+from .trial import run_trial
 from .vm import Vm
 
 if TYPE_CHECKING:
     from .images.image import Image
-
-#: The guest's init is the one program that every image has.
-_OTHER_TRIAL: Final = ["/proc/1/exe", "--trial"]
 
 
 #: What a short program takes, in seconds, on a host that is as busy restoring the next VM.
@@ -217,23 +214,11 @@ async def _open_warm(image: Image, config: VmConfig) -> AsyncIterator[Vm]:
         restored = vm.started_by == "restore"
         seconds = config.restore_timeout if restored else config.start_timeout
         with trio.move_on_after(seconds) as scope:
-            await _warm(vm)
+            await run_trial(vm)
         if scope.cancelled_caught:
             console = vm.console.tail().decode("utf-8", "replace")
             raise (RestoreTimeout if restored else StartTimeout)(seconds, console=console)
         yield vm
-
-
-async def _warm(vm: Vm) -> None:
-    """Run a program, so that the first real one finds its paths through the guest warm.
-
-    The image's own ``true`` comes nearest to it: it needs the image's files, user and loader.
-    """
-    quiet = subprocess.DEVNULL
-    try:
-        await vm.run_process(["true"], check=False, stdout=quiet, stderr=quiet)
-    except OSError:
-        await vm.run_process(_OTHER_TRIAL, env={}, cwd="/", user=0, stdout=quiet, stderr=quiet)
 
 
 def _is_alive(vm: Vm) -> bool:

@@ -16,6 +16,7 @@ from ..config import VmConfig
 from ..errors import BakeFailed, CaptureFailed, StartTimeout, VmExited
 from ..oci.progress import ProgressCallback, report
 from ..resources import SnapshotResources
+from ..trial import run_trial
 from ..vm import Vm
 from .image import Image
 
@@ -63,6 +64,8 @@ async def bake(
             if plan.warmup is not None:
                 await report(progress, "warmup", image.reference, 0, None)
                 await plan.warmup(vm)
+            with trio.move_on_after(plan.timeout):
+                await run_trial(vm)
             await trio.sleep(plan.triggers.quiesce_ms / 1000)
             await report(progress, "capture", image.reference, 0, None)
             await vm._capture(dest, None, fingerprint=fingerprint)
