@@ -48,6 +48,10 @@ threading.Thread(target=tick, daemon=True).start()
 http.server.HTTPServer(("127.0.0.1", {PORT}), Handler).serve_forever()
 """.encode()
 
+#: By how many seconds a guest's clock may be off. It is set after a restore, and an emulated guest
+#: that gets no CPU for a while is late with that.
+CLOCK = 5
+
 #: One connection and no second try: whoever does not listen yet has failed.
 REQUEST = rf"exec 3<>/dev/tcp/127.0.0.1/{PORT} && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && cat <&3"
 
@@ -140,11 +144,11 @@ async def test_twenty_vms_of_one_snapshot_are_twenty_machines_and_know_the_time(
 
     async def one() -> None:
         async with image.start(VmConfig(require_restore=True)) as copy:
-            before = time.time() - 1  # the guest's clock is set in its own time
+            before = time.time()
             *identity, said = (await output(copy, IDENTITY)).splitlines()
             answer = await ask(copy)
-            for there in (float(said) + 1, answer["time"]):
-                assert before <= there <= time.time() + 1
+            for there in (float(said), answer["time"]):
+                assert before - CLOCK <= there <= time.time() + CLOCK
             drawn.append([*identity, answer["uuid4"], answer["urandom"]])
 
     async with trio.open_nursery() as nursery:
