@@ -63,12 +63,12 @@ async def capture(
             guest_port=image.guest_port,
             fingerprint=fingerprint,
         )
-        async with _frozen(client):
-            captured = await client.machine.capture(
-                directory / STATE,
-                directory / FULL_MEMORY,
-                since=None if base is None else base.identity,
-            )
+        captured = await client.machine.capture(
+            directory / STATE,
+            directory / FULL_MEMORY,
+            at_rest=_frozen(client),
+            since=None if base is None else base.identity,
+        )
         trace("vm", "%r stood still for %.1f ms", image.reference, captured.standstill * 1e3)
         if base is None:
             await finish_full(directory, draft)

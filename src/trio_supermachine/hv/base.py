@@ -147,13 +147,21 @@ class Machine(ABC):
         """
 
     @abstractmethod
-    async def capture(self, state: Path, memory: Path, *, since: str | None = None) -> Captured:
+    async def capture(
+        self,
+        state: Path,
+        memory: Path,
+        *,
+        at_rest: AbstractAsyncContextManager[None],
+        since: str | None = None,
+    ) -> Captured:
         """Save the machine as it is at one moment; it goes on, its streams included.
 
         ``state`` becomes the engine's device state and ``memory`` a sparse file of the size of
         the guest's memory; both must not exist. A cancelled or failed call leaves files that
         are good for nothing, and a machine that runs as before. One call at a time.
 
+        :param at_rest: a block that the moment lies in; entered as late as can be.
         :param since: write only what may have changed since this restore, if the machine knows.
         :raises CaptureFailed: the guest did not come to rest, or the engine refused.
         :raises OSError: a file cannot be written.

@@ -6,7 +6,12 @@ import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    contextmanager,
+    suppress,
+)
 from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
@@ -112,7 +117,14 @@ class QemuMachine(Machine):
             reason = f"QEMU cannot load it: {self._exit.detail}; make the snapshot again"
             raise SnapshotInvalid(str(self._restore.state), reason)
 
-    async def capture(self, state: Path, memory: Path, *, since: str | None = None) -> Captured:
+    async def capture(
+        self,
+        state: Path,
+        memory: Path,
+        *,
+        at_rest: AbstractAsyncContextManager[None],
+        since: str | None = None,
+    ) -> Captured:
         guest = await self._guest_memory()
         with _new_file(state) as state_fd, _new_file(memory) as memory_fd:
             os.ftruncate(memory_fd, self._memory_size)
@@ -121,7 +133,8 @@ class QemuMachine(Machine):
             else:
                 copying = Copying(guest, memory_fd, whole=True, restore=self._restore)
             await in_thread(copying.prepare)
-            standstill = await self._or_exited(self._capture_at_rest, state_fd, copying.finish)
+            async with at_rest:
+                standstill = await self._or_exited(self._capture_at_rest, state_fd, copying.finish)
         return Captured(runs=copying.runs, complete=copying.whole, standstill=standstill)
 
     async def _capture_at_rest(self, state_fd: int, copy_memory: Callable[..., None]) -> float:

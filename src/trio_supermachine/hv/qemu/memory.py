@@ -133,7 +133,7 @@ class Copying:
         if self.whole and self._restore is not None:
             self._dirty = None
             _copy_restored(self._restore, self._file)
-        elif self.whole:
+        if self.whole:
             # All of it is read again at rest. But then the file's pages are there to be written
             # over, and that is most of the time.
             self._guest.copy_to(self._file, self._guest.runs(), dirty=self._dirty)
