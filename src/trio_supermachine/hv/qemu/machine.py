@@ -137,7 +137,9 @@ class QemuMachine(Machine):
                 standstill = await self._or_exited(self._capture_at_rest, state_fd, copying.finish)
         return Captured(runs=copying.runs, complete=copying.whole, standstill=standstill)
 
-    async def _capture_at_rest(self, state_fd: int, copy_memory: Callable[..., None]) -> float:
+    async def _capture_at_rest(
+        self, state_fd: int, copy_memory: Callable[[], Awaitable[None]]
+    ) -> float:
         async with AsyncExitStack() as stack:
             with trio.move_on_after(_REST) as scope:
                 await stack.enter_async_context(self._mux.quiet())
@@ -147,7 +149,7 @@ class QemuMachine(Machine):
             try:
                 await self._qmp.execute("stop")
                 await self._save_devices(state_fd)
-                await in_thread(copy_memory)
+                await copy_memory()
             finally:
                 with trio.move_on_after(REAP_TIMEOUT, shield=True), suppress(*_GONE):
                     if not self._paused:

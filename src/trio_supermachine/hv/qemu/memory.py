@@ -19,9 +19,10 @@ from typing import Final, final
 
 import trio
 
+from ..._nursery import open_flat_nursery
 from ...errors import CaptureFailed
 from ...snapshots.memory import PagePatch, data_runs
-from ...snapshots.pages import PAGE, Run
+from ...snapshots.pages import PAGE, Run, total
 from ..base import Restore
 
 _CHUNK: Final = 64 * 1024
@@ -111,7 +112,7 @@ class GuestMemory:
 @final
 class Copying:
     """The copy of a machine's memory into a file, in two steps: with the guest running, and then
-    at rest. Both are for a worker thread.
+    at rest.
 
     :param file: an empty descriptor of the memory's size.
     :param whole: copy all memory, not only what has changed since the restore.
@@ -129,7 +130,7 @@ class Copying:
         self.runs: tuple[Run, ...] = ()
 
     def prepare(self) -> None:
-        """Do what can be done while the guest runs."""
+        """Do what can be done while the guest runs, in a worker thread."""
         if self.whole and self._restore is not None:
             self._dirty = None
             _copy_restored(self._restore, self._file)
@@ -138,12 +139,33 @@ class Copying:
             # over, and that is most of the time.
             self._guest.copy_to(self._file, self._guest.runs(), dirty=self._dirty)
 
-    def finish(self) -> None:
-        """Make the file what memory is now."""
-        self.runs = self._guest.runs()
-        self._guest.copy_to(self._file, self.runs, dirty=self._dirty)
-        if self.whole:
-            self.runs = ((0, self._guest.pages),)
+    async def finish(self) -> None:
+        """Make the file what memory is now. The guest's processors are idle: all of them copy."""
+        runs = await trio.to_thread.run_sync(self._guest.runs)
+        async with open_flat_nursery() as nursery:
+            for part in _parts(runs, len(os.sched_getaffinity(0))):
+                nursery.start_soon(in_thread, self._copy, part)
+        self.runs = ((0, self._guest.pages),) if self.whole else runs
+
+    def _copy(self, runs: tuple[Run, ...]) -> None:
+        self._guest.copy_to(self._file, runs, dirty=self._dirty)
+
+
+def _parts(runs: tuple[Run, ...], count: int) -> Iterator[tuple[Run, ...]]:
+    """``runs`` in at most ``count`` parts of as many pages each."""
+    share = max(_CHUNK // PAGE, -(-total(runs) // count))
+    part: list[Run] = []
+    room = share
+    for first, pages in runs:
+        while pages:
+            taken = min(pages, room)
+            part.append((first, taken))
+            first, pages, room = first + taken, pages - taken, room - taken
+            if not room:
+                yield tuple(part)
+                part, room = [], share
+    if part:
+        yield tuple(part)
 
 
 def _copy_restored(restore: Restore, file: int) -> None:
