@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeVar
 
 import click
 import trio
@@ -15,10 +15,10 @@ from ..config import EngineName, VmConfig
 from ..errors import NotSupported
 from ..images.image import PullPolicy
 from ..trace import CATEGORIES, VARIABLE
+from . import options
 from .failures import OWN_ERROR, SIGNALLED, CommandNotStarted, complain, report
 from .images import bake_command, images_command, prune_command, rmi_command, snapshot_group
 from .kernel import kernel_group
-from .options import variables
 from .run import RunOptions, run
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -82,38 +82,18 @@ def _unbuilt(*names: str, **kind: Any) -> Callable[[_Function], _Function]:
 )
 @click.option("--memory", type=int, metavar="MIB", help="Guest memory in MiB.  [default: 256]")
 @click.option("--vcpus", type=int, metavar="N", help="Virtual CPUs.  [default: 1]")
-@click.option(
-    "-e",
-    "--env",
-    "environment",
-    multiple=True,
-    callback=variables,
-    metavar="NAME[=VALUE]",
-    help="Add a variable to the image's environment; without a value, this program's own.",
-)
-@click.option("--workdir", "-w", metavar="DIR", help="Working directory in the guest.")
-@click.option("--user", "-u", metavar="USER", help="User name or id, with an optional :GROUP.")
+@options.environment
+@options.workdir
+@options.user
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
     help="Kill the command after this time, counted from its start; the exit code is then 124.",
 )
-@click.option(
-    "--engine",
-    type=click.Choice(get_args(EngineName)),
-    default="auto",
-    show_default=True,
-    help="What runs the VM.",
-)
-@click.option("--platform", metavar="OS/ARCH", help="Which variant of the image to take.")
-@click.option(
-    "--pull",
-    type=click.Choice([policy.value for policy in PullPolicy]),
-    default="missing",
-    show_default=True,
-    help="When to ask a registry.",
-)
+@options.engine
+@options.platform
+@options.pull
 @click.option("--cold", is_flag=True, help="Boot, instead of restoring a snapshot of the image.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr.")
 @click.option("--hostname", metavar="NAME", help="The guest's host name.")

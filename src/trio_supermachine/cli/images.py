@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import click
 import trio
@@ -19,9 +19,9 @@ from ..images.prune import KEPT_UNUSED, Removed, allocated_file, prune, remove
 from ..resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
 from ..snapshots import Metadata, open_snapshot, read_metadata, verify_snapshot
 from ..vm import Vm
+from . import options
 from .failures import printable
 from .meter import Meter
-from .options import variables
 
 _SHORT: Final = 12  # digits of a fingerprint or digest for people
 _STDERR: Final = 2
@@ -42,19 +42,11 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--vcpus", type=int, default=DEFAULT_VCPUS, show_default=True, metavar="N", help="Virtual CPUs."
 )
-@click.option(
-    "-e",
-    "--env",
-    "environment",
-    multiple=True,
-    callback=variables,
-    metavar="NAME[=VALUE]",
-    help="Add a variable to the image's environment; without a value, this program's own.",
-)
+@options.environment
 @click.option("--cmd", metavar="JSON", help='The command, as a JSON list: ["serve", "-v"].')
 @click.option("--entrypoint", metavar="JSON", help="The entrypoint, as a JSON list.")
-@click.option("-u", "--user", metavar="USER", help="User name or id, with an optional :GROUP.")
-@click.option("-w", "--workdir", metavar="DIR", help="Working directory in the guest.")
+@options.user
+@options.workdir
 @click.option(
     "--guest-port",
     type=int,
@@ -74,21 +66,9 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     metavar="SECONDS",
     help="How long to wait for the workload.  [default: 60]",
 )
-@click.option("--platform", metavar="OS/ARCH", help="Which variant of the image to take.")
-@click.option(
-    "--pull",
-    type=click.Choice([policy.value for policy in PullPolicy]),
-    default="missing",
-    show_default=True,
-    help="When to ask a registry.",
-)
-@click.option(
-    "--engine",
-    type=click.Choice(get_args(EngineName)),
-    default="auto",
-    show_default=True,
-    help="What runs the VM.",
-)
+@options.platform
+@options.pull
+@options.engine
 @click.option("--progress/--no-progress", default=True, help="Show progress on stderr.")
 @_as_json
 @click.argument("image")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import get_args
 
 import click
+
+from ..config import EngineName
+from ..images.image import PullPolicy
 
 
 def variables(
@@ -22,3 +26,33 @@ def variables(
         elif key in os.environ:
             found.append((key, os.environ[key]))
     return tuple(found)
+
+
+environment = click.option(
+    "-e",
+    "--env",
+    "environment",
+    multiple=True,
+    callback=variables,
+    metavar="NAME[=VALUE]",
+    help="Add a variable to the image's environment; without a value, this program's own.",
+)
+user = click.option(
+    "-u", "--user", metavar="USER", help="User name or id, with an optional :GROUP."
+)
+workdir = click.option("-w", "--workdir", metavar="DIR", help="Working directory in the guest.")
+engine = click.option(
+    "--engine",
+    type=click.Choice(get_args(EngineName)),
+    default="auto",
+    show_default=True,
+    help="What runs the VM.",
+)
+platform = click.option("--platform", metavar="OS/ARCH", help="Which variant of the image to take.")
+pull = click.option(
+    "--pull",
+    type=click.Choice([policy.value for policy in PullPolicy]),
+    default="missing",
+    show_default=True,
+    help="When to ask a registry.",
+)
