@@ -24,7 +24,7 @@ from ...devices.vsock.stream import VsockListener, VsockMux
 from ...errors import CaptureFailed, SnapshotInvalid, VmExited
 from ..base import Captured, ExitReason, Machine, MachineExit, Restore
 from ..console import ConsoleRing
-from .memory import Copying, GuestMemory, in_thread
+from .memory import Copying, GuestMemory
 from .process import REAP_TIMEOUT, EngineProcess
 from .qmp import QmpClient, QmpError, QmpProtocolError
 
@@ -107,11 +107,8 @@ class QemuMachine(Machine):
         if self._restore is None or self._running.is_set():
             await self._or_exited(self._qmp.execute, "cont")
             return
-        try:
-            # As long as the state is being loaded, QEMU remembers this.
+        with suppress(VmExited):  # as long as the state is being loaded, QEMU remembers this
             await self._or_exited(self._qmp.execute, "cont")
-        except VmExited:
-            pass
         await self._running.wait()
         if self._exit is not None:
             reason = f"QEMU cannot load it: {self._exit.detail}; make the snapshot again"
@@ -132,7 +129,7 @@ class QemuMachine(Machine):
                 copying = Copying(guest, memory_fd)
             else:
                 copying = Copying(guest, memory_fd, whole=True, restore=self._restore)
-            await in_thread(copying.prepare)
+            await trio.to_thread.run_sync(copying.prepare)
             async with at_rest:
                 standstill = await self._or_exited(self._capture_at_rest, state_fd, copying.finish)
         return Captured(runs=copying.runs, complete=copying.whole, standstill=standstill)
@@ -221,7 +218,7 @@ class QemuMachine(Machine):
         # Memory is complete first: devices look at their rings in it when they are loaded.
         if self._restore.patches:
             memory = await self._guest_memory()
-            await in_thread(memory.patch, self._restore.patches)
+            await trio.to_thread.run_sync(memory.patch, self._restore.patches)
         uri = {"uri": f"fd:{self._state_fd}"}
         await self._or_exited(self._qmp.execute, "migrate-incoming", uri)
 

@@ -144,7 +144,7 @@ class Copying:
         runs = await trio.to_thread.run_sync(self._guest.runs)
         async with open_flat_nursery() as nursery:
             for part in _parts(runs, len(os.sched_getaffinity(0))):
-                nursery.start_soon(in_thread, self._copy, part)
+                nursery.start_soon(trio.to_thread.run_sync, self._copy, part)
         self.runs = ((0, self._guest.pages),) if self.whole else runs
 
     def _copy(self, runs: tuple[Run, ...]) -> None:
@@ -179,11 +179,6 @@ def _copy_restored(restore: Restore, file: int) -> None:
             for first, count in patch.runs:
                 _copy_range(source, at, file, first * PAGE, count * PAGE)
                 at += count * PAGE
-
-
-async def in_thread(function: Callable[..., None], *arguments: object) -> None:
-    """Run one of the above in a worker thread; a cancellation ends it soon, and waits for it."""
-    await trio.to_thread.run_sync(function, *arguments)
 
 
 def _copy_range(source: int, offset: int, file: int, to: int, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ _TIMEOUT: Final = 20.0  # seconds; a cold start from a slow disk takes one or tw
 _REMEDY: Final = "apt-get install qemu-system-x86"
 
 _Identity = tuple[str, int, int, int, int]
-_versions: dict[_Identity, str] = {}
+_versions: dict[_Identity, tuple[int, int]] = {}
 _reports: dict[_Identity, EngineReport] = {}
 _frequencies: dict[_Identity, int] = {}
 
@@ -42,16 +43,13 @@ async def version(qemu: Path) -> str:
 
     :raises EngineUnavailable: it does not run.
     """
-    identity = _identity(qemu)
-    if identity not in _versions:
-        found = _version(await _output([qemu, "--version"]))
-        if found is None:
-            raise EngineUnavailable({"qemu": f"{qemu} does not run, or is not QEMU"})
-        _versions[identity] = f"{found[0]}.{found[1]}"
-    await trio.lowlevel.checkpoint()
-    return _versions[identity]
+    found = await _version(qemu)
+    if found is None:
+        raise EngineUnavailable({"qemu": f"{qemu} does not run, or is not QEMU"})
+    return f"{found[0]}.{found[1]}"
 
 
+@cache
 def host_cpu() -> str:
     """The name of this host's processor."""
     with open("/proc/cpuinfo", errors="replace") as lines:
@@ -77,7 +75,7 @@ async def tsc_khz(launcher: Path) -> int:
 
 
 async def _examine(qemu: Path) -> tuple[bool, str]:
-    version = _version(await _output([qemu, "--version"]))
+    version = await _version(qemu)
     if version is None:
         return False, f"{qemu} does not run, or is not QEMU"
     name = f"QEMU {version[0]}.{version[1]} ({qemu})"
@@ -89,9 +87,16 @@ async def _examine(qemu: Path) -> tuple[bool, str]:
     return True, f"{name}, emulation (TCG)"
 
 
-def _version(said: str | None) -> tuple[int, int] | None:
-    match = re.search(r"version (\d+)\.(\d+)", said or "")
-    return (int(match[1]), int(match[2])) if match else None
+async def _version(qemu: Path) -> tuple[int, int] | None:
+    identity = _identity(qemu)
+    if identity not in _versions:
+        said = await _output([qemu, "--version"])
+        match = re.search(r"version (\d+)\.(\d+)", said or "")
+        if match is None:
+            return None
+        _versions[identity] = int(match[1]), int(match[2])
+    await trio.lowlevel.checkpoint()
+    return _versions[identity]
 
 
 async def _output(command: list[Path | str]) -> str | None:
