@@ -408,7 +408,11 @@ async def open_exec(
     except (trio.BrokenResourceError, ConnectionRefusedError) as exc:
         raise await client.failure(exc, "an exec", setup=True) from exc
     connection = _Connection(client, frames, request)
-    nursery.start_soon(connection.run, name=f"exec {request.chain[0][0]!r}")
+    try:
+        nursery.start_soon(connection.run, name=f"exec {request.chain[0][0]!r}")
+    except RuntimeError as exc:  # closed: the VM's block was left while this was dialling
+        await trio.aclose_forcefully(frames.stream)
+        raise await client.failure(exc, "an exec", setup=True) from exc
     try:
         try:
             await connection.wait_started()
