@@ -1,0 +1,274 @@
+"""The device's side of a split virtqueue (virtio 1.2 §2.7), without I/O.
+
+All three parts of the queue lie in guest memory and the guest may write to them at any time.
+:meth:`Virtqueue.pop` reads each field once, checks it, and hands out a chain that is right by
+construction: devices never see a descriptor.
+
+The fields that driver and device share are accessed through casts of a memoryview, which are
+single loads and stores; in the order of the program, as x86 keeps it for all but a load after a
+store (:func:`_fence`).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Final, final
+
+import attrs
+
+from .memory import GuestMemory
+
+#: The largest queue of the split format.
+MAX_QUEUE_SIZE: Final = 32768
+#: Descriptors in an indirect table. More than the size of the queue are no mistake: Linux
+#: makes a table as long as the device's own limit of segments lets it.
+MAX_INDIRECT: Final = 1024
+#: The bytes of one chain (§2.7.5.2).
+MAX_CHAIN_BYTES: Final = 1 << 32
+
+DESC_F_NEXT: Final = 1
+DESC_F_WRITE: Final = 2
+DESC_F_INDIRECT: Final = 4
+AVAIL_F_NO_INTERRUPT: Final = 1
+USED_F_NO_NOTIFY: Final = 1
+
+# Those of a descriptor, as they lie in its second 64 bits: length (32), flags (16), next (16).
+_NEXT: Final = DESC_F_NEXT << 32
+_WRITE: Final = DESC_F_WRITE << 32
+_INDIRECT: Final = DESC_F_INDIRECT << 32
+
+# Both rings as 16-bit words begin with their flags and their index.
+_FLAGS: Final = 0
+_INDEX: Final = 1
+_RING: Final = 2
+
+
+class QueueFault(Exception):
+    """The driver broke the rules of the queue; only a reset of the device mends it."""
+
+
+@attrs.frozen
+class QueueState:
+    """Where a queue stands: free-running indices of 16 bits."""
+
+    next_available: int = 0
+    next_used: int = 0
+
+
+@final
+@attrs.define(eq=False)  # not frozen: that doubles the time it takes to make one
+class Chain:
+    """One buffer that the driver made available; every view is inside the guest's memory.
+
+    The contents are the guest's and may change under the device's hands: copy, then check.
+
+    :ivar head: what the driver knows it by.
+    :ivar readable: what the device may read, in order; none is empty.
+    :ivar writable: what the device may write, in order; none is empty.
+    """
+
+    head: int
+    readable: tuple[memoryview, ...]
+    writable: tuple[memoryview, ...]
+
+    @property
+    def readable_size(self) -> int:
+        """Bytes to read."""
+        return sum(map(len, self.readable))
+
+    @property
+    def writable_size(self) -> int:
+        """Bytes that can be written."""
+        return sum(map(len, self.writable))
+
+
+_lock: Final = threading.Lock()
+
+
+def _fence() -> None:
+    # What was stored above is seen before what is loaded below is read: a lock is taken with a
+    # locked instruction, a full barrier on x86.
+    with _lock:
+        pass
+
+
+@final
+class Virtqueue:
+    """One split virtqueue that the driver has set up.
+
+    At most ``size`` chains are out between :meth:`pop` and :meth:`push`.
+
+    :param size: entries; a power of 2, at most `MAX_QUEUE_SIZE`.
+    :param descriptors: guest-physical address of the descriptor table, a multiple of 16.
+    :param available: that of the available (driver) ring, a multiple of 2.
+    :param used: that of the used (device) ring, a multiple of 4.
+    :param event_index: VIRTIO_F_EVENT_IDX was negotiated.
+    :param indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
+    :param state: where an earlier object left off.
+    :raises QueueFault: the driver's size or addresses cannot be.
+    :raises GuestMemoryError: a part of the queue is not in guest memory.
+    """
+
+    __slots__ = (
+        "_available",
+        "_descriptors",
+        "_elements",
+        "_event_index",
+        "_in_doubt",
+        "_indirect",
+        "_next_available",
+        "_next_used",
+        "_reported",
+        "_size",
+        "_used",
+        "_view",
+    )
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        *,
+        size: int,
+        descriptors: int,
+        available: int,
+        used: int,
+        event_index: bool,
+        indirect: bool = True,
+        state: QueueState | None = None,
+    ) -> None:
+        if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
+            raise QueueFault(f"a queue of {size} entries")
+        if descriptors & 15 or available & 1 or used & 3:
+            raise QueueFault("the queue is not aligned")
+        self._view = memory.view
+        self._size = size
+        self._event_index = event_index
+        self._indirect = indirect
+        # 64-bit pairs: address; length, flags and next.
+        self._descriptors = memory.view(descriptors, 16 * size).cast("Q")
+        self._available = memory.view(available, 6 + 2 * size).cast("H")
+        used_ring = memory.view(used, 6 + 8 * size)
+        self._used = used_ring.cast("H")
+        # 32-bit pairs: head; bytes written.
+        self._elements = used_ring[4 : 4 + 8 * size].cast("I")
+        start = state or QueueState()
+        self._next_available = start.next_available
+        self._next_used = start.next_used
+        self._reported = start.next_used
+        # Whether the driver was told of everything before is not known.
+        self._in_doubt = state is not None
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return self._size
+
+    def save(self) -> QueueState:
+        """Where the queue stands; every chain that was popped has to be pushed before."""
+        return QueueState(self._next_available, self._next_used)
+
+    def pop(self) -> Chain | None:
+        """Take the next chain, or None if the driver has made none available.
+
+        :raises QueueFault: what the driver wrote is no chain; nothing was taken.
+        :raises GuestMemoryError: a descriptor points out of guest memory; nothing was taken.
+        """
+        next_available = self._next_available
+        size = self._size
+        index = self._available[_INDEX]
+        if index == next_available:
+            return None
+        if (index - next_available) & 0xFFFF > size:
+            raise QueueFault("more chains are available than the queue has entries")
+        if (next_available - self._next_used) & 0xFFFF >= size:
+            raise QueueFault("a chain was made available again before it was used")
+        head = self._available[_RING + (next_available & (size - 1))]
+
+        table: memoryview | list[int] = self._descriptors
+        entries = left = size
+        at = head
+        view = self._view
+        total = 0
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        while True:
+            if at >= entries:
+                raise QueueFault(f"descriptor {at} of {entries}")
+            if not left:
+                raise QueueFault("a chain with a loop")
+            left -= 1
+            address = table[2 * at]
+            rest = table[2 * at + 1]
+            length = rest & 0xFFFFFFFF
+            if rest & _INDIRECT:
+                if rest & _NEXT:
+                    raise QueueFault("an indirect descriptor with a next one")
+                if table is not self._descriptors or not self._indirect:
+                    raise QueueFault("an indirect descriptor where there must be none")
+                entries = left = length >> 4
+                if length & 15 or not 0 < entries <= MAX_INDIRECT:
+                    raise QueueFault(f"an indirect table of {length} bytes")
+                table = view(address, length).cast("Q").tolist()
+                at = 0
+                continue
+            if not length:
+                raise QueueFault("a descriptor of no bytes")
+            total += length
+            if rest & _WRITE:
+                writable.append(view(address, length))
+            elif writable:
+                raise QueueFault("a readable descriptor after a writable one")
+            else:
+                readable.append(view(address, length))
+            if not rest & _NEXT:
+                break
+            at = rest >> 48
+        if total > MAX_CHAIN_BYTES:
+            raise QueueFault(f"a chain of {total} bytes")
+        self._next_available = (next_available + 1) & 0xFFFF
+        return Chain(head, tuple(readable), tuple(writable))
+
+    def push(self, chain: Chain, written: int = 0) -> None:
+        """Give a chain back, once, after ``written`` bytes from the start of its writable part."""
+        next_used = self._next_used
+        at = 2 * (next_used & (self._size - 1))
+        self._elements[at] = chain.head
+        self._elements[at + 1] = written
+        self._next_used = next_used = (next_used + 1) & 0xFFFF
+        self._used[_INDEX] = next_used
+
+    def should_interrupt(self) -> bool:
+        """Whether the driver wants to be told of what was pushed since the last call (§2.7.7).
+
+        Right once at most 65535 chains were pushed since. The first call on a queue that goes on
+        from a state says True: whether the last interrupt of the earlier object reached the
+        driver is not known, and one too many does no harm.
+        """
+        reported, next_used = self._reported, self._next_used
+        self._reported = next_used
+        if self._in_doubt:
+            self._in_doubt = False
+            return True
+        pushed = (next_used - reported) & 0xFFFF
+        if not pushed:
+            return False
+        _fence()
+        if self._event_index:
+            used_event = self._available[_RING + self._size]
+            return (next_used - used_event - 1) & 0xFFFF < pushed
+        return not self._available[_FLAGS] & AVAIL_F_NO_INTERRUPT
+
+    def enable_kicks(self) -> bool:
+        """Ask the driver to notify of the next chain; True if there is one already (§2.7.10)."""
+        if self._event_index:
+            self._used[_RING + 4 * self._size] = self._next_available
+        else:
+            self._used[_FLAGS] = 0
+        _fence()
+        return self._available[_INDEX] != self._next_available
+
+    def disable_kicks(self) -> None:
+        """Tell the driver that notifications are of no use for now."""
+        # With the event index it notifies once as it passes the index that was asked for.
+        if not self._event_index:
+            self._used[_FLAGS] = USED_F_NO_NOTIFY
