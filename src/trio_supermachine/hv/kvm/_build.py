@@ -178,7 +178,13 @@ struct kvm_debugregs { uint64_t dr6, dr7; ...; };
 struct kvm_xsave { ...; };
 struct kvm_xcrs { uint32_t nr_xcrs; ...; };
 
-struct vcpu_io { uint8_t direction, size; uint16_t port; uint32_t count; uint64_t data_offset; ...; };
+struct vcpu_io {
+    uint8_t direction, size;
+    uint16_t port;
+    uint32_t count;
+    uint64_t data_offset;
+    ...;
+};
 struct vcpu_mmio { uint64_t phys_addr; uint8_t data[8]; uint32_t len; uint8_t is_write; ...; };
 struct vcpu_internal { uint32_t suberror, ndata; ...; };
 struct vcpu_system_event { uint32_t type; ...; };
@@ -277,7 +283,8 @@ static struct kvm_run *vcpu_map(int fd, size_t size)
 
 static void vcpu_unmap(struct kvm_run *run, size_t size) { munmap(run, size); }
 
-static void route_pin(struct kvm_irq_routing_entry *entry, uint32_t gsi, uint32_t chip, uint32_t pin)
+static void route_pin(
+    struct kvm_irq_routing_entry *entry, uint32_t gsi, uint32_t chip, uint32_t pin)
 {
     *entry = (struct kvm_irq_routing_entry){
         .gsi = gsi, .type = KVM_IRQ_ROUTING_IRQCHIP, .u.irqchip = {.irqchip = chip, .pin = pin}};
