@@ -24,7 +24,7 @@ from ...devices.vsock.stream import VsockListener, VsockMux
 from ...errors import CaptureFailed, SnapshotInvalid, VmExited
 from ..base import Captured, ExitReason, Machine, MachineExit, Restore
 from ..console import ConsoleRing
-from .memory import Copying, GuestMemory
+from ..memory import Copying, ProcessMemory
 from .process import REAP_TIMEOUT, EngineProcess
 from .qmp import QmpClient, QmpError, QmpProtocolError
 
@@ -71,7 +71,7 @@ class QemuMachine(Machine):
         self._memory_size = memory_size
         self._restore = restore
         self._state_fd = state_fd  # QEMU's
-        self._memory: GuestMemory | None = None
+        self._memory: ProcessMemory | None = None
         self._paused = False
         self._running = trio.Event()
         self._qmp = QmpClient(_stream(qmp), self._on_event)
@@ -164,14 +164,14 @@ class QemuMachine(Machine):
         except QmpError as exc:
             raise CaptureFailed(f"the machine's state was not saved: {exc.description}") from exc
 
-    async def _guest_memory(self) -> GuestMemory:
+    async def _guest_memory(self) -> ProcessMemory:
         if self._memory is None:
             command = {"command-line": "gpa2hva 0"}
             said = await self._or_exited(self._qmp.execute, "human-monitor-command", command)
             match = re.search(r" is (0x[0-9a-f]+)", str(said))
             if match is None:
                 raise CaptureFailed(f"QEMU does not say where the guest's memory is: {said!r:.200}")
-            self._memory = GuestMemory(
+            self._memory = ProcessMemory(
                 self.pid, int(match[1], 16), self._memory_size, restored=self._restore is not None
             )
         return self._memory

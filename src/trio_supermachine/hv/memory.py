@@ -1,11 +1,11 @@
-"""Guest memory from outside: pages read from and written into QEMU's address space.
+"""Guest memory as pages of the process that maps it: QEMU's, or this one.
 
 After a restore, guest memory is a private mapping of the snapshot's file: a page that the guest
 has changed is anonymous, and ``/proc/PID/pagemap`` tells which are. After a boot all of it is
 anonymous, and pages that were never touched are not there. So nothing has to log writes.
 
-Needs the right to trace the process, which a parent has of its child (unless Yama's
-``ptrace_scope`` is 2 or 3).
+Needs the right to trace the process, which it has of itself, and a parent has of its child
+(unless Yama's ``ptrace_scope`` is 2 or 3).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Final, final
 
 import trio
 
-from ..._nursery import open_flat_nursery
-from ...errors import CaptureFailed
-from ...snapshots.memory import PagePatch, data_runs
-from ...snapshots.pages import PAGE, Run, total
-from ..base import Restore
+from .._nursery import open_flat_nursery
+from ..errors import CaptureFailed
+from ..snapshots.memory import PagePatch, data_runs
+from ..snapshots.pages import PAGE, Run, total
+from .base import Restore
 
 _CHUNK: Final = 64 * 1024
 _ZERO: Final = bytes(_CHUNK)
@@ -48,7 +48,7 @@ _RUN: Final = re.compile(b"\1+")
 
 
 @final
-class GuestMemory:
+class ProcessMemory:
     """The memory of the machine that process ``pid`` runs.
 
     :param address: where it begins in that process.
@@ -73,7 +73,7 @@ class GuestMemory:
                 at = (self._address // PAGE + first) * _ENTRY
                 entries = os.pread(fd, count * _ENTRY, at)
                 if len(entries) != count * _ENTRY:
-                    raise CaptureFailed("the machine's memory is not where QEMU says it is")
+                    raise CaptureFailed("the machine's memory is not where it should be")
                 for match in _RUN.finditer(entries[_ENTRY - 1 :: _ENTRY].translate(self._wanted)):
                     found.append((first + match.start(), match.end() - match.start()))
         return tuple(found)
@@ -120,7 +120,12 @@ class Copying:
     """
 
     def __init__(
-        self, guest: GuestMemory, file: int, *, whole: bool = False, restore: Restore | None = None
+        self,
+        guest: ProcessMemory,
+        file: int,
+        *,
+        whole: bool = False,
+        restore: Restore | None = None,
     ) -> None:
         self._guest = guest
         self._file = file
