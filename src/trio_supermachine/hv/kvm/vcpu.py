@@ -1,0 +1,260 @@
+"""A vCPU's thread: it runs the guest, and answers its exits, until it is told to stand or stop.
+
+:meth:`VcpuThread.run` is the task that owns the thread. Pausing and stopping are free of races:
+``immediate_exit`` keeps KVM_RUN from running the guest from then on, and a signal interrupts one
+that already does. What was asked is looked at only when KVM_RUN says that it was interrupted, for
+by then the kernel has completed the port or memory access that the guest left for.
+
+The two buses are called in this thread. A handler that raises is a bug and ends the task.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+from collections.abc import Callable
+from typing import Final, Literal, final
+
+import attrs
+import trio
+
+from ..._nursery import open_flat_nursery
+from ._kvm import ffi, lib
+from .api import KvmVcpu
+
+_INTERRUPTED: Final = (-errno.EINTR, -errno.EAGAIN)
+_MASKS: Final = tuple((1 << 8 * size) - 1 for size in range(9))
+_REASONS: Final = {
+    lib.KVM_EXIT_IO: "port",
+    lib.KVM_EXIT_MMIO: "memory",
+    -errno.EINTR: "interrupted",
+    -errno.EAGAIN: "interrupted",
+}
+
+VcpuEnd = Literal["stopped", "shutdown", "reset", "halted", "failed"]
+
+
+@attrs.frozen
+class VcpuExit:
+    """Why a vCPU runs no more.
+
+    :ivar end: ``"stopped"`` by :meth:`VcpuThread.stop`; ``"reset"`` by a triple fault or as the
+        system's event; ``"shutdown"`` likewise; ``"halted"`` without an interrupt controller that
+        could wake it; ``"failed"``: KVM cannot run it.
+    :ivar detail: for people.
+    """
+
+    end: VcpuEnd
+    detail: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class ExitHandlers:
+    """What answers a guest's exits, each called in the thread of the vCPU.
+
+    Arguments are the port or the guest-physical address, the size in bytes (1, 2 or 4 for a port;
+    1 to 8 for memory, of any alignment), and the value, little-endian. Of what is returned the
+    lowest ``size`` bytes count. A repeated port instruction makes one call for each item.
+    """
+
+    port_in: Callable[[int, int], int]
+    port_out: Callable[[int, int, int], None]
+    mmio_read: Callable[[int, int], int]
+    mmio_write: Callable[[int, int, int], None]
+
+
+@final
+class VcpuThread:
+    """Runs one vCPU in a thread of its own, once.
+
+    :param standing: do not let it run before :meth:`resume`.
+    :raises OSError: the program uses all real-time signals itself, and one is needed here.
+    """
+
+    def __init__(self, vcpu: KvmVcpu, handlers: ExitHandlers, *, standing: bool = False) -> None:
+        self._vcpu = vcpu
+        self._handlers = handlers
+        self._signal = _kick_signal()
+        self._limiter = trio.CapacityLimiter(1)
+        self._exits: dict[int, int] = {}
+        # What is below is written with the lock held, by either side.
+        self._changed = threading.Condition()
+        self._wanted: Literal["run", "stand", "stop"] = "stand" if standing else "run"
+        self._thread: int | None = None
+        self._still = True
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._waiters: list[trio.Event] = []
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """How often KVM_RUN has returned, by reason."""
+        counts: dict[str, int] = {}
+        for reason, count in self._exits.copy().items():
+            name = _REASONS.get(reason, "end")
+            counts[name] = counts.get(name, 0) + count
+        return counts
+
+    async def run(self) -> VcpuExit:
+        """Run the guest in a thread until it ends or :meth:`stop` is called.
+
+        A cancellation stops the vCPU. However this ends, the thread is out of it by then, and the
+        vCPU may be closed.
+        """
+        self._token = trio.lowlevel.current_trio_token()
+        async with open_flat_nursery() as nursery:
+            nursery.start_soon(self._stop_when_cancelled)
+            result = await trio.to_thread.run_sync(self._serve, limiter=self._limiter)
+            nursery.cancel_scope.cancel()
+        return result
+
+    async def pause(self) -> None:
+        """Have the vCPU stand still; returns when it does.
+
+        Then its state is complete (no access of the guest is half done) and may be saved, from any
+        thread. Idempotent, and at once if it does not run. If cancelled, it stands still soon.
+        """
+        stands = trio.Event()
+        with self._changed:
+            if self._wanted == "run":
+                self._wanted = "stand"
+            if self._still:
+                stands.set()
+            else:
+                self._waiters.append(stands)
+                self._kick()
+        await stands.wait()
+
+    def resume(self) -> None:
+        """Let it run again. Idempotent; from any thread. Not while :meth:`pause` is waiting."""
+        with self._changed:
+            if self._wanted == "stand":
+                self._wanted = "run"
+                self._changed.notify()
+
+    def stop(self) -> None:
+        """Have :meth:`run` end. Idempotent; from any thread, a handler's too."""
+        with self._changed:
+            self._wanted = "stop"
+            self._changed.notify()
+            self._kick()
+
+    async def _stop_when_cancelled(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.stop()
+
+    def _kick(self) -> None:
+        if self._thread is not None and not self._still:
+            self._vcpu.run.immediate_exit = 1
+            signal.pthread_kill(self._thread, self._signal)
+
+    def _serve(self) -> VcpuExit:
+        # The host program may have blocked all signals in the thread that this one comes from.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {self._signal})
+        with self._changed:
+            self._thread = threading.get_ident()
+        try:
+            return self._loop()
+        finally:
+            with self._changed:
+                self._thread = None
+                self._stand()
+
+    def _loop(self) -> VcpuExit:
+        enter, exits = self._vcpu.enter, self._exits
+        port, memory = lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO
+        reason = -errno.EINTR  # what is wanted may have changed before the thread was there
+        while True:
+            if reason == port:
+                self._port()
+            elif reason == memory:
+                self._memory()
+            elif reason not in _INTERRUPTED:
+                return self._end(reason)
+            elif not self._go_on():
+                return VcpuExit("stopped")
+            reason = enter()
+            exits[reason] = exits.get(reason, 0) + 1
+
+    def _go_on(self) -> bool:
+        with self._changed:
+            while self._wanted == "stand":
+                self._stand()
+                self._changed.wait()
+            if self._wanted == "stop":
+                return False
+            # Whoever sets it has the lock, so that no request is forgotten here.
+            self._vcpu.run.immediate_exit = 0
+            self._still = False
+            return True
+
+    def _stand(self) -> None:
+        self._still = True
+        for stands in self._waiters:
+            assert self._token is not None
+            self._token.run_sync_soon(stands.set)
+        self._waiters.clear()
+
+    def _port(self) -> None:
+        io, shared = self._vcpu.io, self._vcpu.shared
+        port, size, start = io.port, io.size, io.data_offset
+        items = range(start, start + size * io.count, size)
+        if io.direction == lib.KVM_EXIT_IO_OUT:
+            port_out = self._handlers.port_out
+            for at in items:
+                port_out(port, size, int.from_bytes(shared[at : at + size], "little"))
+        else:
+            port_in, mask = self._handlers.port_in, _MASKS[size]
+            for at in items:
+                value = port_in(port, size) & mask
+                shared[at : at + size] = value.to_bytes(size, "little")
+
+    def _memory(self) -> None:
+        mmio = self._vcpu.mmio
+        size, data = mmio.len, mmio.data
+        if mmio.is_write:
+            value = int.from_bytes(ffi.buffer(data, size), "little")
+            self._handlers.mmio_write(mmio.phys_addr, size, value)
+        else:
+            value = self._handlers.mmio_read(mmio.phys_addr, size) & _MASKS[size]
+            ffi.buffer(data, size)[:] = value.to_bytes(size, "little")
+
+    def _end(self, reason: int) -> VcpuExit:
+        run = self._vcpu.run
+        if reason < 0:
+            name = errno.errorcode.get(-reason, str(-reason))
+            return VcpuExit("failed", f"KVM_RUN: {name}")
+        if reason == lib.KVM_EXIT_SHUTDOWN:
+            return VcpuExit("reset", "triple fault")
+        if reason == lib.KVM_EXIT_HLT:
+            return VcpuExit("halted", "HLT without an interrupt controller")
+        if reason == lib.KVM_EXIT_SYSTEM_EVENT:
+            return _system_event(lib.vcpu_system_event(run).type)
+        if reason == lib.KVM_EXIT_INTERNAL_ERROR:
+            return VcpuExit("failed", f"KVM's error {lib.vcpu_internal(run).suberror}")
+        if reason == lib.KVM_EXIT_FAIL_ENTRY:
+            why = lib.vcpu_entry_failure(run)
+            return VcpuExit("failed", f"the processor refused to enter the guest: {why:#x}")
+        return VcpuExit("failed", f"KVM_RUN: unknown exit {reason}")
+
+
+def _system_event(event: int) -> VcpuExit:
+    if event == lib.KVM_SYSTEM_EVENT_SHUTDOWN:
+        return VcpuExit("shutdown", "system event")
+    if event == lib.KVM_SYSTEM_EVENT_RESET:
+        return VcpuExit("reset", "system event")
+    return VcpuExit("failed", f"system event {event}")
+
+
+_installing: Final = threading.Lock()
+
+
+def _kick_signal() -> int:
+    """The real-time signal that interrupts KVM_RUN; its handler in C does nothing."""
+    with _installing:
+        number = lib.kick_install()
+    if number < 0:
+        raise OSError(-number, "no real-time signal is free to interrupt a vCPU with")
+    return number
