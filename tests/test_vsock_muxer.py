@@ -11,13 +11,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from trio_supermachine.devices.vsock import muxer
 from trio_supermachine.devices.vsock.connection import WINDOW, Connection, State
+from trio_supermachine.devices.vsock.framing import Framing
 from trio_supermachine.devices.vsock.muxer import MAX_CONNECTIONS, MAX_CONTROL, Mux
 from trio_supermachine.devices.vsock.packet import (
     Op,
     Packet,
     PacketDecoder,
     Shutdown,
-    VsockProtocolError,
 )
 
 PORT = 1028
@@ -71,7 +71,7 @@ class Pipes(RuleBasedStateMachine):
         self.muxes = [Mux(), Mux(local_cid=3, peer_cid=2, max_payload=32724)]
         self.listening = [mux.listen(PORT, 64) for mux in self.muxes]
         self.wires = [bytearray(), bytearray()]  # what each end has sent
-        self.decoders = [PacketDecoder(), PacketDecoder()]
+        self.framings = [Framing(mux) for mux in self.muxes]
         self.pairs: list[list[Connection]] = []
         self.dialing: list[tuple[int, Connection]] = []
         self.written: dict[Connection, bytearray] = {}
@@ -144,15 +144,15 @@ class Pipes(RuleBasedStateMachine):
     @rule(end=ends, budget=st.sampled_from([1, 50_000, 1_000_000]))
     def pack(self, end: int, budget: int) -> None:
         if len(self.wires[end]) < 2_000_000:
-            self.wires[end] += b"".join(self.muxes[end].pull(budget))
+            self.wires[end] += b"".join(self.framings[end].pull(budget))
             self.muxes[end].drained.clear()
 
     @rule(end=ends, size=st.sampled_from([1, 43, 44, 5000, 70_000, 1_000_000]))
     def carry(self, end: int, size: int) -> None:
         wire = self.wires[1 - end]
         piece, wire[:size] = bytes(wire[:size]), b""
-        for packet in self.decoders[end].feed(piece):
-            self.muxes[end].receive(packet)
+        for _ in self.framings[end].receive(piece):
+            pass
         backlog = self.listening[end].backlog
         while backlog:
             connection = backlog.popleft()
@@ -213,13 +213,14 @@ def test_senders_take_turns(host: Mux) -> None:
     assert [p.dst_port for p in packets(host)] == [9, 10, 9, 9, 9]
 
 
-def test_a_packet_never_changes_after_it_was_made(host: Mux) -> None:
+def test_a_payload_is_no_larger_than_the_room_that_there_is(host: Mux) -> None:
     connection = accepted(host)
-    data = bytearray(b"before")
-    host.offer(connection, memoryview(data))
-    buffers = host.pull(1000)
-    data[:] = b"after!"
-    assert bytes(buffers[1]) == b"before"
+    host.offer(connection, memoryview(b"0123456789"))
+    pulled = []
+    while host.has_output:
+        pulled.append(bytes(host.pull(4)[1]))
+    assert pulled == [b"0123", b"4567", b"89"]
+    assert host.drained == [connection]
 
 
 def test_data_waits_for_credit_and_goes_on_with_it(host: Mux) -> None:
@@ -314,10 +315,51 @@ def test_counters_wrap_on_the_wire_only() -> None:
     assert here.state is there.state is State.OPEN
 
 
-@pytest.mark.parametrize(("src", "dst"), [(4, 2), (3, 1), (2, 3)])
-def test_other_cids_end_the_carrier(host: Mux, src: int, dst: int) -> None:
-    with pytest.raises(VsockProtocolError, match="CID"):
-        host.receive(Packet(src, dst, 9, PORT, Op.REQUEST))
+@pytest.mark.parametrize(("src", "dst"), [(4, 2), (3, 1), (2, 3), (2**64 - 1, 2**64 - 1)])
+def test_packets_of_other_cids_are_reset_and_change_nothing(host: Mux, src: int, dst: int) -> None:
+    connection = accepted(host)
+    for op in (Op.REQUEST, Op.RST, Op.RW):
+        assert host.receive(Packet(src, dst, 9, PORT, op)) is None
+    assert connection.state is State.OPEN
+    (reset,) = packets(host)
+    assert reset == Packet(dst, 3, PORT, 9, Op.RST, payload=reset.payload)
+
+
+def test_what_is_no_packet_of_a_stream_costs_the_connection_it_names(host: Mux) -> None:
+    other, connection = accepted(host, 10), accepted(host, 9)
+    assert host.refuse(3, 2, 9, PORT) is connection
+    assert host.refuse(3, 2, 11, PORT) is None
+    assert host.refuse(4, 2, 10, PORT) is None
+    assert [(p.op, p.dst_port) for p in packets(host)] == [
+        (Op.RST, 11),
+        (Op.RST, 10),
+        (Op.RST, 9),
+    ]
+    assert connection.state is State.GONE
+    assert other.state is State.OPEN
+
+
+def test_a_peer_that_begins_anew_leaves_listeners_and_dials_it_has_not_heard_of(host: Mux) -> None:
+    open_ = accepted(host)
+    told = host.dial(7)
+    packets(host)
+    untold = host.dial(7)
+    host.receive(from_guest(Op.RW, to=77))
+    assert set(host.forget_peer()) == {told, open_}
+    assert told.state is open_.state is State.GONE
+    assert not host._listening[PORT].backlog
+    assert ops(packets(host)) == [Op.REQUEST]
+    assert untold.state is State.DIALING
+    accepted(host)
+
+
+def test_ports_go_on_where_another_muxer_left_off() -> None:
+    first, second = Mux(), Mux()
+    used = [first.dial(7).local_port for _ in range(3)]
+    second.next_port = first.next_port
+    assert second.dial(7).local_port not in used
+    with pytest.raises(ValueError, match="80"):
+        second.next_port = 80
 
 
 def test_stray_packets_are_reset_and_stray_resets_are_not(host: Mux) -> None:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from trio_supermachine.devices.vsock.carrier import SocketCarrier
 from trio_supermachine.devices.vsock.connection import Connection
+from trio_supermachine.devices.vsock.framing import Framing
 from trio_supermachine.devices.vsock.muxer import Mux
 from trio_supermachine.devices.vsock.packet import (
     HEADER_SIZE,
@@ -32,11 +33,16 @@ class Silence(RuleBasedStateMachine):
         super().__init__()
         self.host = Mux()
         self.host.listen(1029, 64)
+        self.framing = Framing(self.host)
         self.guest_is_quiet = False
         self.to_guest: list[Packet] = []
         self.dialed: list[Connection] = []
         self.wanted = False
         self.next_port = 1
+
+    def say(self, packet: Packet) -> None:
+        for _ in self.framing.receive(packet.encode()):
+            pass
 
     @rule()
     def dial(self) -> None:
@@ -45,25 +51,25 @@ class Silence(RuleBasedStateMachine):
     @rule()
     def guest_dials(self) -> None:
         if not self.guest_is_quiet:
-            self.host.receive(Packet(3, 2, self.next_port, 1029, Op.REQUEST, buf_alloc=1000))
+            self.say(Packet(3, 2, self.next_port, 1029, Op.REQUEST, buf_alloc=1000))
             self.next_port += 1
 
     @precondition(lambda self: not self.wanted)
     @rule()
     def freeze(self) -> None:
-        self.host.freeze()
+        self.framing.freeze()
         self.wanted = True
 
     @precondition(lambda self: self.wanted)
     @rule()
     def thaw(self) -> None:
-        self.host.thaw()
+        self.framing.thaw()
         self.wanted = False
 
     @rule(size=st.sampled_from([1, 1 << 20]))
     def send(self, size: int) -> None:
-        if self.host.has_output:
-            data = b"".join(bytes(part) for part in self.host.pull(size))
+        if self.framing.has_output:
+            data = b"".join(bytes(part) for part in self.framing.pull(size))
             self.to_guest += PacketDecoder().feed(data)
 
     @precondition(lambda self: self.to_guest)
@@ -76,17 +82,17 @@ class Silence(RuleBasedStateMachine):
         elif packet.op is Op.FREEZE:
             assert not self.to_guest, "the host spoke before the guest was silent"
             self.guest_is_quiet = True
-            self.host.receive(Packet(3, 2, 0, 0, Op.FROZEN))
+            self.say(Packet(3, 2, 0, 0, Op.FROZEN))
         else:
             assert packet.op not in CARRIER_OPS
             if packet.op is Op.REQUEST:
                 answer = Packet(3, 2, packet.dst_port, packet.src_port, Op.RESPONSE, buf_alloc=9)
-                self.host.receive(answer)
+                self.say(answer)
 
     def teardown(self) -> None:
         if self.wanted:
-            self.host.thaw()
-        while self.host.has_output or self.to_guest:
+            self.framing.thaw()
+        while self.framing.has_output or self.to_guest:
             self.wanted = False
             self.send(1 << 20)
             while self.to_guest:
@@ -101,16 +107,17 @@ TestSilence = Silence.TestCase
 @pytest.mark.parametrize("op", sorted(CARRIER_OPS))
 def test_what_no_guest_says_ends_the_carrier(op: Op) -> None:
     with pytest.raises(VsockProtocolError, match=op.name):
-        Mux().receive(Packet(3, 2, 0, 0, op))
+        list(Framing(Mux()).receive(Packet(3, 2, 0, 0, op).encode()))
 
 
 def test_being_silent_is_confirmed_once() -> None:
-    host = Mux()
-    host.freeze()
-    host.receive(Packet(3, 2, 0, 0, Op.FROZEN))
-    assert host.still
+    framing = Framing(Mux())
+    framing.freeze()
+    confirmed = Packet(3, 2, 0, 0, Op.FROZEN).encode()
+    assert list(framing.receive(confirmed)) == [None]
+    assert framing.still
     with pytest.raises(VsockProtocolError, match="FROZEN"):
-        host.receive(Packet(3, 2, 0, 0, Op.FROZEN))
+        list(framing.receive(confirmed))
 
 
 async def receive(peer: trio.SocketStream) -> Op:

@@ -67,8 +67,8 @@ async def test_closed_pairs_leave_nothing_behind(ends: Ends) -> None:
         await two.aclose()
     await trio.testing.wait_all_tasks_blocked()
     for mux in (ends.host, ends.guest):
-        assert not mux._core._connections
-        assert not mux._core._closing
+        assert not mux.core._connections
+        assert not mux.core._closing
         assert not mux._streams
 
 
@@ -226,6 +226,17 @@ async def test_a_cancelled_send_has_sent_a_prefix_and_the_stream_goes_on(ends: E
     assert len(prefix) >= WINDOW
 
 
+async def test_what_waits_for_the_carrier_does_not_change_with_its_senders_buffer(
+    ends: Ends,
+) -> None:
+    one, two = await ends.connect()
+    data = bytearray(WINDOW)  # more than a socket takes at once
+    await one.send_all(data)
+    data[:] = b"\xff" * WINDOW
+    await one.send_eof()
+    assert await read_all(two) == bytes(WINDOW)
+
+
 async def test_a_cancelled_dial_leaves_no_connection(ends: Ends) -> None:
     with trio.CancelScope() as scope:
         scope.cancel()
@@ -235,8 +246,8 @@ async def test_a_cancelled_dial_leaves_no_connection(ends: Ends) -> None:
         await _turn()
         nursery.cancel_scope.cancel()
     await trio.testing.wait_all_tasks_blocked()
-    assert not ends.host._core._connections
-    assert not ends.guest._core._connections
+    assert not ends.host.core._connections
+    assert not ends.guest.core._connections
     one, two = await ends.connect()
     await one.send_all(b"x")
     assert await two.receive_some() == b"x"

@@ -1,54 +1,91 @@
-"""What carries vsock packets as bytes between this program and a machine."""
+"""What carries vsock packets between this program and a machine."""
 
 from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Final, final
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Final, Protocol, final
 
 import trio
 
+from .connection import Connection
+from .framing import Framing
+from .muxer import Mux
+from .packet import VsockProtocolError
+from .parking import Parking
+
 _READ_SIZE: Final = 256 * 1024
+#: How much is handed to the socket in one go, in bytes; also the bound of what waits for it.
+_BATCH: Final = 128 * 1024
+#: Packets handled before other tasks get a turn.
+_TURN: Final = 64
+
+
+class Packets(Protocol):
+    """What a carrier sees of the muxer above it: packets in and out of ``core``, and this."""
+
+    @property
+    def core(self) -> Mux:
+        """The connections; a carrier calls its ``receive``, ``refuse`` and ``pull``."""
+
+    def touched(self, connection: Connection) -> None:
+        """A packet may have changed the connection's state: wake whom it concerns."""
+
+    def pulled(self) -> None:
+        """Packets have left: wake those whose data has gone."""
+
+    def end(self, reason: str) -> None:
+        """The carrier has ended; every stream breaks. Plain and idempotent."""
+
+    def check_alive(self) -> None:
+        """Raise what a dial would, if the carrier has ended."""
 
 
 class Carrier(ABC):
-    """A two-way stream of bytes with one reader and one writer.
-
-    Sending never waits, so that a packet can leave in the very call that makes it; a carrier
-    that is full says so, and :meth:`wait_writable` tells when to try again.
-    """
+    """Moves the packets of one muxer, for as long as :meth:`serve` runs."""
 
     @abstractmethod
-    def send_nowait(self, buffers: Sequence[bytes | memoryview]) -> int:
-        """Send as much as goes at once; gives the number of bytes, 0 if the carrier is full.
+    def attach(self, mux: Packets) -> None:
+        """Carry for ``mux``: called once, first."""
 
-        :raises OSError: the carrier has ended.
+    @abstractmethod
+    def flush(self) -> None:
+        """Packets may have become ready: send what goes at once, and the rest as it goes.
+
+        Plain, so that a packet can leave in the very call that makes it; does nothing where
+        that cannot be now.
         """
 
     @abstractmethod
-    async def wait_writable(self) -> None:
-        """Wait until sending may work again.
+    async def serve(self) -> None:
+        """Move packets until the carrier ends or this is cancelled. Called once.
 
-        :raises trio.ClosedResourceError: it is closed.
+        :raises VsockProtocolError: the peer sent nonsense.
         """
 
     @abstractmethod
-    async def receive(self) -> memoryview:
-        """Wait for bytes; empty at the end. The view is good until the next call.
+    def quiet(self) -> AbstractAsyncContextManager[None]:
+        """A block in which no packet moves, nor part of one, in either direction.
 
-        :raises OSError: the carrier has broken.
-        :raises trio.ClosedResourceError: it is closed.
+        Entered when that is so; streams only wait meanwhile. For one task.
+
+        :raises trio.BrokenResourceError: the carrier has ended.
         """
+
+    @abstractmethod
+    def reset_peer(self) -> None:
+        """Tell a peer that was restored that its connections are gone. Before :meth:`serve`."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the carrier. Plain and idempotent; whoever waits for it gets an exception."""
+        """End the carrier. Plain and idempotent."""
 
 
 @final
 class SocketCarrier(Carrier):
-    """A connected stream socket as the carrier, such as one end of a socket pair.
+    """Packets back to back on a connected stream socket, such as a virtio-serial port's.
 
     Takes the socket over: the object passed in must not be used any more.
     """
@@ -61,23 +98,111 @@ class SocketCarrier(Carrier):
         inner.setblocking(False)
         self._socket = inner
         self._buffer = memoryview(bytearray(_READ_SIZE))
+        self._unsent: list[bytes | memoryview] = []
+        self._writer = Parking()
+        self._reader = Parking()
+        self._stillness = Parking()
 
-    def send_nowait(self, buffers: Sequence[bytes | memoryview]) -> int:
+    def attach(self, mux: Packets) -> None:
+        self._mux = mux
+        self._framing = Framing(mux.core)
+
+    def reset_peer(self) -> None:
+        self._framing.reset_peer()
+
+    @asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        self._mux.check_alive()
+        self._framing.freeze()
+        self.flush()
         try:
-            return self._socket.sendmsg(buffers)
-        except BlockingIOError:
-            return 0
+            while not self._framing.still:
+                await self._stillness.park()
+                self._mux.check_alive()
+            yield
+        finally:
+            self._framing.thaw()
+            self.flush()
 
-    async def wait_writable(self) -> None:
-        await trio.lowlevel.wait_writable(self._open_fd())
+    async def serve(self) -> None:
+        fault: VsockProtocolError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write_loop)
+            try:
+                await self._read_loop()
+            except VsockProtocolError as exc:
+                fault = exc
+            except (OSError, trio.ClosedResourceError) as exc:
+                self._broke(exc)
+            nursery.cancel_scope.cancel()
+        if fault is not None:
+            raise fault
 
-    async def receive(self) -> memoryview:
+    async def _read_loop(self) -> None:
+        mux = self._mux
+        core = mux.core
+        while True:
+            data = await self._receive()
+            if not data:
+                return
+            for count, connection in enumerate(self._framing.receive(data), 1):
+                if connection is not None:
+                    mux.touched(connection)
+                elif self._framing.still:
+                    self._stillness.wake()
+                if count % _TURN == 0:
+                    self.flush()
+                    while core.congested:
+                        await self._reader.park()
+                    await trio.lowlevel.checkpoint()
+            if self._framing.has_output:
+                self.flush()
+
+    async def _receive(self) -> memoryview:
+        """Bytes, good until the next call; empty at the end."""
         while True:
             await trio.lowlevel.wait_readable(self._open_fd())
             try:
                 return self._buffer[: self._socket.recv_into(self._buffer)]
             except BlockingIOError:
                 pass
+
+    def flush(self) -> None:
+        while self._framing.has_output and not self._unsent and self._socket.fileno() >= 0:
+            self._unsent = self._framing.pull(_BATCH)
+            self._send_unsent()
+            # What waits for the socket must not change when its user gets control again.
+            self._unsent = [_owned(buffer) for buffer in self._unsent]
+            self._mux.pulled()
+        if self._unsent:
+            self._writer.wake()
+        if not self._mux.core.congested:
+            self._reader.wake()
+
+    def _send_unsent(self) -> None:
+        buffers = self._unsent
+        try:
+            while buffers:
+                _consume(buffers, self._socket.sendmsg(buffers))
+        except BlockingIOError:
+            pass
+        except OSError as exc:
+            self._broke(exc)
+
+    async def _write_loop(self) -> None:
+        try:
+            while True:
+                if self._unsent:
+                    await trio.lowlevel.wait_writable(self._open_fd())
+                    self._send_unsent()
+                    self.flush()
+                else:
+                    await self._writer.park()
+        except (OSError, trio.ClosedResourceError) as exc:
+            self._broke(exc)
+
+    def _broke(self, exc: Exception) -> None:
+        self._mux.end(f"the machine's channel broke: {exc}")
 
     def _open_fd(self) -> int:
         fd = self._socket.fileno()
@@ -89,3 +214,23 @@ class SocketCarrier(Carrier):
         if self._socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self._socket.fileno())
             self._socket.close()
+        self._unsent.clear()
+        self._stillness.wake()
+
+
+def _owned(buffer: bytes | memoryview) -> bytes | memoryview:
+    if isinstance(buffer, bytes) or isinstance(buffer.obj, bytes):
+        return buffer
+    return bytes(buffer)
+
+
+def _consume(buffers: list[bytes | memoryview], size: int) -> None:
+    """Take ``size`` bytes off the front."""
+    for index, buffer in enumerate(buffers):
+        if size < len(buffer):
+            del buffers[:index]
+            if size:
+                buffers[0] = memoryview(buffer)[size:]
+            return
+        size -= len(buffer)
+    buffers.clear()

@@ -1,15 +1,14 @@
 """Many connections over one carrier of packets, without I/O: packets in, packets out.
 
 Roles are symmetric, so two muxers back to back make a pair. The peer is not trusted: what it
-can make this side remember is bounded, and what it does wrong costs it one connection, or the
-carrier (:exc:`VsockProtocolError`) if packets cannot be told apart any more.
+can make this side remember is bounded, and what it does wrong costs it one connection. What
+carries the packets, and what else is said there, is not known here.
 """
 
 from __future__ import annotations
 
 import errno
 from collections import deque
-from enum import Enum
 from typing import Final
 
 import attrs
@@ -22,7 +21,6 @@ from .packet import (
     Op,
     Packet,
     Shutdown,
-    VsockProtocolError,
     pack_header,
 )
 
@@ -42,9 +40,16 @@ _CREDIT: Final = 4
 _NO_RECEIVE: Final = 8
 _NO_SEND: Final = 16
 _RST: Final = 32
+_SHUTDOWN: Final = _NO_RECEIVE | _NO_SEND
 
-#: Buffers in one gathered write: Linux takes 1024.
-_MAX_BUFFERS: Final = 512
+_OPS: Final = {
+    _REQUEST: Op.REQUEST,
+    _RESPONSE: Op.RESPONSE,
+    _CREDIT: Op.CREDIT_UPDATE,
+    _NO_RECEIVE: Op.SHUTDOWN,
+    _NO_SEND: Op.SHUTDOWN,
+    _RST: Op.RST,
+}
 
 
 @attrs.define(eq=False)
@@ -54,12 +59,6 @@ class Listening:
     port: int
     limit: int
     backlog: deque[Connection] = attrs.Factory(deque)
-
-
-class _Voice(Enum):
-    TALKING = "talking"
-    FREEZING = "freezing"  # silent, and the peer may still have something to say
-    STILL = "still"
 
 
 class Mux:
@@ -84,11 +83,8 @@ class Mux:
         self._listening: dict[int, Listening] = {}
         self._senders: deque[Connection] = deque()
         self._control: deque[Connection] = deque()
-        self._stray: dict[tuple[int, int], None] = {}
+        self._stray: dict[tuple[int, int, int], None] = {}  # local CID, local port, peer's port
         self._closing: dict[Connection, None] = {}
-        self._carrier_ops: list[Op] = []
-        self._voice = _Voice.TALKING
-        self._stillness_wanted = False
         self._next_port = _FIRST_EPHEMERAL
 
     # --- what the local user does ---
@@ -120,11 +116,7 @@ class Mux:
             self.abort(listening.backlog.popleft())
 
     def offer(self, connection: Connection, data: memoryview) -> None:
-        """Send ``data`` as credit and the other senders allow.
-
-        What is not ``bytes`` is copied as it is packed: a packet may have to wait for the
-        carrier when the user is free to change the data again.
-        """
+        """Send ``data`` as credit and the other senders allow."""
         connection.pending = data
         self._enqueue(connection)
 
@@ -172,37 +164,35 @@ class Mux:
             self._forget(connection)
         connection.drop()
 
-    def freeze(self) -> None:
-        """Send nothing, and ask the peer to send nothing, from here to :meth:`thaw`."""
-        self._stillness_wanted = True
-        if self._voice is _Voice.TALKING:
-            self._voice = _Voice.FREEZING
-            self._carrier_ops.append(Op.FREEZE)
-
     @property
-    def still(self) -> bool:
-        """Whether nothing is under way in either direction."""
-        return self._voice is _Voice.STILL
+    def next_port(self) -> int:
+        """The local port that the next dial tries first."""
+        return self._next_port
 
-    def thaw(self) -> None:
-        """Go on, both: at once, or when the peer has come to rest as it was asked to."""
-        self._stillness_wanted = False
-        if self._voice is _Voice.STILL:
-            self._voice = _Voice.TALKING
-            self._carrier_ops.append(Op.THAW)
+    @next_port.setter
+    def next_port(self, port: int) -> None:
+        if not _FIRST_EPHEMERAL <= port <= _LAST_EPHEMERAL:
+            raise ValueError(f"{port} is not an ephemeral vsock port")
+        self._next_port = port
 
-    def reset_peer(self) -> None:
-        """Tell a peer that was restored that its connections are gone. The first thing to do."""
-        self._carrier_ops.append(Op.RESET)
+    def forget_peer(self) -> list[Connection]:
+        """The peer has begun anew: its connections are gone, as if reset, and nothing is owed it.
+
+        Dials that it has not heard of stay, and what is listened on. Gives the connections.
+        """
+        self._stray.clear()
+        gone = [c for c in self._connections.values() if not c.due & _REQUEST]
+        for connection in gone:
+            self._receive_reset(connection)
+        return gone
 
     def shut(self) -> None:
-        """The carrier has ended: no connection is left."""
+        """Nothing carries packets any more: no connection is left."""
         for connection in list(self._connections.values()):
             self._forget(connection)
         self._senders.clear()
         self._control.clear()
         self._stray.clear()
-        self._carrier_ops.clear()
 
     # --- what the peer does ---
 
@@ -210,22 +200,13 @@ class Mux:
         """Act on a packet; gives the connection whose state may have changed.
 
         A new one is in its port's :attr:`Listening.backlog`.
-
-        :raises VsockProtocolError: the packet is not for this pair of machines.
         """
-        if packet.src_cid != self.peer_cid or packet.dst_cid != self.local_cid:
-            raise VsockProtocolError(
-                f"a vsock packet from CID {packet.src_cid} to CID {packet.dst_cid}"
-            )
-        op = packet.op
-        if op >= Op.FREEZE:
-            if op is not Op.FROZEN or self._voice is not _Voice.FREEZING:
-                raise VsockProtocolError(f"an unexpected {op.name} on the carrier")
-            self._voice = _Voice.STILL
-            if not self._stillness_wanted:
-                self.thaw()
+        src_cid, dst_cid, src_port, dst_port, op, flags, window, forwarded, payload = packet
+        connection = self._connections.get((dst_port, src_port))
+        if src_cid != self.peer_cid or dst_cid != self.local_cid:
+            if op is not Op.RST:
+                self._stray[dst_cid, dst_port, src_port] = None
             return None
-        connection = self._connections.get((packet.dst_port, packet.src_port))
         if connection is None:
             return self._receive_unknown(packet)
         try:
@@ -238,11 +219,11 @@ class Mux:
                 connection.state = State.OPEN
             elif op is Op.RESPONSE or op is Op.REQUEST:
                 raise PeerFault("a handshake on an open connection")
-            connection.learn_credit(packet.buf_alloc, packet.fwd_cnt)
+            connection.learn_credit(window, forwarded)
             if op is Op.RW:
-                connection.take_in(packet.payload)
+                connection.take_in(payload)
             elif op is Op.SHUTDOWN:
-                self._receive_shutdown(connection, packet.flags)
+                self._receive_shutdown(connection, flags)
             elif op is Op.CREDIT_REQUEST:
                 self._owe(connection, _CREDIT)
         except PeerFault:
@@ -250,6 +231,18 @@ class Mux:
             return connection
         if connection.pending is not None:
             self._enqueue(connection)
+        return connection
+
+    def refuse(self, src_cid: int, dst_cid: int, src_port: int, dst_port: int) -> Connection | None:
+        """Answer by RST what has these addresses and is no packet of a stream.
+
+        Gives the connection that it costs, if there is one.
+        """
+        connection = self._connections.get((dst_port, src_port))
+        if src_cid != self.peer_cid or dst_cid != self.local_cid or connection is None:
+            self._stray[dst_cid, dst_port, src_port] = None
+            return None
+        self._reset(connection)
         return connection
 
     def _receive_unknown(self, packet: Packet) -> Connection | None:
@@ -261,7 +254,7 @@ class Mux:
             or len(listening.backlog) >= listening.limit
             or len(self._connections) >= MAX_CONNECTIONS
         ):
-            self._stray[packet.dst_port, packet.src_port] = None
+            self._stray[self.local_cid, packet.dst_port, packet.src_port] = None
             return None
         connection = Connection(packet.dst_port, packet.src_port, State.OPEN)
         connection.learn_credit(packet.buf_alloc, 0)
@@ -310,97 +303,84 @@ class Mux:
 
     @property
     def has_output(self) -> bool:
-        """Whether :meth:`pull` would give anything."""
-        if self._carrier_ops:
+        """Whether :meth:`pull` would give a packet."""
+        if self._stray:
             return True
-        return self._voice is _Voice.TALKING and bool(self._control or self._senders or self._stray)
-
-    def pull(self, max_bytes: int) -> list[bytes | memoryview]:
-        """The next packets as buffers, header and payload in turn: control first, then data.
-
-        Senders take turns, a packet each. Stops after the packet that reaches ``max_bytes``.
-        """
-        buffers: list[bytes | memoryview] = []
-        for op in self._carrier_ops:
-            buffers.append(self._header(0, 0, 0, op, 0, 0, 0))
-        self._carrier_ops.clear()
-        if self._voice is not _Voice.TALKING:
-            return buffers
-        while self._stray and len(buffers) < _MAX_BUFFERS:
-            local, peer = key = next(iter(self._stray))
-            del self._stray[key]
-            buffers.append(self._header(local, peer, 0, Op.RST, 0, 0, 0))
-        while self._control and len(buffers) < _MAX_BUFFERS:
-            self._pull_control(self._control.popleft(), buffers)
-        size = 0
+        control = self._control
+        while control:
+            if control[0].due:
+                return True
+            control.popleft()
         senders = self._senders
-        while senders and size < max_bytes and len(buffers) < _MAX_BUFFERS:
-            connection = senders.popleft()
-            pending = connection.pending
-            take = min(connection.credit, self.max_payload)
-            if pending is None or not take or connection.state is not State.OPEN:
-                connection.queued = False
-                continue
-            if take < len(pending):
-                payload = pending[:take]
-                connection.pending = pending[take:]
-                senders.append(connection)
-            else:
-                payload = pending
-                take = len(payload)
-                connection.pending = None
-                connection.queued = False
-                self.drained.append(connection)
-            if not isinstance(payload.obj, bytes):
-                payload = memoryview(bytes(payload))
-            connection.spend(take)
-            buffers.append(
-                self._header(
-                    connection.local_port,
-                    connection.peer_port,
-                    take,
-                    Op.RW,
-                    0,
-                    WINDOW,
-                    connection.announce(),
-                )
-            )
-            buffers.append(payload)
-            size += take
-        return buffers
+        while senders:
+            connection = senders[0]
+            if (
+                connection.pending is not None
+                and connection.state is State.OPEN
+                and connection.credit
+            ):
+                return True
+            connection.queued = False
+            senders.popleft()
+        return False
 
-    def _pull_control(self, connection: Connection, buffers: list[bytes | memoryview]) -> None:
+    def pull(self, room: int) -> tuple[bytes, memoryview | bytes]:
+        """The next packet, header and payload; only if :attr:`has_output`.
+
+        Control first, then data of at most ``room`` bytes (1 at least); senders take turns, a
+        packet each. The payload is a view of what the user offered, who is free to change it
+        once this side gives up control: send it or copy it at once.
+        """
+        if self._stray:
+            cid, local, peer = key = next(iter(self._stray))
+            del self._stray[key]
+            return pack_header(cid, self.peer_cid, local, peer, 0, Op.RST, 0, 0, 0), b""
+        if self._control:
+            return self._pull_control(), b""
+        senders = self._senders
+        connection = senders.popleft()
+        pending = connection.pending
+        assert pending is not None
+        payload = pending
+        take = min(room, self.max_payload, connection.credit)
+        if take < len(pending):
+            payload = pending[:take]
+            connection.pending = pending[take:]
+            senders.append(connection)
+        else:
+            take = len(pending)
+            connection.pending = None
+            connection.queued = False
+            self.drained.append(connection)
+        connection.spend(take)
+        return self._header(connection, take, Op.RW, 0), payload
+
+    def _pull_control(self) -> bytes:
+        """The header of the first packet that the first connection owes."""
+        connection = self._control[0]
         due = connection.due
-        connection.due = 0
-        packets: list[tuple[Op, int]] = []
-        if due & _REQUEST:
-            packets.append((Op.REQUEST, 0))
-        if due & _RESPONSE:
-            packets.append((Op.RESPONSE, 0))
-        if due & _CREDIT:
-            packets.append((Op.CREDIT_UPDATE, 0))
-        if due & (_NO_RECEIVE | _NO_SEND):
-            packets.append((Op.SHUTDOWN, due // _NO_RECEIVE & Shutdown.BOTH))
-        if due & _RST:
-            packets.append((Op.RST, 0))
-        for op, flags in packets:
-            buffers.append(
-                self._header(
-                    connection.local_port,
-                    connection.peer_port,
-                    0,
-                    op,
-                    flags,
-                    WINDOW,
-                    connection.announce(),
-                )
-            )
+        said = due & -due
+        op = _OPS[said]
+        flags = 0
+        if said & _SHUTDOWN:
+            said = due & _SHUTDOWN
+            flags = said // _NO_RECEIVE
+        connection.due = due & ~said
+        if not connection.due:
+            self._control.popleft()
+        return self._header(connection, 0, op, flags)
 
-    def _header(
-        self, local: int, peer: int, length: int, op: Op, flags: int, window: int, forwarded: int
-    ) -> bytes:
+    def _header(self, connection: Connection, length: int, op: Op, flags: int) -> bytes:
         return pack_header(
-            self.local_cid, self.peer_cid, local, peer, length, op, flags, window, forwarded
+            self.local_cid,
+            self.peer_cid,
+            connection.local_port,
+            connection.peer_port,
+            length,
+            op,
+            flags,
+            WINDOW,
+            connection.announce(),
         )
 
     # --- bookkeeping ---

@@ -8,9 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from enum import IntEnum, IntFlag
-from typing import Final
-
-import attrs
+from typing import Final, NamedTuple
 
 from ...errors import SupermachineError
 
@@ -19,8 +17,9 @@ GUEST_CID: Final = 3
 MAX_PAYLOAD: Final = 65536
 TYPE_STREAM: Final = 1
 
-_HEADER: Final = struct.Struct("<QQIIIHHIII")
-HEADER_SIZE: Final = _HEADER.size
+#: src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt.
+HEADER: Final = struct.Struct("<QQIIIHHIII")
+HEADER_SIZE: Final = HEADER.size
 _LENGTH: Final = struct.Struct("<I")
 _LENGTH_AT: Final = 24
 
@@ -42,7 +41,9 @@ class Op(IntEnum):
     RESET = 19
 
 
-_OPS: Final = {int(op): op for op in Op}
+OPS: Final = {int(op): op for op in Op}
+#: Those of virtio.
+STREAM_OPS: Final = {number: op for number, op in OPS.items() if op < Op.FREEZE}
 
 
 class Shutdown(IntFlag):
@@ -57,9 +58,11 @@ class VsockProtocolError(SupermachineError):
     """The peer sent what no sound vsock transport sends, so the whole carrier is given up."""
 
 
-@attrs.frozen
-class Packet:
-    """One packet. ``payload`` may be a view of a buffer that its owner uses again."""
+class Packet(NamedTuple):
+    """One packet. ``payload`` may be a view of a buffer that its owner uses again.
+
+    A tuple because one is made for every packet that comes in.
+    """
 
     src_cid: int
     dst_cid: int
@@ -98,7 +101,7 @@ def pack_header(
     fwd_cnt: int,
 ) -> bytes:
     """The 44 bytes of a stream packet's header."""
-    return _HEADER.pack(
+    return HEADER.pack(
         src_cid, dst_cid, src_port, dst_port, length, TYPE_STREAM, op, flags, buf_alloc, fwd_cnt
     )
 
@@ -155,19 +158,19 @@ class PacketDecoder:
         return length
 
     def _packet(self, view: memoryview, at: int, after: int) -> Packet:
-        src_cid, dst_cid, src_port, dst_port, _, kind, op, flags, alloc, fwd = _HEADER.unpack_from(
+        src_cid, dst_cid, src_port, dst_port, _, kind, op, flags, alloc, fwd = HEADER.unpack_from(
             view, at
         )
         if kind != TYPE_STREAM:
             raise VsockProtocolError(f"a vsock packet has the unknown type {kind}")
-        if op not in _OPS:
+        if op not in OPS:
             raise VsockProtocolError(f"a vsock packet has the unknown operation {op}")
         return Packet(
             src_cid,
             dst_cid,
             src_port,
             dst_port,
-            _OPS[op],
+            OPS[op],
             flags,
             alloc,
             fwd,

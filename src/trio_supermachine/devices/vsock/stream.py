@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Final, final
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import final
 
 import trio
 
@@ -13,37 +13,8 @@ from ..._conflict import OneAtATime
 from .carrier import Carrier
 from .connection import Connection, State
 from .muxer import Listening, Mux
-from .packet import GUEST_CID, HOST_CID, MAX_PAYLOAD, PacketDecoder, VsockProtocolError
-
-#: How much is handed to the carrier in one go, in bytes; also the bound of what waits for it.
-_BATCH: Final = 128 * 1024
-#: Packets handled before other tasks get a turn.
-_TURN: Final = 64
-
-
-class _Parking:
-    """A place for one waiting task."""
-
-    __slots__ = ("_task",)
-
-    def __init__(self) -> None:
-        self._task: trio.lowlevel.Task | None = None
-
-    async def park(self) -> None:
-        """Wait for :meth:`wake`. May return without a reason: look again."""
-        self._task = trio.lowlevel.current_task()
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._task = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
-
-    def wake(self) -> None:
-        task = self._task
-        if task is not None:
-            self._task = None
-            trio.lowlevel.reschedule(task)
+from .packet import GUEST_CID, HOST_CID, MAX_PAYLOAD, VsockProtocolError
+from .parking import Parking
 
 
 @final
@@ -60,8 +31,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._closed = False
         self._sending = OneAtATime("another task is sending on this stream")
         self._receiving = OneAtATime("another task is receiving on this stream")
-        self._sender = _Parking()
-        self._receiver = _Parking()
+        self._sender = Parking()
+        self._receiver = Parking()
         self._dialing = connection.state is State.DIALING
 
     def __repr__(self) -> str:
@@ -97,7 +68,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
                 await self._sender.park()
                 self._check_sending()
         finally:
-            self._mux._core.withdraw(connection)
+            self._mux.core.withdraw(connection)
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until the peer has room. Raises as :meth:`send_all` does."""
@@ -122,8 +93,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
             if connection.ended_sending and not self._closed:
                 return
             self._check_sending()
-            self._mux._core.end_sending(connection)
-            self._mux._flush()
+            self._mux.core.end_sending(connection)
+            self._mux._carrier.flush()
 
     def _check_sending(self) -> None:
         connection = self._connection
@@ -176,7 +147,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         """
         if not self._closed:
             self._closed = True
-            self._mux._core.close(self._connection)
+            self._mux.core.close(self._connection)
             self._left()
         await trio.lowlevel.checkpoint()
 
@@ -184,13 +155,13 @@ class VsockStream(trio.abc.HalfCloseableStream):
         """Leave by resetting the connection: what the peer has not read may be lost. Plain."""
         if not self._closed:
             self._closed = True
-            self._mux._core.abort(self._connection)
+            self._mux.core.abort(self._connection)
             self._left()
 
     def _left(self) -> None:
         self._mux._streams.pop(self._connection, None)
         self._wake()
-        self._mux._flush()
+        self._mux._carrier.flush()
 
     def _wake(self) -> None:
         self._sender.wake()
@@ -228,7 +199,7 @@ class VsockListener(trio.abc.Listener[VsockStream]):
         while True:
             if self._closed:
                 raise trio.ClosedResourceError("this listener is closed")
-            self._mux._check_alive()
+            self._mux.check_alive()
             if self._listening.backlog:
                 return self._mux._adopt(self._listening.backlog.popleft())
             await self._waiters.park()
@@ -256,17 +227,15 @@ class VsockMux:
         peer_cid: int = GUEST_CID,
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
+        #: What carriers share with this: see :class:`~.carrier.Packets`.
+        self.core = Mux(local_cid=local_cid, peer_cid=peer_cid, max_payload=max_payload)
         self._carrier = carrier
-        self._core = Mux(local_cid=local_cid, peer_cid=peer_cid, max_payload=max_payload)
         self._streams: dict[Connection, VsockStream] = {}
         self._listeners: dict[int, VsockListener] = {}
-        self._unsent: list[bytes | memoryview] = []
-        self._writer = _Parking()
-        self._reader = _Parking()
-        self._stillness = _Parking()
-        self._scope: trio.CancelScope | None = None
+        self._scope = trio.CancelScope()
         self._reason: str | None = None
         self._error: Callable[[], BaseException] | None = None
+        carrier.attach(self)
 
     async def run(self) -> None:
         """Move packets until the carrier ends, :meth:`close` is called, or this is cancelled.
@@ -275,26 +244,18 @@ class VsockMux:
 
         :raises VsockProtocolError: the peer sent nonsense.
         """
-        fault: VsockProtocolError | None = None
         if self._reason is not None:
             await trio.lowlevel.checkpoint()
             return
-        self._flush()
+        self._carrier.flush()
         try:
-            async with trio.open_nursery() as nursery:
-                self._scope = nursery.cancel_scope
-                nursery.start_soon(self._write_loop)
-                try:
-                    await self._read_loop()
-                except VsockProtocolError as exc:
-                    fault = exc
-                except (OSError, trio.ClosedResourceError) as exc:
-                    self._end(f"the machine's channel broke: {exc}")
-                nursery.cancel_scope.cancel()
+            with self._scope:
+                await self._carrier.serve()
+        except VsockProtocolError as exc:
+            self.end(str(exc))
+            raise
         finally:
-            self._end(str(fault or "the machine's channel has ended"))
-        if fault is not None:
-            raise fault
+            self.end("the machine's channel has ended")
 
     async def dial(self, port: int) -> VsockStream:
         """Connect to the peer's ``port``; waits for its answer. Cancelling gives the attempt up.
@@ -304,10 +265,10 @@ class VsockMux:
         :raises OSError: (``EMFILE``) too many connections.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._check_alive()
-        connection = self._core.dial(port)
+        self.check_alive()
+        connection = self.core.dial(port)
         stream = self._adopt(connection)
-        self._flush()
+        self._carrier.flush()
         try:
             while connection.state is State.DIALING:
                 await stream._receiver.park()
@@ -315,7 +276,7 @@ class VsockMux:
             stream.abort()
             raise
         stream._dialing = False
-        self._check_alive()
+        self.check_alive()
         if connection.state is State.GONE and not connection.peer_ended_sending:
             stream.abort()
             raise ConnectionRefusedError(f"nothing listens on vsock port {port}")
@@ -326,33 +287,17 @@ class VsockMux:
 
         :raises OSError: (``EADDRINUSE``) the port has a listener.
         """
-        listening = self._core.listen(port, backlog)
+        listening = self.core.listen(port, backlog)
         listener = self._listeners[port] = VsockListener(self, listening)
         return listener
 
-    @asynccontextmanager
-    async def quiet(self) -> AsyncIterator[None]:
-        """A block in which no packet moves, nor part of one, in either direction.
-
-        Entered when the peer has confirmed it; streams only wait meanwhile. For one task.
-
-        :raises trio.BrokenResourceError: as for :meth:`dial`.
-        """
-        self._check_alive()
-        self._core.freeze()
-        self._flush()
-        try:
-            while not self._core.still:
-                await self._stillness.park()
-                self._check_alive()
-            yield
-        finally:
-            self._core.thaw()
-            self._flush()
+    def quiet(self) -> AbstractAsyncContextManager[None]:
+        """A block in which no packet moves: see :meth:`~.carrier.Carrier.quiet`."""
+        return self._carrier.quiet()
 
     def reset_peer(self) -> None:
         """Tell a peer that was restored that its connections are gone. Before :meth:`run`."""
-        self._core.reset_peer()
+        self._carrier.reset_peer()
 
     def close(self, error: Callable[[], BaseException] | None = None) -> None:
         """End everything now. Plain and idempotent; :meth:`run` returns.
@@ -362,11 +307,11 @@ class VsockMux:
         """
         if error is not None:
             self._error = error
-        self._end("the machine's channel was closed")
+        self.end("the machine's channel was closed")
 
     # --- for streams and listeners ---
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
         if self._reason is not None:
             raise trio.BrokenResourceError(self._reason) if self._error is None else self._error()
 
@@ -380,44 +325,23 @@ class VsockMux:
         listening = listener._listening
         if self._listeners.get(listening.port) is listener:
             del self._listeners[listening.port]
-        self._core.unlisten(listening)
+        self.core.unlisten(listening)
         listener._waiters.unpark_all()
-        self._flush()
+        self._carrier.flush()
 
     def _offer(self, connection: Connection, data: memoryview) -> None:
-        self._core.offer(connection, data)
-        self._flush()
+        self.core.offer(connection, data)
+        self._carrier.flush()
 
     def _read(self, connection: Connection, max_bytes: int | None) -> bytes:
-        data = self._core.read(connection, max_bytes)
-        if self._core.has_output:
-            self._flush()
+        data = self.core.read(connection, max_bytes)
+        if connection.due:
+            self._carrier.flush()
         return data
 
-    # --- the carrier ---
+    # --- for the carrier ---
 
-    async def _read_loop(self) -> None:
-        decoder = PacketDecoder()
-        core = self._core
-        while True:
-            data = await self._carrier.receive()
-            if not data:
-                return
-            for count, packet in enumerate(decoder.feed(data), 1):
-                connection = core.receive(packet)
-                if connection is not None:
-                    self._touched(connection)
-                elif core.still:
-                    self._stillness.wake()
-                if count % _TURN == 0:
-                    self._flush()
-                    while core.congested:
-                        await self._reader.park()
-                    await trio.lowlevel.checkpoint()
-            if core.has_output:
-                self._flush()
-
-    def _touched(self, connection: Connection) -> None:
+    def touched(self, connection: Connection) -> None:
         stream = self._streams.get(connection)
         if stream is not None:
             stream._touched()
@@ -428,72 +352,23 @@ class VsockMux:
         if listener is not None and listener._listening.backlog:
             listener._waiters.unpark()
 
-    def _flush(self) -> None:
-        """Send what there is until the carrier is full; the writing task does the rest."""
-        core = self._core
-        while core.has_output and not self._unsent and self._reason is None:
-            self._unsent = core.pull(_BATCH)
-            self._send_unsent()
-            drained = core.drained
-            if drained:
-                for connection in drained:
-                    stream = self._streams.get(connection)
-                    if stream is not None:
-                        stream._sender.wake()
-                drained.clear()
-        if self._unsent:
-            self._writer.wake()
-        if not core.congested:
-            self._reader.wake()
+    def pulled(self) -> None:
+        drained = self.core.drained
+        for connection in drained:
+            stream = self._streams.get(connection)
+            if stream is not None:
+                stream._sender.wake()
+        drained.clear()
 
-    def _send_unsent(self) -> None:
-        buffers = self._unsent
-        try:
-            while buffers:
-                sent = self._carrier.send_nowait(buffers)
-                if not sent:
-                    return
-                _consume(buffers, sent)
-        except OSError as exc:
-            buffers.clear()
-            self._end(f"the machine's channel broke: {exc}")
-
-    async def _write_loop(self) -> None:
-        try:
-            while True:
-                if self._unsent:
-                    await self._carrier.wait_writable()
-                    self._send_unsent()
-                    self._flush()
-                else:
-                    await self._writer.park()
-        except (OSError, trio.ClosedResourceError) as exc:
-            self._end(f"the machine's channel broke: {exc}")
-
-    def _end(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
         if self._reason is not None:
             return
         self._reason = reason
-        self._unsent.clear()
-        self._core.shut()
-        self._stillness.wake()
+        self.core.shut()
         for stream in self._streams.values():
             stream._wake()
         self._streams.clear()
         for listener in self._listeners.values():
             listener._waiters.unpark_all()
-        if self._scope is not None:
-            self._scope.cancel()
+        self._scope.cancel()
         self._carrier.close()
-
-
-def _consume(buffers: list[bytes | memoryview], size: int) -> None:
-    """Take ``size`` bytes off the front."""
-    for index, buffer in enumerate(buffers):
-        if size < len(buffer):
-            del buffers[:index]
-            if size:
-                buffers[0] = memoryview(buffer)[size:]
-            return
-        size -= len(buffer)
-    buffers.clear()
