@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,19 @@ async def test_a_device_that_is_not_kvm_is_reported_and_never_raises() -> None:
     assert found.hardware_speed is None
     assert not found.usable
     assert "does not run" in found.detail
+
+
+async def test_a_package_built_without_the_binding_still_gives_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("trio_supermachine.hv.kvm.api", raising=False)
+    monkeypatch.setitem(sys.modules, "trio_supermachine.hv.kvm.api", None)
+    found = await probe_kvm("/dev/null")
+    assert found.opens
+    assert not found.usable
+    assert "built without" in found.detail
+    assert found.remedy is not None
+    assert "python3-dev" in found.remedy
 
 
 async def test_the_real_device_gets_a_verdict_that_follows_from_the_measured_rate() -> None:

@@ -7,22 +7,20 @@ get through its boot. So the probe runs a loop in 64-bit supervisor mode and tim
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import platform
 import struct
 import sys
 import time
-from contextlib import ExitStack
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
 
-from . import _abi
+if TYPE_CHECKING:
+    from .api import Kvm, KvmVcpu
 
 _DEVICE: Final = "/dev/kvm"
 
@@ -39,6 +37,12 @@ _CPU_LIMIT: Final = _CHUNK * _CHUNKS / _BOUND
 _WALL_LIMIT: Final = 0.25
 
 _MEMORY: Final = 0x10000
+_EXIT_IO: Final = 2
+
+_PE_NE_PG: Final = 0x8000_0021
+_PAE: Final = 0x20
+_LME_LMA: Final = 0x500
+
 _PML4, _PDPT, _PD, _CODE, _STACK = 0x1000, 0x2000, 0x3000, 0x4000, 0x8000
 
 
@@ -76,14 +80,18 @@ def _probe(device: str) -> KvmProbe:
     if sys.platform != "linux":
         return KvmProbe(opens=False, hardware_speed=None, detail="KVM is a part of Linux")
     try:
-        kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError as exc:
         return _unopened(device, exc)
+    if platform.machine() != "x86_64":
+        detail = f"{device} opens, but this version knows no {platform.machine()} machines"
+        return KvmProbe(opens=True, hardware_speed=None, detail=detail)
     try:
-        if platform.machine() != "x86_64":
-            detail = f"{device} opens, but the probe does not know {platform.machine()} hosts"
-            return KvmProbe(opens=True, hardware_speed=None, detail=detail)
-        rate = _measure(kvm)
+        from . import api
+    except ImportError as exc:
+        return _unbound(device, exc)
+    try:
+        rate = _measure(api.Kvm.open(device))
     except (OSError, _Unfit) as exc:
         return KvmProbe(
             opens=True,
@@ -91,9 +99,19 @@ def _probe(device: str) -> KvmProbe:
             detail=f"{device} opens, but a tiny guest does not run on it: {exc}",
             remedy="look for other hypervisors in use, and in the kernel's log (dmesg)",
         )
-    finally:
-        os.close(kvm)
     return _verdict(device, rate)
+
+
+def _unbound(device: str, exc: ImportError) -> KvmProbe:
+    return KvmProbe(
+        opens=True,
+        hardware_speed=None,
+        detail=f"{device} opens, but this package was built without its KVM binding ({exc})",
+        remedy=(
+            "install Python's headers (Debian: sudo apt-get install python3-dev), then this package"
+            " again: pip install --force-reinstall --no-deps trio-supermachine"
+        ),
+    )
 
 
 def _unopened(device: str, exc: OSError) -> KvmProbe:
@@ -137,45 +155,43 @@ class _Unfit(Exception):
     """The device answers, but not as KVM should."""
 
 
-def _measure(kvm: int) -> float:
+def _measure(kvm: Kvm) -> float:
     """Instructions per second of processor time in 64-bit supervisor mode."""
-    if (version := fcntl.ioctl(kvm, _abi.GET_API_VERSION, 0)) != _abi.API_VERSION:
-        raise _Unfit(f"it speaks version {version} of the interface, not {_abi.API_VERSION}")
-    with ExitStack() as stack:
-        # Closed in reverse: the memory outlives the machine that uses it.
-        memory = stack.enter_context(mmap.mmap(-1, _MEMORY, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS))
+    with kvm, mmap.mmap(-1, _MEMORY, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS) as memory:
         _load(memory)
-        machine = fcntl.ioctl(kvm, _abi.CREATE_VM, 0)
-        stack.callback(os.close, machine)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        region = _abi.MEMORY_REGION.pack(0, 0, 0, _MEMORY, address)
-        fcntl.ioctl(machine, _abi.SET_USER_MEMORY_REGION, region)
-        vcpu = fcntl.ioctl(machine, _abi.CREATE_VCPU, 0)
-        stack.callback(os.close, vcpu)
-        size = fcntl.ioctl(kvm, _abi.GET_VCPU_MMAP_SIZE, 0)
-        shared = stack.enter_context(mmap.mmap(vcpu, size))
-        sregs = bytearray(_abi.SREGS_SIZE)
-        fcntl.ioctl(vcpu, _abi.GET_SREGS, sregs)
-        _abi.enter_long_mode(sregs, _PML4)
-        fcntl.ioctl(vcpu, _abi.SET_SREGS, sregs)
-        fcntl.ioctl(vcpu, _abi.SET_REGS, _abi.regs(rip=_CODE, rsp=_STACK))
-        return _time_chunks(vcpu, shared)
+        with kvm.create_vm() as vm:
+            vm.set_memory(0, 0, memory)
+            vcpu = vm.create_vcpu(0)
+            # Newer kernels refuse long mode to a processor whose CPUID does not have it.
+            vcpu.set_cpuid(kvm.supported_cpuid())
+            _enter_long_mode(vcpu)
+            return _time_chunks(vcpu)
 
 
-def _time_chunks(vcpu: int, shared: mmap.mmap) -> float:
+def _enter_long_mode(vcpu: KvmVcpu) -> None:
+    sregs = vcpu.get_sregs()
+    for segment in (sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss):
+        segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, 0x10
+        segment.type, segment.present, segment.s, segment.g = 3, 1, 1, 1
+        segment.dpl, segment.db, segment.l, segment.unusable = 0, 1, 0, 0
+    sregs.cs.selector, sregs.cs.type, sregs.cs.db, sregs.cs.l = 8, 11, 0, 1
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _PE_NE_PG, _PML4, _PAE, _LME_LMA
+    vcpu.set_sregs(sregs)
+    regs = vcpu.get_regs()
+    regs.rip, regs.rsp, regs.rflags = _CODE, _STACK, 2
+    vcpu.set_regs(regs)
+
+
+def _time_chunks(vcpu: KvmVcpu) -> float:
     chunks = 0
     cpu_start, wall_start = time.thread_time(), time.monotonic()
     cpu = wall = 0.0
     while chunks < _CHUNKS and cpu < _CPU_LIMIT and wall < _WALL_LIMIT:
-        try:
-            fcntl.ioctl(vcpu, _abi.RUN, 0)
-        except InterruptedError:
-            pass  # a signal: the guest goes on where it was
-        else:
-            (reason,) = _abi.EXIT_REASON.unpack_from(shared)
-            if reason != _abi.EXIT_IO:
-                raise _Unfit(f"the guest stopped with exit reason {reason}")
+        reason = vcpu.enter()
+        if reason == _EXIT_IO:
             chunks += 1
+        elif reason != -errno.EINTR:  # a signal: the guest goes on where it was
+            raise _Unfit(f"the guest stopped with exit reason {reason}")
         cpu, wall = time.thread_time() - cpu_start, time.monotonic() - wall_start
     return chunks * _CHUNK / max(cpu, 1e-6)
 
