@@ -21,9 +21,9 @@ from pathlib import Path
 
 import cffi
 
-#: The wheel's platform: the oldest glibc that the binding runs with.
-TARGET = "x86_64-linux-gnu.2.17"
-PLATFORM_TAG = "manylinux_2_17_x86_64"
+# The oldest glibc that the binding runs with, and what a wheel with it is tagged for that.
+_TARGET = "x86_64-linux-gnu.2.17"
+_PLATFORM = "manylinux_2_17_x86_64"
 
 _HERE = Path(__file__).resolve().parent
 _FLAGS = (
@@ -339,7 +339,7 @@ def build() -> Path:
         source = Path(directory, "_kvm.c")
         with contextlib.redirect_stdout(io.StringIO()):  # it says what it is doing
             ffi.emit_c_code(str(source))
-        command = ["-target", TARGET, *_FLAGS, *headers, source.name]
+        command = ["-target", _TARGET, *_FLAGS, *headers, source.name]
         words = [version("ziglang"), sys.version, *command, source.read_text()]
         state = hashlib.sha256("\0".join(words).encode()).hexdigest()
         if output.exists() and stamp.exists() and stamp.read_text() == state:
@@ -356,13 +356,21 @@ def build() -> Path:
     return output
 
 
-def is_stable_abi() -> bool:
-    """Whether one binding serves all later versions of this Python (not so if free-threaded)."""
-    return not sysconfig.get_config_var("Py_GIL_DISABLED")
+def wheel_tag() -> str:
+    """What Pythons and platforms a wheel with the binding is for."""
+    this = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    if _is_free_threaded():
+        return f"{this}-{this}t-{_PLATFORM}"
+    return f"cp311-abi3-{_PLATFORM}"
+
+
+def _is_free_threaded() -> bool:
+    # Such a Python has no stable ABI; each version needs a binding of its own.
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
 def _suffix() -> str:
-    return ".abi3.so" if is_stable_abi() else str(sysconfig.get_config_var("EXT_SUFFIX"))
+    return str(sysconfig.get_config_var("EXT_SUFFIX")) if _is_free_threaded() else ".abi3.so"
 
 
 def _python_headers() -> list[str]:
