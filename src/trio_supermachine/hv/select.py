@@ -2,47 +2,100 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from importlib import import_module
+from typing import Final, cast
+
 from ..assets import AssetPaths
 from ..errors import ConfigError, EngineUnavailable
 from .base import Engine, EngineReport
-from .kvm.probe import probe_kvm
 from .qemu.engine import QemuEngine
 
-ENGINES = ("auto", "kvm", "qemu")
+#: What a caller may ask for; ``"auto"`` tries the others in this order.
+ENGINES: Final = ("auto", "kvm", "qemu")
+#: The environment variable that says what ``"auto"`` stands for.
+VARIABLE: Final = "TRIO_SUPERMACHINE_ENGINE"
 
-_NO_KVM_ENGINE = "this version has no KVM engine yet"
+_DEVICE: Final = "/dev/kvm"
+_NOT_BUILT: Final = (
+    "apt-get install gcc linux-libc-dev, then install this package again from its source"
+)
+
+#: What was found on a device, by its identity: a probe where KVM emulates takes a quarter second.
+_remembered: dict[tuple[int, ...], EngineReport] = {}
 
 
 async def choose_engine(name: str = "auto", assets: AssetPaths | None = None) -> Engine:
     """The engine called ``name``, or with ``"auto"`` the best one that can run a guest here.
 
-    Cheap when repeated: what was found is remembered as long as the program stays the same.
+    ``"auto"`` is the engine that ``$TRIO_SUPERMACHINE_ENGINE`` names, if it is set. Else it is
+    KVM where that runs Linux at the speed of the hardware, and QEMU elsewhere. Cheap when
+    repeated: what was found is remembered as long as the device and the program stay the same.
 
     :raises EngineUnavailable: it, or none, can; ``tried`` says why.
     :raises ConfigError: there is no engine of that name.
     """
     if name not in ENGINES:
         raise ConfigError(f"no engine {name!r}; there are {', '.join(ENGINES)}")
-    if name == "kvm":
-        raise EngineUnavailable({"kvm": _NO_KVM_ENGINE})
-    engine = QemuEngine(assets)
-    report = await engine.probe()
-    if report.available:
-        return engine
-    why = f"{report.detail}; to get it: {report.remedy}" if report.remedy else report.detail
-    tried = {"kvm": _NO_KVM_ENGINE} if name == "auto" else {}
-    raise EngineUnavailable({**tried, "qemu": why})
+    if name == "auto":
+        name = default_engine()
+    tried = {}
+    for candidate in ENGINES[1:] if name == "auto" else (name,):
+        engine, report = await _examine(candidate, assets)
+        if engine is not None and report.available:
+            return engine
+        remedy = f"; to get it: {report.remedy}" if report.remedy else ""
+        tried[candidate] = report.detail + remedy
+    raise EngineUnavailable(tried)
 
 
 async def probe_engines() -> list[EngineReport]:
     """What each engine says, the preferred one first. For people: ``doctor`` prints it."""
-    kvm = await probe_kvm()
-    return [
-        EngineReport(
-            name="kvm",
-            available=False,
-            detail=f"{kvm.detail}; {_NO_KVM_ENGINE}",
-            remedy=kvm.remedy,
-        ),
-        await QemuEngine().probe(),
-    ]
+    return [(await _examine(name, None))[1] for name in ENGINES[1:]]
+
+
+def default_engine() -> str:
+    """What ``"auto"`` stands for in this environment: an engine's name, or ``"auto"`` itself.
+
+    :raises ConfigError: the environment names an engine that there is not.
+    """
+    name = os.environ.get(VARIABLE) or "auto"
+    if name not in ENGINES:
+        raise ConfigError(f"{VARIABLE}={name}: no such engine; there are {', '.join(ENGINES)}")
+    return name
+
+
+async def _examine(
+    name: str, assets: AssetPaths | None
+) -> tuple[Engine, EngineReport] | tuple[None, EngineReport]:
+    if name == "qemu":
+        engine: Engine = QemuEngine(assets)
+        return engine, await engine.probe()
+    if sys.platform != "linux":
+        return None, _no_kvm("KVM is a part of Linux")
+    try:
+        # Its extension is made for Linux only, and not at all where there is no compiler.
+        engine = cast(Engine, import_module(".kvm.engine", __package__).KvmEngine())
+    except ImportError as exc:
+        return None, _no_kvm(f"its extension is not built ({exc})", _NOT_BUILT)
+    device = _identity()
+    report = _remembered.get(device)
+    if report is None:
+        report = _remembered[device] = await engine.probe()
+    return engine, report
+
+
+def _no_kvm(detail: str, remedy: str | None = None) -> EngineReport:
+    return EngineReport(name="kvm", available=False, detail=detail, remedy=remedy)
+
+
+def _identity() -> tuple[int, ...]:
+    """What must stay as it is for a probe's result to hold: the device, and who may open it."""
+    groups = (os.geteuid(), *os.getgroups())
+    try:
+        found = os.stat(_DEVICE)
+    except OSError:
+        return groups
+    # A module that is loaded anew makes the device anew.
+    return (found.st_ino, found.st_ctime_ns, found.st_mode, found.st_uid, found.st_gid, *groups)
