@@ -98,7 +98,10 @@ class VirtioDevice(ABC):
         """
 
     def reset(self) -> None:  # noqa: B027 - optional
-        """Forget what the driver did; :meth:`run` has ended. Called in the Trio thread."""
+        """Forget what the driver did; :meth:`run` has ended or has not begun.
+
+        Called with the machine's lock held, from the Trio thread or a vCPU's.
+        """
 
     def save(self) -> bytes:
         """The device's own state, for :meth:`load`; :meth:`run` has ended."""
