@@ -42,7 +42,7 @@ const struct action *action_of(enum frame_type type) {
 }
 
 _Noreturn static void serve(const struct carrier *carrier) {
-    bool work = false;
+    bool work = true; /* the greeting is to be sent */
     lifeline_open(carrier);
     for (;;) {
         loop_turn(work);

@@ -16,11 +16,24 @@ void loop_init(void) {
     if (epoll_fd < 0) die("epoll_create1: %s", strerror(errno));
 }
 
+static void control(struct watch *watch, int operation, uint32_t events) {
+    struct epoll_event event = {.events = events, .data.ptr = watch};
+    if (epoll_ctl(epoll_fd, operation, watch->fd, &event)) die("epoll_ctl: %s", strerror(errno));
+}
+
 void watch_add(struct watch *watch, int fd, uint32_t events, void (*ready)(struct watch *, uint32_t)) {
+    watch_add_level(watch, fd, events | EPOLLET, ready);
+}
+
+void watch_add_level(struct watch *watch, int fd, uint32_t events,
+                     void (*ready)(struct watch *, uint32_t)) {
     watch->fd = fd;
     watch->ready = ready;
-    struct epoll_event event = {.events = events | EPOLLET, .data.ptr = watch};
-    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event)) die("epoll_ctl: %s", strerror(errno));
+    control(watch, EPOLL_CTL_ADD, events);
+}
+
+void watch_change(struct watch *watch, uint32_t events) {
+    control(watch, EPOLL_CTL_MOD, events | EPOLLET);
 }
 
 void watch_drop(struct watch *watch) {

@@ -14,6 +14,13 @@ struct watch {
 
 void watch_add(struct watch *watch, int fd, uint32_t events, void (*ready)(struct watch *, uint32_t));
 
+/* The same for one that is called in every turn until it has used up the descriptor. */
+void watch_add_level(struct watch *watch, int fd, uint32_t events,
+                     void (*ready)(struct watch *, uint32_t));
+
+/* Look for these events from now on, and tell which of them are there already. */
+void watch_change(struct watch *watch, uint32_t events);
+
 /* Forget the descriptor, and close it. Does nothing when there is none. */
 void watch_drop(struct watch *watch);
 

@@ -139,7 +139,10 @@ static void greet(uint32_t kind);
 static void lifeline_gone(struct session *session) {
     /* After a failure the host still has to read why; it then ends the machine. */
     if (session->finishing) return;
-    if (phase != RUNNING) power_off();
+    if (phase != RUNNING) {
+        say("the host does not answer");
+        power_off();
+    }
     phase = COPIED;
     greet(KIND_RESTORE);
 }

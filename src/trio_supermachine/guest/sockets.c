@@ -5,7 +5,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -13,17 +15,29 @@
 #include <linux/vm_sockets.h>
 
 #include "loop.h"
+#include "uevent.h"
+#include "wire.h"
 
-#define CHUNK 65536u
+/* Small frames, and two of data: what one turn sends is one system call, and on AF_VSOCK few packets. */
+#define DATA_FRAME (FRAME_HEADER + MAX_DATA)
+#define OUT_SIZE (4096u + 2 * DATA_FRAME)
+#define IN_SIZE 131072u
+#define PUMPS_PER_TURN 16
 #define READS_PER_TURN 16
 #define MAX_CONNECTIONS 1024u
+#define CONNECT_TIMEOUT_S 10
+#define TRANSPORT_WAIT_MS 10000u
 
 struct line {
     struct conn conn;
     struct watch watch;
-    bool readable, writable, ended, hung_up;
-    bool finishing; /* the user has closed it: send what is left, then close */
-    uint8_t *unsent; /* what a write left over */
+    bool readable, writable;
+    bool asks_for_room; /* events tell when there is room to send */
+    bool ended;         /* the host sends no more */
+    bool closing;       /* an event has told that it ends: only reading tells when */
+    bool broken;        /* nothing can be sent */
+    bool finishing;     /* the user has closed it: send what is left, then close */
+    uint8_t *unsent;    /* what a write left over */
     size_t unsent_at, unsent_size;
     uint8_t *rest; /* received and not used yet */
     size_t rest_at, rest_size;
@@ -32,7 +46,8 @@ struct line {
 };
 
 static const char *unix_directory;
-static uint8_t out[CHUNK], in[CHUNK];
+static uint8_t out[OUT_SIZE], in[IN_SIZE];
+static size_t out_size; /* of the line whose turn it is */
 static unsigned lines;
 static struct watch listener = {.fd = -1};
 static bool acceptable;
@@ -78,7 +93,8 @@ static void break_off(struct line *line) {
 
 static void line_ready(struct watch *watch, uint32_t events) {
     struct line *line = CONTAINER(watch, struct line, watch);
-    if (events & (EPOLLHUP | EPOLLERR)) line->hung_up = true;
+    if (events & (EPOLLHUP | EPOLLERR)) line->broken = true;
+    if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) line->closing = true;
     if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) {
         line->readable = true;
         list(line);
@@ -89,16 +105,38 @@ static void line_ready(struct watch *watch, uint32_t events) {
     }
 }
 
-static struct line *add(int fd) {
+/* Room to send is asked for only when there was none: each packet that brings credit would wake this
+ * process for nothing. */
+static uint32_t events_of(const struct line *line) {
+    return EPOLLIN | EPOLLRDHUP | (line->asks_for_room ? EPOLLOUT : 0);
+}
+
+static struct line *add(int fd, bool connected) {
     struct line *line = must_alloc(sizeof *line);
     line->conn.carrier = &sockets;
-    line->writable = true;
+    line->writable = connected;
+    line->asks_for_room = !connected;
     lines++;
-    watch_add(&line->watch, fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP, line_ready);
+    watch_add(&line->watch, fd, events_of(line), line_ready);
     return line;
 }
 
 /* --- sending --- */
+
+/* Nothing can be sent any more; but what has come before the end counts. */
+static void lose(struct line *line) {
+    line->broken = line->closing = line->readable = true;
+    line->writable = false;
+    line->unsent_size = 0;
+    list(line);
+}
+
+static void wait_for_room(struct line *line) {
+    line->writable = false;
+    if (line->asks_for_room) return;
+    line->asks_for_room = true;
+    watch_change(&line->watch, events_of(line)); /* which tells if there is room by now */
+}
 
 /* How much of it went; less when it must wait. -1: the other side has gone. */
 static ssize_t send_some(struct line *line, const uint8_t *bytes, size_t size) {
@@ -106,54 +144,66 @@ static ssize_t send_some(struct line *line, const uint8_t *bytes, size_t size) {
     while (done < size && line->writable) {
         ssize_t sent = send(line->watch.fd, bytes + done, size - done, MSG_NOSIGNAL);
         if (sent >= 0) done += (size_t)sent;
-        else if (errno == EAGAIN) line->writable = false;
+        else if (errno == EAGAIN) wait_for_room(line);
         else if (errno != EINTR) return -1;
     }
     return (ssize_t)done;
 }
 
 static size_t reserve(struct conn *conn, uint8_t **at) {
-    struct line *line = (struct line *)conn;
-    *at = out;
-    return line->writable && !line->unsent_size ? CHUNK : 0;
+    (void)conn;
+    *at = out + out_size;
+    return OUT_SIZE - out_size;
 }
 
 static void commit(struct conn *conn, size_t size) {
-    struct line *line = (struct line *)conn;
-    ssize_t sent = send_some(line, out, size);
+    (void)conn;
+    out_size += size;
+}
+
+static bool send_unsent(struct line *line) {
+    ssize_t sent = send_some(line, line->unsent + line->unsent_at, line->unsent_size);
     if (sent < 0) {
-        line->hung_up = line->readable = true;
-        list(line);
-        return;
+        lose(line);
+        return false;
     }
-    if ((size_t)sent == size) return;
-    line->unsent = must_alloc(CHUNK);
-    line->unsent_at = 0;
-    line->unsent_size = size - (size_t)sent;
-    memcpy(line->unsent, out + sent, line->unsent_size);
+    line->unsent_at += (size_t)sent;
+    line->unsent_size -= (size_t)sent;
+    if (line->unsent_size) return false;
+    free_later(line->unsent);
+    line->unsent = NULL;
+    return true;
+}
+
+static void send_out(struct line *line) {
+    ssize_t sent = send_some(line, out, out_size);
+    if (sent < 0) {
+        lose(line);
+    } else if ((size_t)sent < out_size) {
+        line->unsent_at = 0;
+        line->unsent_size = out_size - (size_t)sent;
+        line->unsent = must_alloc(line->unsent_size);
+        memcpy(line->unsent, out + sent, line->unsent_size);
+    }
+    out_size = 0;
 }
 
 static bool turn(struct conn *conn) {
     struct line *line = (struct line *)conn;
-    if (line->unsent_size) {
-        ssize_t sent = send_some(line, line->unsent + line->unsent_at, line->unsent_size);
-        if (sent < 0) {
-            break_off(line);
-            return false;
-        }
-        line->unsent_at += (size_t)sent;
-        line->unsent_size -= (size_t)sent;
-        if (line->unsent_size) return false;
-        free_later(line->unsent);
-        line->unsent = NULL;
-    }
-    if (line->finishing) {
-        /* The kernel delivers what was sent before it says that this end has closed. */
+    if (line->unsent_size && !send_unsent(line)) return false;
+    bool more = line->writable;
+    for (int pumps = 0; more && conn->user && pumps < PUMPS_PER_TURN && OUT_SIZE - out_size >= DATA_FRAME;
+         pumps++)
+        more = conn->user->pump(conn);
+    if (out_size) send_out(line);
+    if (line->finishing && !line->unsent_size) {
+        /* A close alone would not do: a program being spawned may hold the same socket. What was
+         * sent is delivered first. */
         shutdown(line->watch.fd, SHUT_RDWR);
         drop(line);
         return false;
     }
-    return conn->user && line->writable && conn->user->pump(conn);
+    return more && conn->user && line->writable;
 }
 
 static void finish(struct conn *conn) {
@@ -164,7 +214,7 @@ static void finish(struct conn *conn) {
 
 static void reset(struct conn *conn) {
     struct line *line = (struct line *)conn;
-    conn->user = NULL;
+    out_size = 0; /* if it is its turn */
     line->unsent_size = 0;
     finish(conn);
 }
@@ -191,54 +241,58 @@ static void resume(struct conn *conn) {
     list(line);
 }
 
-static void take_line(struct line *line) {
-    /* What came before the end counts; but nobody would read answers to more of it. */
-    if (line->hung_up && (line->rest_size || line->ended)) {
-        break_off(line);
-        return;
-    }
-    if (line->rest_size || !line->readable || line->ended) return;
-    ssize_t got = recv(line->watch.fd, in, sizeof in, 0);
-    if (got < 0 && errno == EAGAIN) {
-        line->readable = false;
-        return;
-    }
-    if (got <= 0) {
-        if (got < 0 && errno != EINTR) line->hung_up = line->ended = true;
-        if (got == 0) line->ended = true; /* it may still read; closing altogether hangs up */
-        list(line);
-        return;
-    }
-    size_t used = offer(line, in, (size_t)got);
-    if (used == (size_t)got) {
-        list(line);
-        return;
-    }
-    line->rest = must_alloc(CHUNK);
-    line->rest_at = 0;
-    line->rest_size = (size_t)got - used;
-    memcpy(line->rest, in + used, line->rest_size);
+/* The host may have ended sending, or have closed altogether, which AF_VSOCK tells by this alone. */
+static bool is_closed(struct line *line) {
+    return line->broken || (send(line->watch.fd, "", 0, MSG_NOSIGNAL) < 0 && errno == EPIPE);
 }
 
-static bool from_host(int fd) {
-    if (unix_directory) return true;
-    struct sockaddr_vm address;
-    socklen_t size = sizeof address;
-    return !getpeername(fd, (struct sockaddr *)&address, &size) && address.svm_cid == VMADDR_CID_HOST;
+/* What came before the end counts; but nobody would read answers to more of it. */
+static void take_line(struct line *line) {
+    if (line->rest_size || line->ended) {
+        if (line->closing && is_closed(line)) break_off(line);
+        return;
+    }
+    if (!line->readable) return;
+    ssize_t got = recv(line->watch.fd, in, sizeof in, 0);
+    if (got < 0) {
+        if (errno == EAGAIN) line->readable = false;
+        else if (errno == EINTR) list(line);
+        else break_off(line);
+        return;
+    }
+    if (got == 0) {
+        line->ended = line->closing = true;
+        if (is_closed(line)) break_off(line);
+        return;
+    }
+    /* What gave less is empty: the next event tells of more. */
+    if ((size_t)got < sizeof in && !line->closing) line->readable = false;
+    size_t used = offer(line, in, (size_t)got);
+    if (used < (size_t)got) {
+        line->rest_at = 0;
+        line->rest_size = (size_t)got - used;
+        line->rest = must_alloc(line->rest_size);
+        memcpy(line->rest, in + used, line->rest_size);
+    }
+    if (line->readable) list(line);
+}
+
+static bool is_host(const struct sockaddr_storage *peer) {
+    return unix_directory || ((const struct sockaddr_vm *)peer)->svm_cid == VMADDR_CID_HOST;
 }
 
 static void take_connection(void) {
-    int fd = accept4(listener.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (fd < 0) {
-        if (errno == EAGAIN) acceptable = false;
-        return;
-    }
+    struct sockaddr_storage peer = {0};
+    socklen_t size = sizeof peer;
+    int fd = accept4(listener.fd, (struct sockaddr *)&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    acceptable = false; /* this watch tells again as long as there are more */
+    if (fd < 0) return;
     /* A program in the guest could dial its own machine's address. */
-    if (lines >= MAX_CONNECTIONS || !from_host(fd)) {
+    if (lines >= MAX_CONNECTIONS || !is_host(&peer)) {
         close(fd);
         return;
     }
-    conn_accepted(&add(fd)->conn);
+    conn_accepted(&add(fd, true)->conn);
 }
 
 static bool take(void) {
@@ -274,9 +328,9 @@ static socklen_t address_of(uint32_t port, unsigned cid, struct sockaddr_storage
     return sizeof *address;
 }
 
-static int open_socket(int flags) {
+static int open_socket(void) {
     int family = unix_directory ? AF_UNIX : AF_VSOCK;
-    int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | flags, 0);
+    int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0) die("socket: %s", strerror(errno));
     return fd;
 }
@@ -284,24 +338,38 @@ static int open_socket(int flags) {
 static struct conn *dial(uint32_t port) {
     struct sockaddr_storage address;
     socklen_t size = address_of(port, VMADDR_CID_HOST, &address);
-    int fd = open_socket(0);
-    if (connect(fd, (struct sockaddr *)&address, size)) {
+    struct timeval patience = {.tv_sec = CONNECT_TIMEOUT_S};
+    int fd = open_socket();
+    if (!unix_directory)
+        setsockopt(fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &patience, sizeof patience);
+    bool connected = !connect(fd, (struct sockaddr *)&address, size);
+    if (!connected && errno != EINPROGRESS) {
         int error = errno;
         close(fd);
         errno = error;
         return NULL;
     }
-    fcntl(fd, F_SETFL, O_NONBLOCK);
-    return &add(fd)->conn;
+    return &add(fd, connected)->conn;
 }
 
 static void listen_on(uint32_t port) {
     struct sockaddr_storage address;
     socklen_t size = address_of(port, VMADDR_CID_ANY, &address);
-    int fd = open_socket(SOCK_NONBLOCK);
+    int fd = open_socket();
     if (bind(fd, (struct sockaddr *)&address, size) || listen(fd, 128))
         die("agent port: %s", strerror(errno));
-    watch_add(&listener, fd, EPOLLIN, listener_ready);
+    watch_add_level(&listener, fd, EPOLLIN, listener_ready);
+}
+
+/* Whether the machine's device has been found: only then has it an address. */
+static bool has_cid(void *unused) {
+    (void)unused;
+    unsigned cid = VMADDR_CID_ANY;
+    int fd = open("/dev/vsock", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return false;
+    bool known = !ioctl(fd, IOCTL_VM_SOCKETS_GET_LOCAL_CID, &cid) && cid != VMADDR_CID_ANY;
+    close(fd);
+    return known;
 }
 
 static const struct carrier sockets = {
@@ -312,5 +380,6 @@ static const struct carrier sockets = {
 
 const struct carrier *socket_carrier(const char *directory) {
     unix_directory = directory;
+    if (!directory && !wait_for_device(has_cid, NULL, TRANSPORT_WAIT_MS)) die("no virtio-vsock device");
     return &sockets;
 }
