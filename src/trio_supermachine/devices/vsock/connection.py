@@ -134,7 +134,8 @@ class Connection:
     @property
     def credit(self) -> int:
         """How many bytes the peer has room for."""
-        return max(0, self._peer_window - (self._sent - self._peer_forwarded))
+        credit = self._peer_window - (self._sent - self._peer_forwarded)
+        return credit if credit > 0 else 0
 
     def spend(self, size: int) -> None:
         """Account for ``size`` bytes sent."""
