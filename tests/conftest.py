@@ -1,20 +1,59 @@
-"""What tests share: real VMs, and a check that each test leaves nothing behind."""
+"""What tests share: real VMs, and a check that each test leaves nothing behind.
+
+``TRIO_SUPERMACHINE_TEST_ENGINE`` names the engine that VMs run on, otherwise the library chooses;
+``TRIO_SUPERMACHINE_TEST_VCPUS`` is how many processors they have, where a test does not say.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
-from trio_supermachine import Image, Vm
+from trio_supermachine import EngineUnavailable, Image, Vm
+from trio_supermachine.hv.kvm.probe import probe_kvm
+from trio_supermachine.hv.select import VARIABLE, choose_engine
 from trio_supermachine.images.prepare import prepare_image
 
 #: Seconds after which a test gives up, and says what came so far.
 PATIENCE = 60
+
+if engine := os.environ.get("TRIO_SUPERMACHINE_TEST_ENGINE"):
+    os.environ[VARIABLE] = engine  # for the programs that tests start, too
+VCPUS = int(os.environ.get("TRIO_SUPERMACHINE_TEST_VCPUS", "1"))
+
+
+@cache
+def _engine_name() -> str:
+    try:
+        return trio.run(choose_engine).name
+    except EngineUnavailable as exc:
+        return str(exc)
+
+
+@cache
+def _why_no_linux_on_kvm() -> str | None:
+    found = trio.run(probe_kvm)
+    return None if found.usable else found.detail
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("kvm") and (reason := _why_no_linux_on_kvm()) is not None:
+        pytest.skip(f"{reason}; scripts/kvm-lab has a real one")
+    if item.get_closest_marker("qemu") and _engine_name() != "qemu":
+        pytest.skip("about QEMU's processes; VMs run on another engine")
+
+
+@pytest.fixture(scope="session")
+def engine_name() -> str:
+    """The engine that VMs run on unless they are told."""
+    return _engine_name()
 
 
 def open_files() -> dict[int, str]:
@@ -42,6 +81,16 @@ def child_processes() -> dict[int, str]:
     return found
 
 
+def engines() -> set[int]:
+    """The processes of QEMU that run VMs of this process."""
+    return {pid for pid, name in child_processes().items() if "qemu" in name}
+
+
+def machines() -> int:
+    """How many VMs this process runs, on any engine."""
+    return len(engines()) + list(open_files().values()).count("anon_inode:kvm-vm")
+
+
 def own_threads() -> set[threading.Thread]:
     """Threads, without the worker threads that Trio keeps for a while for the next call."""
     return {t for t in threading.enumerate() if not t.name.startswith("Trio thread")}
@@ -62,13 +111,13 @@ def nothing_is_left() -> Iterator[None]:
 @pytest.fixture
 async def busybox() -> Image:
     """The embedded image, which boots."""
-    return await prepare_image("builtin:busybox")
+    return attrs.evolve(await prepare_image("builtin:busybox"), vcpus=VCPUS)
 
 
 @pytest.fixture
 async def baked() -> Image:
     """The embedded image, which is restored; baked by the first test that wants it."""
-    return await Image.from_oci("builtin:busybox")
+    return await Image.builder("builtin:busybox").with_vcpus(VCPUS).build()
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def answer(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_from_bake_to_rmi(home: Path) -> None:
+def test_from_bake_to_rmi(home: Path, engine_name: str) -> None:
     done = cli(
         "bake", "builtin:busybox", *QUICK, "--name", "app", "-e", "SECRET", "--warmup-exec",
         "echo warming; echo $SECRET >/tmp/secret", SECRET="s3",
@@ -68,7 +68,7 @@ def test_from_bake_to_rmi(home: Path) -> None:
     assert (image["reference"], image["memory_mib"], image["engine"]) == (
         "builtin:busybox",
         128,
-        "qemu",
+        engine_name,
     )
     assert document["size"] == image["size"] + image["layers_size"]
 

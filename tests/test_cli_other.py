@@ -38,7 +38,7 @@ def by_name(report: dict[str, Any], name: str) -> dict[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
-def test_doctor_finds_that_this_host_can_start_vms() -> None:
+def test_doctor_finds_that_this_host_can_start_vms(engine_name: str) -> None:
     code, report = doctor()
     assert code == 0
     assert report["ok"] is True
@@ -47,7 +47,7 @@ def test_doctor_finds_that_this_host_can_start_vms() -> None:
     assert {"python", "trio", "kernel", "squashfs-tools", "e2fsprogs", "memory", "cores"} <= names
     done = cli("doctor")
     assert done.returncode == 0
-    assert "on the engine qemu" in done.stdout
+    assert f"on the engine {engine_name}" in done.stdout
 
 
 def test_doctor_names_what_to_install_where_there_is_no_engine() -> None:

@@ -130,12 +130,12 @@ def test_a_timeout_is_124() -> None:
     assert (done.returncode, done.stderr) == (124, b"")
 
 
-def test_options_reach_the_guest() -> None:
+def test_options_reach_the_guest(engine_name: str) -> None:
     script = 'echo "$A,$B,$(pwd),$(id -u),$(hostname),$(nproc)"'
     done = run(
         *("-e", "A=1", "--env", "B=x=y", "-e", "ABSENT", "--workdir", "/tmp", "--user", "65534"),
-        *("--hostname", "box", "--vcpus", "2", "--memory", "300", "--engine", "qemu", "--quiet"),
-        *(BUSYBOX, "--", "sh", "-c", script),
+        *("--hostname", "box", "--vcpus", "2", "--memory", "300", "--engine", engine_name),
+        *("--quiet", BUSYBOX, "--", "sh", "-c", script),
     )
     assert done.stderr == b""
     assert done.stdout == b"1,x=y,/tmp,65534,box,2\n"

@@ -25,20 +25,20 @@ from trio_supermachine import (
 )
 from trio_supermachine.images.prepare import prepare_image
 
-from .conftest import child_processes, read_until
+from .conftest import engines, read_until
 
 pytestmark = pytest.mark.vm
 
 
 def engine_pid() -> int:
-    (pid,) = [pid for pid, name in child_processes().items() if "qemu" in name]
+    (pid,) = engines()
     return pid
 
 
-async def test_a_vm_knows_what_it_is(busybox: Image, baked: Image) -> None:
+async def test_a_vm_knows_what_it_is(busybox: Image, baked: Image, engine_name: str) -> None:
     for image, started_by in ((busybox, "boot"), (baked, "restore")):
         async with Vm.start(image) as vm:
-            assert (vm.engine, vm.started_by) == ("qemu", started_by)
+            assert (vm.engine, vm.started_by) == (engine_name, started_by)
             assert "builtin:busybox" in repr(vm)
             done = await vm.run_process(["sh", "-c", "hostname; id -u; pwd"], capture_stdout=True)
             assert done.stdout.decode().split() == ["supermachine", "0", "/"]
@@ -73,6 +73,7 @@ async def test_a_guest_that_ends_surfaces_as_a_bare_vm_exited(busybox: Image, ho
         assert "Kernel panic" in caught.value.console
 
 
+@pytest.mark.qemu
 async def test_a_killed_engine_is_told_to_every_pending_call(busybox: Image) -> None:
     told: list[str] = []
 
