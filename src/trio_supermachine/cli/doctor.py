@@ -14,11 +14,11 @@ import attrs
 
 from .._version import __version__
 from ..assets import find_kernel
-from ..errors import AssetNotFound
+from ..errors import AssetNotFound, ConfigError
 from ..guest import init_binary, launcher_binary
 from ..hostfiles import home, offline
 from ..hv.base import EngineReport
-from ..hv.select import probe_engines
+from ..hv.select import VARIABLE, default_engine, probe_engines
 from ..kernels import preferred_kernel
 from ..resources import DEFAULT_MEMORY_MIB
 
@@ -42,22 +42,33 @@ class Check:
 
 @attrs.frozen
 class Diagnosis:
-    """What was found on this host."""
+    """What was found on this host; ``wanted`` is the engine that the environment names."""
 
     checks: tuple[Check, ...]
     engines: tuple[EngineReport, ...]
+    wanted: str = "auto"
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that VMs start on, unless a program names another."""
+        usable = (
+            report.name
+            for report in self.engines
+            if report.available and self.wanted in ("auto", report.name)
+        )
+        return next(usable, None)
 
     @property
     def ok(self) -> bool:
         """Whether a VM can be started here."""
-        engine = any(report.available for report in self.engines)
-        return engine and all(check.state != "missing" for check in self.checks)
+        return self.engine is not None and all(check.state != "missing" for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
         """The same as one JSON object."""
         return {
             "ok": self.ok,
             "version": __version__,
+            "engine": self.engine,
             "engines": [attrs.asdict(report) for report in self.engines],
             "checks": [attrs.asdict(check) for check in self.checks],
         }
@@ -71,8 +82,8 @@ class Diagnosis:
             yield from _lines(state, f"engine {report.name}", report.detail, report.remedy)
         yield ""
         if self.ok:
-            usable = next(report.name for report in self.engines if report.available)
-            yield f"VMs start here, on the engine {usable}."
+            because = "" if self.wanted == "auto" else f" ({VARIABLE} says so)"
+            yield f"VMs start here, on the engine {self.engine}{because}."
         else:
             yield "No VM can be started here; see above for what is missing."
 
@@ -85,6 +96,7 @@ def _lines(state: str, name: str, detail: str, remedy: str | None) -> Iterator[s
 
 async def examine() -> Diagnosis:
     """Look at everything that a VM needs; changes nothing on this host."""
+    wanted, unknown = _wanted_engine()
     checks = (
         Check("trio-supermachine", "ok", __version__),
         _python(),
@@ -96,8 +108,16 @@ async def examine() -> Diagnosis:
         _memory(),
         Check("cores", "ok", str(len(os.sched_getaffinity(0)))),
         _data_directory(),
+        *unknown,
     )
-    return Diagnosis(checks, tuple(await probe_engines()))
+    return Diagnosis(checks, tuple(await probe_engines()), wanted)
+
+
+def _wanted_engine() -> tuple[str, tuple[Check, ...]]:
+    try:
+        return default_engine(), ()
+    except ConfigError as exc:
+        return "auto", (Check("engine", "missing", str(exc), f"unset {VARIABLE}"),)
 
 
 def _python() -> Check:
