@@ -1,11 +1,10 @@
-"""The driver's side of a device's queues, and the Trio shell that a device needs round its own.
+"""A driver of one device without its bus, and the Trio shell that the device's queues need.
 
-A buffer lies in a slot of the queue: a table of descriptors, and then its parts.
+A buffer lies in a slot of its queue: an indirect table, and then its parts.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -14,18 +13,10 @@ import trio
 
 from trio_supermachine.devices.memory import GuestMemory
 from trio_supermachine.devices.virtio import VirtioDevice
-from trio_supermachine.devices.virtqueue import (
-    DESC_F_INDIRECT,
-    DESC_F_NEXT,
-    DESC_F_WRITE,
-    Chain,
-    QueueState,
-    Virtqueue,
-)
+from trio_supermachine.devices.virtqueue import Chain
 
-_DESCRIPTOR = struct.Struct("<QIHH")
-_U16 = struct.Struct("<H")
-_U32X2 = struct.Struct("<II")
+from .virtio_driver import Ring
+
 _TABLE = 16 * 256
 
 
@@ -62,36 +53,15 @@ class DriverQueue:
 
     def __init__(self, memory: GuestMemory, start: int, *, size: int, slot_size: int) -> None:
         self.memory = memory
-        self.size = size
-        self.slot_size = _TABLE + slot_size + 15 & ~15
         self.kicked = Signal()
         self.interrupted = Signal()
         self.interrupts = 0
-        self._descriptors = start
-        self._available = start + 16 * size
-        self._used = self._available + 6 + 2 * size + 3 & ~3
-        self._slots = self._used + 6 + 8 * size + 15 & ~15
-        self.end = self._slots + size * self.slot_size
-        self._free = list(range(size))
+        self.ring = Ring(memory, start, size, event_index=True)
+        self.device = DeviceQueue(self)
+        self._slot_size = _TABLE + (slot_size + 15) // 16 * 16
+        self._free = [self.ring.end + n * self._slot_size for n in range(size)]
         self._out: dict[int, Buffer] = {}
-        self._next_available = 0
-        self._next_used = 0
-        self.attach()
-
-    def attach(self, state: QueueState | None = None) -> None:
-        """A new device's side, which goes on from ``state``."""
-        self.device = DeviceQueue(
-            self,
-            Virtqueue(
-                self.memory,
-                size=self.size,
-                descriptors=self._descriptors,
-                available=self._available,
-                used=self._used,
-                event_index=False,
-                state=state,
-            ),
-        )
+        self.end = self.ring.end + size * self._slot_size
 
     @property
     def free(self) -> int:
@@ -103,42 +73,33 @@ class DriverQueue:
     ) -> Buffer:
         """Make a buffer available: parts with contents, then parts of some sizes."""
         slot = self._free.pop()
-        table = self._slots + slot * self.slot_size
-        at = table + _TABLE
-        parts = [(len(part), 0) for part in readable] + [(n, DESC_F_WRITE) for n in writable]
-        views = []
-        entries = []
-        for index, (length, flags) in enumerate(parts, 1):
-            views.append(self.memory.view(at, length))
-            flags |= DESC_F_NEXT if index < len(parts) else 0
-            entries.append(_DESCRIPTOR.pack(at, length, flags, index))
+        at = slot + _TABLE
+        parts = []
+        for length in (*map(len, readable), *writable):
+            parts.append((at, length))
             at += length
-        assert at - table <= self.slot_size
-        for view, part in zip(views, readable, strict=False):
-            view[:] = part
-        self.memory.write(table, b"".join(entries))
-        descriptor = _DESCRIPTOR.pack(table, 16 * len(parts), DESC_F_INDIRECT, 0)
-        self.memory.write(self._descriptors + 16 * slot, descriptor)
-        buffer = Buffer(slot, tuple(views[: len(readable)]), tuple(views[len(readable) :]))
-        self._out[slot] = buffer
-        ring = self._available + 4 + 2 * (self._next_available % self.size)
-        self.memory.write(ring, _U16.pack(slot))
-        self._next_available = self._next_available + 1 & 0xFFFF
-        self.memory.write(self._available + 2, _U16.pack(self._next_available))
+        assert at <= slot + self._slot_size
+        views = [self.memory.view(*part) for part in parts]
+        for view, contents in zip(views, readable, strict=False):
+            view[:] = contents
+        count = len(readable)
+        head = self.ring.add(parts[:count], parts[count:], table=slot)
+        buffer = Buffer(slot, tuple(views[:count]), tuple(views[count:]))
+        self._out[head] = buffer
         return buffer
 
     def kick(self) -> None:
-        self.kicked.set()
+        """Notify the device, if it asked for that."""
+        if self.ring.wants_kick():
+            self.kicked.set()
 
     def used(self) -> list[tuple[Buffer, int]]:
         """Buffers that the device has given back, with the numbers of bytes written."""
         found = []
-        while self._next_used != _U16.unpack(self.memory.read(self._used + 2, 2))[0]:
-            ring = self._used + 4 + 8 * (self._next_used % self.size)
-            slot, written = _U32X2.unpack(self.memory.read(ring, 8))
-            found.append((self._out.pop(slot), written))
-            self._free.append(slot)
-            self._next_used = self._next_used + 1 & 0xFFFF
+        for head, written in self.ring.used():
+            buffer = self._out.pop(head)
+            self._free.append(buffer.slot)
+            found.append((buffer, written))
         return found
 
     async def wait_used(self) -> list[tuple[Buffer, int]]:
@@ -151,8 +112,8 @@ class DriverQueue:
 class DeviceQueue:
     """What :meth:`VirtioDevice.run` gets."""
 
-    def __init__(self, driver: DriverQueue, queue: Virtqueue) -> None:
-        self.queue = queue
+    def __init__(self, driver: DriverQueue) -> None:
+        self.queue = driver.ring.device()
         self._driver = driver
         self.out = 0
 
@@ -160,7 +121,6 @@ class DeviceQueue:
         await trio.lowlevel.checkpoint()
         while not self.queue.enable_kicks():
             await self._driver.kicked.wait()
-        self.queue.disable_kicks()
 
     def pop(self) -> Chain | None:
         chain = self.queue.pop()
@@ -184,15 +144,15 @@ class Driver:
         self.device = device
         sizes = sizes or device.queue_sizes
         assert len(sizes) == len(slot_sizes) == len(device.queue_sizes)
-        room = sum(
-            size * (_TABLE + slot + 128) for size, slot in zip(sizes, slot_sizes, strict=True)
+        room = 1024 + sum(
+            size * (_TABLE + slot + 64) for size, slot in zip(sizes, slot_sizes, strict=True)
         )
         self.memory = GuestMemory([(0x1000, memoryview(bytearray(room)))])
         self.queues: list[DriverQueue] = []
         at = 0x1000
         for size, slot in zip(sizes, slot_sizes, strict=True):
             self.queues.append(DriverQueue(self.memory, at, size=size, slot_size=slot))
-            at = self.queues[-1].end + 15 & ~15
+            at = self.queues[-1].end
         device.driver_features = device.features
 
     async def run(self) -> None:

@@ -106,7 +106,8 @@ class VsockDevice(VirtioDevice, Carrier):
                 if self._peer_reset is not _PeerReset.DONE:
                     nursery.start_soon(self._say_reset, events)
         finally:
-            self._rx = None
+            # Nothing may hold a view of guest memory any more, a traceback neither.
+            self._rx = self._fault = None
 
     def reset(self) -> None:
         self._peer_reset = _PeerReset.DONE

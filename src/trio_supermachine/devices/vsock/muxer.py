@@ -314,11 +314,7 @@ class Mux:
         senders = self._senders
         while senders:
             connection = senders[0]
-            if (
-                connection.pending is not None
-                and connection.state is State.OPEN
-                and connection.credit
-            ):
+            if connection.pending and connection.state is State.OPEN and connection.credit:
                 return True
             connection.queued = False
             senders.popleft()
@@ -371,16 +367,10 @@ class Mux:
         return self._header(connection, 0, op, flags)
 
     def _header(self, connection: Connection, length: int, op: Op, flags: int) -> bytes:
+        local, peer = connection.local_port, connection.peer_port
+        taken = connection.announce()
         return pack_header(
-            self.local_cid,
-            self.peer_cid,
-            connection.local_port,
-            connection.peer_port,
-            length,
-            op,
-            flags,
-            WINDOW,
-            connection.announce(),
+            self.local_cid, self.peer_cid, local, peer, length, op, flags, WINDOW, taken
         )
 
     # --- bookkeeping ---
