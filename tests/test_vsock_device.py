@@ -378,6 +378,26 @@ async def test_an_rx_buffer_without_room_is_the_drivers_fault_and_not_the_stream
         mux.close()
 
 
+async def test_several_faults_at_once_are_one() -> None:
+    device = VsockDevice()
+    mux = VsockMux(device)
+    device.load(some_state())
+    driver = make_driver(device)
+    for queue in driver.queues:
+        queue.add(readable=[b"nonsense"])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mux.run)
+        nursery.start_soon(_refused, mux)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(2):
+            with pytest.raises(QueueFault):
+                await driver.run()
+            device.reset()
+            for queue in driver.queues:
+                queue.add(readable=[b"nonsense"])
+        mux.close()
+
+
 async def test_tiny_rx_buffers_carry_tiny_packets() -> None:
     async with by_hand() as (mux, driver):
         listener = mux._listeners[PORT]

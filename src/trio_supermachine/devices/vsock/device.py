@@ -11,7 +11,7 @@ peer without credit.
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import ClassVar, Final, final
@@ -52,7 +52,6 @@ class _Rx(Enum):
     NOTHING = "nothing"
     NO_CHAINS = "no chains"
     OTHERS_TURN = "others' turn"
-    FAULT = "fault"
 
 
 class _PeerReset(Enum):
@@ -86,6 +85,7 @@ class VsockDevice(VirtioDevice, Carrier):
         self._rx_wait = _Rx.NOTHING
         self._rx_task = Parking()
         self._tx_task = Parking()
+        self._scope = trio.CancelScope()
         self._fault: QueueFault | GuestMemoryError | None = None
         self._peer_reset = _PeerReset.DONE
         self._held = False
@@ -101,13 +101,27 @@ class VsockDevice(VirtioDevice, Carrier):
         self._rx, self._rx_wait, self._fault = rx, _Rx.NOTHING, None
         try:
             async with open_flat_nursery() as nursery:
-                nursery.start_soon(self._tx_loop, tx)
-                nursery.start_soon(self._rx_loop, rx)
+                self._scope = nursery.cancel_scope
+                nursery.start_soon(self._guard, self._tx_loop, tx)
+                nursery.start_soon(self._guard, self._rx_loop, rx)
                 if self._peer_reset is not _PeerReset.DONE:
-                    nursery.start_soon(self._say_reset, events)
+                    nursery.start_soon(self._guard, self._say_reset, events)
+            if self._fault is not None:
+                raise self._fault
         finally:
             # Nothing may hold a view of guest memory any more, a traceback neither.
             self._rx = self._fault = None
+
+    async def _guard(self, serve: Callable[[Queue], Awaitable[None]], queue: Queue) -> None:
+        try:
+            await serve(queue)
+        except (QueueFault, GuestMemoryError) as exc:
+            self._fail(exc)
+
+    def _fail(self, fault: QueueFault | GuestMemoryError) -> None:
+        """End :meth:`run` by a fault of the driver; the first one, if there are several."""
+        self._fault = self._fault or fault
+        self._scope.cancel()
 
     def reset(self) -> None:
         self._peer_reset = _PeerReset.DONE
@@ -159,13 +173,11 @@ class VsockDevice(VirtioDevice, Carrier):
 
     def flush(self) -> None:
         rx = self._rx
-        if rx is not None and self._rx_wait is _Rx.NOTHING:
+        if rx is not None and self._rx_wait is _Rx.NOTHING and self._fault is None:
             try:
                 self._fill(rx)
             except (QueueFault, GuestMemoryError) as exc:
-                # The caller is whoever uses a stream; the fault is run()'s.
-                self._fault = exc
-                self._rx_wait = _Rx.FAULT
+                self._fail(exc)  # the caller may be whoever uses a stream
             if self._rx_wait is not _Rx.NOTHING:
                 self._rx_task.wake()
         if not self._mux.core.congested:
@@ -179,8 +191,6 @@ class VsockDevice(VirtioDevice, Carrier):
                 self.flush()
             if self._rx_wait is _Rx.NOTHING:
                 await self._rx_task.park()
-            if self._fault is not None:
-                raise self._fault
             if self._rx_wait is _Rx.NO_CHAINS:
                 await rx.wait()
             elif self._rx_wait is _Rx.OTHERS_TURN:
