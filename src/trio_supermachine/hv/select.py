@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
-from typing import Final, cast
+from typing import Final
 
 from ..assets import AssetPaths
 from ..errors import ConfigError, EngineUnavailable
@@ -19,7 +18,7 @@ VARIABLE: Final = "TRIO_SUPERMACHINE_ENGINE"
 
 _DEVICE: Final = "/dev/kvm"
 _NOT_BUILT: Final = (
-    "apt-get install gcc linux-libc-dev, then install this package again from its source"
+    "on x86-64, apt-get install python3-dev, then install this package again from its source"
 )
 
 #: What was found on a device, by its identity: a probe where KVM emulates takes a quarter second.
@@ -75,10 +74,11 @@ async def _examine(
     if sys.platform != "linux":
         return None, _no_kvm("KVM is a part of Linux")
     try:
-        # Its extension is made for Linux only, and not at all where there is no compiler.
-        engine = cast(Engine, import_module(".kvm.engine", __package__).KvmEngine())
+        # Its extension is made for Linux only, and not at all where Python's headers are missing.
+        from .kvm.engine import KvmEngine
     except ImportError as exc:
         return None, _no_kvm(f"its extension is not built ({exc})", _NOT_BUILT)
+    engine = KvmEngine()
     device = _identity()
     report = _remembered.get(device)
     if report is None:
