@@ -11,6 +11,7 @@ from .base import Console
 
 RING_BYTES = 256 * 1024
 _CHUNK = 64 * 1024
+_LAST_WORDS = 8 * 1024
 
 
 @final
@@ -40,6 +41,11 @@ class ConsoleRing(Console):
 
     def tail(self, max_bytes: int = 4096) -> bytes:
         return bytes(self._ring[-max_bytes:]) if max_bytes > 0 else b""
+
+    def last_words(self) -> str:
+        """The panic that the output ends with; empty if there was none."""
+        _, panic, rest = self.tail(_LAST_WORDS).partition(b"Kernel panic - ")
+        return (panic + rest.splitlines()[0]).decode("utf-8", "replace") if panic and rest else ""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return _Reader(self)

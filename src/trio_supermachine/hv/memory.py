@@ -134,6 +134,15 @@ class Copying:
         self.whole = whole
         self.runs: tuple[Run, ...] = ()
 
+    @classmethod
+    def of(
+        cls, guest: ProcessMemory, file: int, restore: Restore | None, since: str | None
+    ) -> Copying:
+        """What :meth:`~.base.Machine.capture` copies of a machine that began with ``restore``."""
+        if since is not None and restore is not None and since == restore.identity:
+            return cls(guest, file)
+        return cls(guest, file, whole=True, restore=restore)
+
     def prepare(self) -> None:
         """Do what can be done while the guest runs, in a worker thread."""
         if self.whole and self._restore is not None:
@@ -207,6 +216,16 @@ def _write(file: int, data: bytes, offset: int) -> None:
     done = os.pwrite(file, data, offset)
     while done < len(data):
         done += os.pwrite(file, data[done:], offset + done)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A new file, open for writing only: QEMU takes no other descriptor to write to."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager

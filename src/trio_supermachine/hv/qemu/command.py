@@ -16,6 +16,7 @@ import attrs
 
 from ...errors import ConfigError
 from ..base import MachineSpec
+from ..cmdline import COMMON_WORDS
 
 #: The virtio-serial port that carries vsock packets; the guest looks for this name.
 VSOCK_PORT_NAME: Final = "org.trio-supermachine.vsock"
@@ -47,16 +48,7 @@ MACHINE: Final = "microvm,acpi=on,pcie=on,pit=off,suppress-vmdesc=on"
 
 #: What the engine adds to the kernel's command line.
 _CMDLINE: Final = (
-    "console=ttyS0",
-    "reboot=t",  # a triple fault: QEMU leaves at once, with -no-reboot
-    "panic=-1",
-    "quiet",
-    "8250.nr_uarts=1",
-    "random.trust_cpu=on",
-    "cryptomgr.notests",
-    # The jitter generator times itself for a tenth of a second, and only FIPS mode needs it: the
-    # kernel's own generator is seeded by the processor and the virtio device.
-    "initcall_blacklist=jent_mod_init",
+    *COMMON_WORDS,
     # Emulated CPUs do not speculate, so the mitigations cost time for nothing.
     "mitigations=off",
     # The timer check and the calibration of the TSC against an emulated timer fail at random

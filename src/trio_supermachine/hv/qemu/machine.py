@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
-    contextmanager,
     suppress,
 )
 from pathlib import Path
@@ -24,7 +23,7 @@ from ...devices.vsock.stream import VsockListener, VsockMux
 from ...errors import CaptureFailed, SnapshotInvalid, VmExited
 from ..base import Captured, ExitReason, Machine, MachineExit, Restore
 from ..console import ConsoleRing
-from ..memory import Copying, ProcessMemory
+from ..memory import Copying, ProcessMemory, new_file
 from .process import REAP_TIMEOUT, EngineProcess
 from .qmp import QmpClient, QmpError, QmpProtocolError
 
@@ -123,12 +122,9 @@ class QemuMachine(Machine):
         since: str | None = None,
     ) -> Captured:
         guest = await self._guest_memory()
-        with _new_file(state) as state_fd, _new_file(memory) as memory_fd:
+        with new_file(state) as state_fd, new_file(memory) as memory_fd:
             os.ftruncate(memory_fd, self._memory_size)
-            if since is not None and self._restore and since == self._restore.identity:
-                copying = Copying(guest, memory_fd)
-            else:
-                copying = Copying(guest, memory_fd, whole=True, restore=self._restore)
+            copying = Copying.of(guest, memory_fd, self._restore, since)
             await trio.to_thread.run_sync(copying.prepare)
             async with at_rest:
                 standstill = await self._or_exited(self._capture_at_rest, state_fd, copying.finish)
@@ -293,7 +289,9 @@ class QemuMachine(Machine):
 
     def _how_it_ended(self, status: int | None) -> MachineExit:
         if self._cause is not None and self._cause in _SHUTDOWN_CAUSES:
-            return MachineExit(reason=_SHUTDOWN_CAUSES[self._cause], detail=self._last_words())
+            return MachineExit(
+                reason=_SHUTDOWN_CAUSES[self._cause], detail=self.console.last_words()
+            )
         if self._fault is not None:
             return MachineExit(reason="failed", detail=self._fault)
         if self._stopped:
@@ -302,11 +300,6 @@ class QemuMachine(Machine):
             return MachineExit(reason="killed", detail=f"QEMU was killed by signal {-status}")
         detail = self._process.stderr_tail or f"QEMU left with status {status}"
         return MachineExit(reason="failed", detail=detail)
-
-    def _last_words(self) -> str:
-        """The panic that the console ends with, if there was one."""
-        _, panic, rest = self.console.tail(2 * _CONSOLE_TAIL).partition(b"Kernel panic - ")
-        return (panic + rest.splitlines()[0]).decode("utf-8", "replace") if panic and rest else ""
 
 
 @final
@@ -320,16 +313,6 @@ class _Listener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
 
     async def aclose(self) -> None:
         await self._inner.aclose()
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[int]:
-    # QEMU takes a descriptor that it writes to only if it is open for just that.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _stream(sock: socket.socket) -> trio.SocketStream:

@@ -1,0 +1,246 @@
+"""All of one machine's hardware: memory, vCPUs, interrupt controllers, buses and devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final, final
+
+from ...devices.blk import BlkDevice
+from ...devices.bus import Bus, Range
+from ...devices.pci import PciBus
+from ...devices.power import AcpiPower, KeyboardReset, PowerEvent
+from ...devices.rng import RngDevice
+from ...devices.serial import Serial
+from ...devices.virtio import VirtioDevice
+from ...devices.vsock.device import VsockDevice
+from ...errors import ConfigError
+from ...trace import trace
+from ..base import Disk, MachineSpec
+from ..cmdline import COMMON_WORDS
+from .api import Kvm, KvmVcpu
+from .device import MachineDevice
+from .memory import MachineMemory
+from .routes import InterruptRoutes
+from .state import restore_vcpus, restore_vm, save_vcpus, save_vm
+from .state_format import decode_state, encode_state
+from .vcpu import ExitHandlers
+from .x86 import layout
+from .x86.boot import BOOT_MSRS, BootRegisters, SegmentRegister, load_linux
+from .x86.cpuid import vcpu_cpuid
+
+# The same places as on the QEMU engine: slot 0 is the host bridge, slot 1 has the channel and the
+# random number generator; disks take the others, eight functions each.
+_FIRST_DISK_SLOT: Final = 2
+_FUNCTIONS: Final = 8
+MAX_DISKS: Final = (32 - _FIRST_DISK_SLOT) * _FUNCTIONS
+
+_CMDLINE: Final = (*COMMON_WORDS, "supermachine.channel=vsock")
+
+
+@final
+class Board:
+    """The hardware of ``spec``, standing still: with its kernel loaded, or the state to go on from.
+
+    Making one takes some milliseconds of system calls, and a boot reads two files: do it in a
+    thread. :meth:`close` is for when vCPUs and devices have ended.
+
+    :param console: gets the console's output, in a vCPU's thread.
+    :param power: told that the guest wants to end, in a vCPU's thread.
+    :raises OSError: KVM refused something, by its name; or a file cannot be read.
+    :raises ConfigError: more disks or vCPUs than there are places, or too little memory.
+    :raises AssetNotFound: the kernel cannot be used.
+    :raises ValueError: what is to be gone on from is not the state of such a machine.
+    """
+
+    def __init__(
+        self,
+        spec: MachineSpec,
+        *,
+        console: Callable[[bytes], None],
+        power: Callable[[PowerEvent], None],
+    ) -> None:
+        if len(spec.disks) > MAX_DISKS:
+            raise ConfigError(f"{len(spec.disks)} disks; the most is {MAX_DISKS}")
+        #: Held by whoever touches registers of devices.
+        self.lock = threading.Lock()
+        self.vsock = VsockDevice()
+        with ExitStack() as stack:
+            restore = spec.restore
+            self._stack = stack
+            self.memory = MachineMemory(spec.memory_mib, restore.memory if restore else None)
+            stack.callback(self.memory.close)
+            if restore is not None:
+                self.memory.patch(restore.patches)
+            self._kvm = stack.enter_context(Kvm.open())
+            self._vm = stack.enter_context(self._kvm.create_vm())
+            self._vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
+            self._vm.set_tss_addr(layout.KVM_TSS)
+            self._vm.create_irqchip()
+            self._vm.create_pit()
+            self.memory.give_to(self._vm)
+            self._routes = InterruptRoutes(self._vm)
+            self.devices: list[MachineDevice] = []
+            self._pci = PciBus(*layout.pci_window_64(spec.memory_mib))
+            self._add(self.vsock, 1, 0)
+            self._add(RngDevice(), 1, 1)
+            for index, disk in enumerate(spec.disks):
+                slot, function = divmod(index, _FUNCTIONS)
+                self._add(self._open(disk), _FIRST_DISK_SLOT + slot, function)
+            self._serial = Serial(console, self._serial_interrupt)
+            self._ports = Bus(
+                (
+                    Range(layout.SERIAL_PORT, layout.SERIAL_PORTS, self._serial),
+                    Range(layout.KEYBOARD_PORT, layout.KEYBOARD_PORTS, KeyboardReset(power)),
+                    Range(layout.POWER_PORT, layout.POWER_PORTS, AcpiPower(power)),
+                )
+            )
+            self._registers = Bus((Range(layout.PCI_ECAM, layout.PCI_ECAM_SIZE, self._pci),))
+            self.vcpus: tuple[KvmVcpu, ...] = tuple(
+                self._vm.create_vcpu(index) for index in range(spec.vcpus)
+            )
+            if restore is None:
+                self._boot(spec)
+            else:
+                self._load(restore.state)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._stack.close()
+
+    def _open(self, disk: Disk) -> BlkDevice:
+        fd = os.open(disk.path, (os.O_RDONLY if disk.readonly else os.O_RDWR) | os.O_CLOEXEC)
+        self._stack.callback(os.close, fd)
+        return BlkDevice(fd, readonly=disk.readonly)
+
+    def _add(self, device: VirtioDevice, slot: int, function: int) -> None:
+        added = MachineDevice(device, self.memory.guest, self._vm, self._routes, self.lock)
+        self._stack.callback(added.close)
+        self._pci.add(added.function, device=slot, number=function)
+        self.devices.append(added)
+
+    # --- the first state ---
+
+    def _boot(self, spec: MachineSpec) -> None:
+        if spec.kernel is None or spec.initramfs is None:
+            raise ConfigError("a machine boots a kernel with an initramfs, or is restored")
+        words = [*_CMDLINE, spec.cmdline] if spec.cmdline else _CMDLINE
+        with (
+            open(spec.kernel, "rb", buffering=0) as kernel,
+            open(spec.initramfs, "rb", buffering=0) as initramfs,
+        ):
+            registers = load_linux(
+                self.memory.guest,
+                kernel,
+                initramfs,
+                cmdline=" ".join(words),
+                vcpus=spec.vcpus,
+                origin=str(spec.kernel),
+            )
+        supported = self._kvm.supported_cpuid()
+        deadline = bool(self._kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
+        for vcpu in self.vcpus:
+            vcpu.set_cpuid(
+                vcpu_cpuid(
+                    supported,
+                    index=vcpu.index,
+                    vcpus=spec.vcpus,
+                    tsc_khz=vcpu.get_tsc_khz(),
+                    tsc_deadline=deadline,
+                )
+            )
+            vcpu.set_msrs(BOOT_MSRS.items())
+        # The others wait until the first one starts them.
+        _set_registers(self.vcpus[0], registers)
+
+    def _load(self, state: Path) -> None:
+        header, _, machine = state.read_bytes().partition(b"\n")
+        described = json.loads(header)
+        if not isinstance(described, dict) or set(described) != {"serial", "pci"}:
+            raise ValueError("no state of a machine of this kind")
+        vcpus, vm = decode_state(machine)
+        with self.lock, self._routes.together():
+            self._serial.load(described["serial"])
+            self._pci.load(described["pci"])
+        for msr in restore_vcpus(self.vcpus, vcpus):
+            trace("kvm", "not restored: %s", msr)
+        restore_vm(self._vm, vm)
+
+    # --- later ones ---
+
+    def save(self) -> bytes:
+        """The state of all but memory, for a board that goes on; vCPUs and devices stand still."""
+        machine = encode_state(save_vcpus(self._kvm, self.vcpus), save_vm(self._vm))
+        with self.lock:
+            described = {
+                "serial": self._serial.save(),
+                "pci": self._pci.save(),
+            }
+        return json.dumps(described).encode() + b"\n" + machine
+
+    def stood_still(self) -> None:
+        """Tell the guest that it did not run for a while; its watchdogs would complain."""
+        for vcpu in self.vcpus:
+            vcpu.kvmclock_ctrl()
+
+    # --- exits, in a vCPU's thread ---
+
+    @property
+    def handlers(self) -> ExitHandlers:
+        """What answers the accesses that leave the guest."""
+        return ExitHandlers(
+            port_in=self._port_in,
+            port_out=self._port_out,
+            mmio_read=self._mmio_read,
+            mmio_write=self._mmio_write,
+        )
+
+    def _port_in(self, port: int, size: int) -> int:
+        with self.lock:
+            return self._ports.read(port, size)
+
+    def _port_out(self, port: int, size: int, value: int) -> None:
+        with self.lock:
+            self._ports.write(port, size, value)
+
+    def _mmio_read(self, address: int, size: int) -> int:
+        with self.lock:
+            if (found := self._pci.find(address)) is not None:
+                function, offset = found
+                return function.read_bar(offset, size)
+            return self._registers.read(address, size)
+
+    def _mmio_write(self, address: int, size: int, value: int) -> None:
+        with self.lock:
+            if (found := self._pci.find(address)) is not None:
+                function, offset = found
+                function.write_bar(offset, size, value)
+            else:
+                self._registers.write(address, size, value)
+
+    def _serial_interrupt(self) -> None:
+        self._vm.irq_line(layout.SERIAL_GSI, True)
+        self._vm.irq_line(layout.SERIAL_GSI, False)
+
+
+def _set_registers(vcpu: KvmVcpu, boot: BootRegisters) -> None:
+    regs = vcpu.get_regs()
+    regs.rip, regs.rbx, regs.rflags = boot.rip, boot.rbx, boot.rflags
+    vcpu.set_regs(regs)
+    sregs = vcpu.get_sregs()
+    sregs.cr0, sregs.cr4, sregs.efer = boot.cr0, boot.cr4, boot.efer
+    for name in ("ds", "es", "fs", "gs", "ss"):
+        _set_segment(getattr(sregs, name), boot.data)
+    _set_segment(sregs.cs, boot.cs)
+    _set_segment(sregs.tr, boot.tr)
+    vcpu.set_sregs(sregs)
+
+
+def _set_segment(segment: object, value: SegmentRegister) -> None:
+    for field in SegmentRegister.__attrs_attrs__:
+        setattr(segment, field.name, getattr(value, field.name))

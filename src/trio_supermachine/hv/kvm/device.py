@@ -1,0 +1,201 @@
+"""A virtio device of a running machine: its queues' descriptors, and the task that serves it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack, suppress
+from typing import Final, final
+
+import trio
+
+from ...devices.memory import GuestMemory, GuestMemoryError
+from ...devices.virtio import Queue, VirtioDevice
+from ...devices.virtio_pci import NOTIFY_MULTIPLIER, VirtioPciFunction
+from ...devices.virtqueue import Chain, QueueFault, Virtqueue
+from ...trace import trace
+from .api import KvmVm
+from .routes import InterruptRoutes
+
+_EVENTFD: Final = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+
+
+@final
+class MachineDevice:
+    """One virtio device as a PCI function, between the vCPUs' threads and the Trio thread.
+
+    The kernel signals a descriptor when the driver kicks a queue, and raises an interrupt when
+    one is written to: neither takes an exit. What the driver does with registers comes from a
+    vCPU's thread (the methods of :class:`~..devices.virtio_pci.TransportEvents`, with the
+    machine's lock held), and the task :meth:`serve` acts on it.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        vm: KvmVm,
+        routes: InterruptRoutes,
+        lock: threading.Lock,
+    ) -> None:
+        self.function = VirtioPciFunction(device, memory, self)
+        self._device = device
+        self._vm = vm
+        self._routes = routes
+        self._lock = lock
+        self._doorbells: int | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._held = True
+        self._news = trio.Event()
+        self._at_rest = trio.Event()
+        self._at_rest.set()
+        self._scope: trio.CancelScope | None = None
+        with ExitStack() as files:
+            self._kicks = [self._eventfd(files) for _ in device.queue_sizes]
+            self._interrupts = [self._eventfd(files) for _ in range(self.function.msix.vectors)]
+            self._first_gsi = routes.allocate(len(self._interrupts))
+            self._files = files.pop_all()
+
+    @staticmethod
+    def _eventfd(files: ExitStack) -> int:
+        fd = os.eventfd(0, _EVENTFD)
+        files.callback(os.close, fd)
+        return fd
+
+    def close(self) -> None:
+        """Close the descriptors; :meth:`serve` has ended."""
+        self._files.close()
+
+    # --- what the driver does; called with the lock held ---
+
+    def driver_ok(self) -> None:
+        self._tell()
+
+    def reset_requested(self) -> None:
+        self._tell()
+
+    def kick(self, queue: int) -> None:
+        os.eventfd_write(self._kicks[queue], 1)
+
+    def signal(self, vector: int) -> None:
+        os.eventfd_write(self._interrupts[vector], 1)
+
+    def vectors_changed(self, vector: int) -> None:
+        message = self.function.message(vector)
+        if message is not None:
+            self._routes.route(self._first_gsi + vector, self._interrupts[vector], message)
+
+    def doorbells_moved(self, address: int | None) -> None:
+        for at, deassign in ((self._doorbells, True), (address, False)):
+            if at is not None:
+                for queue, eventfd in enumerate(self._kicks):
+                    doorbell = at + NOTIFY_MULTIPLIER * queue
+                    self._vm.ioeventfd(eventfd, doorbell, length=2, deassign=deassign)
+        self._doorbells = address
+
+    def _tell(self) -> None:
+        if self._token is not None:
+            self._token.run_sync_soon(self._look)
+
+    # --- in the Trio thread ---
+
+    async def serve(self) -> None:
+        """Run the device whenever its driver wants it and it is not held; until cancelled."""
+        self._token = trio.lowlevel.current_trio_token()
+        while True:
+            news = self._news
+            with self._lock:
+                self.function.finish_reset()
+                due = self.function.running and not self._held
+            if due:
+                await self._run()
+                continue
+            if self._held:
+                self._at_rest.set()
+            await news.wait()
+
+    async def hold(self) -> None:
+        """Have the device stand still: it touches no guest memory until :meth:`release`."""
+        self._held = True
+        self._look()
+        await self._at_rest.wait()
+
+    def release(self) -> None:
+        """Let it go on."""
+        self._held = False
+        self._at_rest = trio.Event()
+        self._look()
+
+    def _look(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+        if self._scope is not None:
+            with self._lock:
+                due = self.function.running and not self._held
+            if not due:
+                self._scope.cancel()
+
+    async def _run(self) -> None:
+        queues: list[Queue] = []
+        for index, virtqueue in enumerate(self.function.virtqueues):
+            if virtqueue is None:
+                queues.append(_MissingQueue())
+            else:
+                queues.append(_LiveQueue(self, index, virtqueue))
+        with trio.CancelScope() as self._scope:
+            try:
+                await self._device.run(queues)
+            except (QueueFault, GuestMemoryError) as exc:
+                trace("kvm", "%s: %s", type(self._device).__name__, exc)
+                with self._lock:
+                    self.function.fail()
+        self._scope = None
+
+
+@final
+class _LiveQueue:
+    """A virtqueue with its two descriptors."""
+
+    def __init__(self, device: MachineDevice, index: int, virtqueue: Virtqueue) -> None:
+        self._device = device
+        self._index = index
+        self._virtqueue = virtqueue
+        self._kick = device._kicks[index]
+        self._fresh = True
+        self.pop = virtqueue.pop
+        self.push = virtqueue.push
+
+    async def wait(self) -> None:
+        virtqueue = self._virtqueue
+        # One that was kicked before, or goes on from a snapshot, has no kick to come.
+        if self._fresh or virtqueue.enable_kicks():
+            self._fresh = False
+            await trio.lowlevel.checkpoint()
+            return
+        await trio.lowlevel.wait_readable(self._kick)
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._kick)
+        virtqueue.disable_kicks()
+
+    def interrupt(self) -> None:
+        if self._virtqueue.should_interrupt():
+            device = self._device
+            with device._lock:
+                device.function.interrupt_queue(self._index)
+
+
+@final
+class _MissingQueue:
+    """A queue that the driver has not enabled."""
+
+    async def wait(self) -> None:
+        await trio.sleep_forever()
+
+    def pop(self) -> Chain | None:
+        return None
+
+    def push(self, chain: Chain, written: int = 0) -> None:
+        raise AssertionError("nothing was popped")
+
+    def interrupt(self) -> None:
+        pass

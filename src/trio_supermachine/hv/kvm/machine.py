@@ -1,0 +1,254 @@
+"""One machine that this process runs itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Final, final
+
+import attrs
+import trio
+
+from ..._nursery import open_flat_nursery
+from ...devices.power import PowerEvent
+from ...devices.vsock.stream import VsockMux
+from ...errors import ConfigError, SnapshotInvalid, VmExited
+from ...trace import trace
+from ..base import Captured, ExitReason, Machine, MachineExit, MachineSpec
+from ..console import RING_BYTES, ConsoleRing
+from ..memory import Copying, new_file
+from .board import Board
+from .vcpu import VcpuEnd, VcpuThread
+
+_CONSOLE_TAIL: Final = 4096
+
+_ENDS: Final[dict[VcpuEnd, ExitReason]] = {
+    "shutdown": "shutdown",
+    "reset": "reset",
+    "halted": "failed",
+    "failed": "failed",
+}
+
+
+@final
+class ConsoleFeed:
+    """Brings the console's bytes from the vCPUs' threads to its ring in the Trio thread."""
+
+    def __init__(self, ring: ConsoleRing) -> None:
+        self._ring = ring
+        self._token = trio.lowlevel.current_trio_token()
+        self._waiting = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Called in a vCPU's thread. What the ring would not keep is not kept here."""
+        waiting = self._waiting
+        waiting.extend(data)
+        if len(waiting) > 2 * RING_BYTES:
+            del waiting[:-RING_BYTES]
+        self._token.run_sync_soon(self.flush, idempotent=True)
+
+    def flush(self) -> None:
+        # Each step is atomic, and what comes in between stays for the next call.
+        data = bytes(self._waiting)
+        del self._waiting[: len(data)]
+        if data:
+            self._ring.feed(data)
+
+
+@final
+class KvmMachine(Machine):
+    """Only :meth:`KvmEngine.open` makes one."""
+
+    engine = "kvm"
+
+    def __init__(self, spec: MachineSpec) -> None:
+        self.console: ConsoleRing = ConsoleRing()
+        self._feed = ConsoleFeed(self.console)
+        self._spec = spec
+        self._made: Board | None = None
+        self._paused = spec.restore is not None
+        self._capturing = False
+        self._cause: MachineExit | None = None
+        self._exit: MachineExit | None = None
+        self._exited = trio.Event()
+        self._vcpus: tuple[VcpuThread, ...] = ()
+
+    async def set_up(self) -> None:
+        """Make the hardware. Cancelled, it does so first; :meth:`close` in any case.
+
+        :raises SnapshotInvalid: this host's KVM does not take the state to go on from.
+        :raises VmExited: KVM refused to make the machine.
+        """
+        restore = self._spec.restore
+        try:
+            await trio.to_thread.run_sync(self._make_board)
+        except (FileNotFoundError, ConfigError):
+            raise
+        except (OSError, ValueError) as exc:
+            if restore is None:
+                raise VmExited("failed", str(exc)) from exc
+            reason = f"KVM cannot load it: {exc}; make the snapshot again"
+            raise SnapshotInvalid(str(restore.state), reason) from exc
+        self._vcpus = tuple(
+            VcpuThread(vcpu, self._board.handlers, standing=self._paused)
+            for vcpu in self._board.vcpus
+        )
+        self._mux = VsockMux(self._board.vsock)
+        if not self._paused:
+            for device in self._board.devices:
+                device.release()
+
+    def _make_board(self) -> None:
+        self._made = Board(self._spec, console=self._feed.write, power=self.power)
+
+    def close(self) -> None:
+        """Give the hardware back; :meth:`run` has ended or was never called."""
+        if self._made is not None:
+            self._made.close()
+
+    @property
+    def _board(self) -> Board:
+        assert self._made is not None, "not set up"
+        return self._made
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """How often a vCPU has left the guest for this program, by reason."""
+        counts: dict[str, int] = {}
+        for vcpu in self._vcpus:
+            for reason, count in vcpu.exits.items():
+                counts[reason] = counts.get(reason, 0) + count
+        return counts
+
+    async def dial(self, port: int) -> trio.abc.HalfCloseableStream:
+        return await self._mux.dial(port)
+
+    def listen(self, port: int) -> trio.abc.Listener[trio.abc.HalfCloseableStream]:
+        return self._mux.listen(port)
+
+    async def pause(self) -> None:
+        self._paused = True
+        await self._stand()
+        self._check_alive()
+
+    async def resume(self) -> None:
+        self._paused = False
+        if not self._capturing:
+            self._go_on()
+        await trio.lowlevel.checkpoint()
+        self._check_alive()
+
+    async def _stand(self) -> None:
+        """vCPUs first: then the devices have no more coming in, and finish what they have."""
+        for vcpu in self._vcpus:
+            await vcpu.pause()
+        for device in self._board.devices:
+            await device.hold()
+
+    def _go_on(self) -> None:
+        for device in self._board.devices:
+            device.release()
+        for vcpu in self._vcpus:
+            vcpu.resume()
+
+    async def capture(
+        self,
+        state: Path,
+        memory: Path,
+        *,
+        at_rest: AbstractAsyncContextManager[None],
+        since: str | None = None,
+    ) -> Captured:
+        self._check_alive()
+        with new_file(state) as state_fd, new_file(memory) as memory_fd:
+            os.ftruncate(memory_fd, self._board.memory.size)
+            copying = Copying.of(self._board.memory.pages, memory_fd, self._spec.restore, since)
+            await trio.to_thread.run_sync(copying.prepare)
+            async with at_rest:
+                standstill = await self._capture_at_rest(state_fd, copying.finish)
+        return Captured(runs=copying.runs, complete=copying.whole, standstill=standstill)
+
+    async def _capture_at_rest(
+        self, state_fd: int, copy_memory: Callable[[], Awaitable[None]]
+    ) -> float:
+        began = trio.current_time()
+        self._capturing = True
+        try:
+            await self._stand()
+            self._check_alive()
+            await trio.to_thread.run_sync(_write, state_fd, self._board.save)
+            await copy_memory()
+        finally:
+            self._capturing = False
+            if not self._paused:
+                self._board.stood_still()
+                self._go_on()
+        return trio.current_time() - began
+
+    async def wait_exit(self) -> MachineExit:
+        await self._exited.wait()
+        assert self._exit is not None
+        return self._exit
+
+    def kill(self) -> None:
+        self._end(MachineExit(reason="stopped"))
+
+    def _check_alive(self) -> None:
+        if self._cause is not None:
+            raise self._vm_exited()
+
+    def _vm_exited(self) -> VmExited:
+        exit_ = self._exit or self._cause
+        assert exit_ is not None
+        console = self.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
+        return VmExited(exit_.reason, exit_.detail, console=console)
+
+    # The machine's life. All below runs in tasks that the engine's ``open`` owns, but for what
+    # vCPUs' threads call.
+
+    def power(self, event: PowerEvent) -> None:
+        """The guest wants to end; called in a vCPU's thread."""
+        self._end(MachineExit(reason=event))
+
+    def _end(self, cause: MachineExit) -> None:
+        if self._cause is None:
+            self._cause = cause
+        for vcpu in self._vcpus:
+            vcpu.stop()
+
+    async def run(self) -> None:
+        """Run the machine until it ends by itself or by :meth:`kill`, and tell how it did.
+
+        Shielded: while the owner is being cancelled, calls to the guest that clean up still go
+        through; the owner ends this by killing the machine.
+        """
+        try:
+            with trio.CancelScope(shield=True):
+                async with open_flat_nursery() as nursery:
+                    nursery.start_soon(self._mux.run)
+                    for device in self._board.devices:
+                        nursery.start_soon(device.serve)
+                    async with open_flat_nursery() as vcpus:
+                        for vcpu in self._vcpus:
+                            vcpus.start_soon(self._run_vcpu, vcpu)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._feed.flush()
+            cause = self._cause or MachineExit(reason="failed", detail="the engine broke off")
+            self._exit = attrs.evolve(cause, detail=cause.detail or self.console.last_words())
+            self.console.end()
+            self._mux.close(self._vm_exited)
+            self._exited.set()
+
+    async def _run_vcpu(self, vcpu: VcpuThread) -> None:
+        exit_ = await vcpu.run()
+        trace("kvm", "a vCPU has ended: %s %s", exit_.end, exit_.detail)
+        if exit_.end != "stopped":
+            self._end(MachineExit(reason=_ENDS[exit_.end], detail=exit_.detail))
+
+
+def _write(fd: int, make: Callable[[], bytes]) -> None:
+    with open(fd, "wb", closefd=False) as file:
+        file.write(make())
