@@ -13,9 +13,29 @@ import pytest
 
 try:
     from trio_supermachine.hv.kvm import api
-    from trio_supermachine.hv.kvm.vcpu import ExitHandlers
+    from trio_supermachine.hv.kvm.vcpu import ExitHandlers, VcpuExit, VcpuThread
 except ImportError:
     pytest.skip("the package was built without the KVM binding", allow_module_level=True)
+
+__all__ = [
+    "CODE",
+    "DATA",
+    "MEMORY",
+    "ExitHandlers",
+    "Mode",
+    "Seen",
+    "TinyGuest",
+    "VcpuExit",
+    "VcpuThread",
+    "api",
+    "code_out",
+    "enter_mode",
+    "halt_loop",
+    "open_kvm",
+    "out_loop",
+    "spin",
+    "tiny_guest",
+]
 
 Mode = Literal["real", "protected", "long"]
 
@@ -23,12 +43,21 @@ MEMORY = 0x20000
 CODE = 0x4000
 STACK = 0x9000
 DATA = 0xA000
-_GDT, _PML4, _PDPT, _PD = 0x500, 0x1000, 0x2000, 0x3000
+_PML4, _PDPT, _PD = 0x1000, 0x2000, 0x3000
 
 _PE, _NE, _PG = 1, 0x20, 1 << 31
 _OSFXSR_OSXMMEXCPT = 0x600
 _PAE = 0x20
 _LME_LMA = 0x500
+
+spin = bytes.fromhex("eb fe")  # jmp here
+halt_loop = bytes.fromhex("fb f4 eb fc")  # sti; hlt; again
+out_loop = bytes.fromhex("ff c0 e6 10 eb fa")  # inc eax; out 0x10, al; again
+
+
+def code_out(port: int) -> bytes:
+    """Write ``al`` to a port."""
+    return bytes([0xE6, port])
 
 
 def open_kvm() -> api.Kvm:
@@ -117,6 +146,24 @@ class Seen:
 
     calls: list[tuple[str, int, int, int]] = attrs.field(factory=list)
     on_call: Callable[[], object] = lambda: None
+
+    def stop_at(self, port: int, stop: Callable[[], None]) -> None:
+        """Call ``stop`` when the guest reads or writes this port."""
+
+        def check() -> None:
+            if self.calls[-1][1] == port:
+                stop()
+
+        self.on_call = check
+
+    def stop_after(self, count: int, stop: Callable[[], None]) -> None:
+        """Call ``stop`` when the guest has done so much."""
+
+        def check() -> None:
+            if len(self.calls) >= count:
+                stop()
+
+        self.on_call = check
 
     def handlers(self) -> ExitHandlers:
         return ExitHandlers(

@@ -108,7 +108,7 @@ def _with_one_tsc(states: Sequence[VcpuState]) -> tuple[VcpuState, ...]:
 def restore_vcpus(vcpus: Sequence[KvmVcpu], states: Sequence[VcpuState]) -> list[RefusedMsr]:
     """Load the state of all vCPUs of a machine, new ones or others that stand still.
 
-    Returns the MSRs that KVM refused and that have another value now. That is no failure by
+    Returns the MSRs that have another value now, as KVM refused to set them. That is no failure by
     itself: the list of a newer kernel may have more of them.
 
     :raises ValueError: another number of vCPUs, or a part of another size than this host's.
@@ -146,16 +146,12 @@ def _restore_vcpu(vcpu: KvmVcpu, state: VcpuState) -> list[RefusedMsr]:
 
 
 def _set_msrs(vcpu: KvmVcpu, values: Sequence[tuple[int, int]]) -> list[RefusedMsr]:
-    refused = vcpu.set_msrs(values)
-    if not refused:
-        return []
-    wanted = dict(values)
-    present, _ = vcpu.get_msrs(refused)
-    return [
-        RefusedMsr(vcpu.index, index, wanted[index])
-        for index in refused
-        if present.get(index) != wanted[index]
-    ]
+    # What is as it should be is left alone: some that KVM lets one read it refuses to write, even
+    # with the same value, or complains about in the kernel's log.
+    present, _ = vcpu.get_msrs(index for index, _ in values)
+    others = {index: value for index, value in values if present.get(index) != value}
+    refused = vcpu.set_msrs(others.items())
+    return [RefusedMsr(vcpu.index, index, others[index]) for index in refused]
 
 
 def save_vm(vm: KvmVm) -> VmState:

@@ -104,7 +104,9 @@ class VcpuThread:
         self._token = trio.lowlevel.current_trio_token()
         async with open_flat_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
-            result = await trio.to_thread.run_sync(self._serve, limiter=self._limiter)
+            result = await trio.to_thread.run_sync(
+                self._serve, thread_name=f"vcpu {self._vcpu.index}", limiter=self._limiter
+            )
             nursery.cancel_scope.cancel()
         return result
 
