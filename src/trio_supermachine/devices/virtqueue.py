@@ -23,8 +23,8 @@ MAX_QUEUE_SIZE: Final = 32768
 #: Descriptors in an indirect table. More than the size of the queue are no mistake: Linux
 #: makes a table as long as the device's own limit of segments lets it.
 MAX_INDIRECT: Final = 1024
-#: The bytes of one chain (§2.7.5.2).
-MAX_CHAIN_BYTES: Final = 1 << 32
+#: The bytes of one chain: what the used ring can say was written. (§2.7.5.2 allows one more.)
+MAX_CHAIN_BYTES: Final = (1 << 32) - 1
 
 DESC_F_NEXT: Final = 1
 DESC_F_WRITE: Final = 2
