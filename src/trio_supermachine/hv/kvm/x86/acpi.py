@@ -93,9 +93,7 @@ def _port_register(offset: int) -> bytes:
 def _fadt(dsdt: int) -> bytes:
     """§5.2.9. Offsets are those of the table, header included."""
     table = bytearray(276)
-    flags = (
-        _WBINVD | _PROC_C1 | _NO_POWER_BUTTON | _NO_SLEEP_BUTTON | _RESET_REGISTER | _HW_REDUCED
-    )
+    flags = _WBINVD | _PROC_C1 | _NO_POWER_BUTTON | _NO_SLEEP_BUTTON | _RESET_REGISTER | _HW_REDUCED
     struct.pack_into("<H", table, 109, _NO_VGA | _NO_CMOS_RTC)
     struct.pack_into("<I", table, 112, flags)
     table[116:128] = _port_register(RESET)

@@ -159,9 +159,10 @@ def _load_kernel(memory: GuestMemory, file: Source, kernel: elf.PvhKernel, origi
         raise elf.unusable(origin, "it wants to lie below 1 MiB")
     for segment in kernel.segments:
         # All of it must be there, but zeros need not be written.
-        with memory.view(segment.address, segment.size_in_memory) as view:
-            with view[: segment.size] as content:
-                elf.read_into(file, segment.offset, content, origin)
+        with memory.view(segment.address, segment.size_in_memory) as whole:
+            content = whole[: segment.size]
+        with content:
+            elf.read_into(file, segment.offset, content, origin)
 
 
 def _load_initramfs(memory: GuestMemory, file: Source | None, above: int) -> tuple[int, int] | None:
