@@ -18,6 +18,7 @@ from ...devices.rng import RngDevice
 from ...devices.serial import Serial
 from ...devices.virtio import VirtioDevice
 from ...devices.vsock.device import VsockDevice
+from ...devices.vsock.stream import VsockMux
 from ...errors import ConfigError
 from ...trace import trace
 from ..base import Disk, MachineSpec
@@ -68,7 +69,9 @@ class Board:
             raise ConfigError(f"{len(spec.disks)} disks; the most is {MAX_DISKS}")
         #: Held by whoever touches registers of devices.
         self.lock = threading.Lock()
-        self.vsock = VsockDevice()
+        vsock = VsockDevice()
+        #: The connections of the machine.
+        self.mux = VsockMux(vsock)
         with ExitStack() as stack:
             restore = spec.restore
             self._stack = stack
@@ -86,7 +89,7 @@ class Board:
             self._routes = InterruptRoutes(self._vm)
             self.devices: list[MachineDevice] = []
             self._pci = PciBus(*layout.pci_window_64(spec.memory_mib))
-            self._add(self.vsock, 1, 0)
+            self._add(vsock, 1, 0)
             self._add(RngDevice(), 1, 1)
             for index, disk in enumerate(spec.disks):
                 slot, function = divmod(index, _FUNCTIONS)

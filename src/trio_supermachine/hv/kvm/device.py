@@ -63,7 +63,8 @@ class MachineDevice:
         return fd
 
     def close(self) -> None:
-        """Close the descriptors; :meth:`serve` has ended."""
+        """Close the descriptors and let go of guest memory; :meth:`serve` has ended."""
+        self.function.virtqueues = ()
         self._files.close()
 
     # --- what the driver does; called with the lock held ---

@@ -13,7 +13,6 @@ import trio
 
 from ..._nursery import open_flat_nursery
 from ...devices.power import PowerEvent
-from ...devices.vsock.stream import VsockMux
 from ...errors import ConfigError, SnapshotInvalid, VmExited
 from ...trace import trace
 from ..base import Captured, ExitReason, Machine, MachineExit, MachineSpec
@@ -95,7 +94,6 @@ class KvmMachine(Machine):
             VcpuThread(vcpu, self._board.handlers, standing=self._paused)
             for vcpu in self._board.vcpus
         )
-        self._mux = VsockMux(self._board.vsock)
         if not self._paused:
             for device in self._board.devices:
                 device.release()
@@ -123,10 +121,10 @@ class KvmMachine(Machine):
         return counts
 
     async def dial(self, port: int) -> trio.abc.HalfCloseableStream:
-        return await self._mux.dial(port)
+        return await self._board.mux.dial(port)
 
     def listen(self, port: int) -> trio.abc.Listener[trio.abc.HalfCloseableStream]:
-        return self._mux.listen(port)
+        return self._board.mux.listen(port)
 
     async def pause(self) -> None:
         self._paused = True
@@ -227,7 +225,7 @@ class KvmMachine(Machine):
         try:
             with trio.CancelScope(shield=True):
                 async with open_flat_nursery() as nursery:
-                    nursery.start_soon(self._mux.run)
+                    nursery.start_soon(self._board.mux.run)
                     for device in self._board.devices:
                         nursery.start_soon(device.serve)
                     async with open_flat_nursery() as vcpus:
@@ -239,7 +237,7 @@ class KvmMachine(Machine):
             cause = self._cause or MachineExit(reason="failed", detail="the engine broke off")
             self._exit = attrs.evolve(cause, detail=cause.detail or self.console.last_words())
             self.console.end()
-            self._mux.close(self._vm_exited)
+            self._board.mux.close(self._vm_exited)
             self._exited.set()
 
     async def _run_vcpu(self, vcpu: VcpuThread) -> None:
