@@ -310,8 +310,7 @@ class VirtioPciFunction(PciFunction):
             "isr": self._isr,
             "msix": self.msix.save(),
             "virtqueues": [
-                attrs.astuple(virtqueue.save()) if virtqueue else None
-                for virtqueue in self.virtqueues
+                virtqueue and attrs.asdict(virtqueue.save()) for virtqueue in self.virtqueues
             ],
         }
 
@@ -325,7 +324,9 @@ class VirtioPciFunction(PciFunction):
         self._isr = bounded(state["isr"], 8)
         self._common.load(state["common"])
         states = [
-            None if saved is None else QueueState(bounded(saved[0], 16), bounded(saved[1], 16))
+            None
+            if saved is None
+            else QueueState(bounded(saved["next_available"], 16), bounded(saved["next_used"], 16))
             for saved in state["virtqueues"]
         ]
         if states:
