@@ -11,6 +11,7 @@ import pytest
 
 from trio_supermachine.assets import AssetPaths
 from trio_supermachine.config import MountSpec, SymlinkPolicy, VmConfig
+from trio_supermachine.devices.rng import RngDevice
 from trio_supermachine.errors import ConfigError, NotSupported
 from trio_supermachine.resources import VolumeSpec
 
@@ -130,3 +131,11 @@ def test_what_is_not_built_is_refused_by_name(feature: str, config: VmConfig) ->
 def test_assets_of_another_type_are_refused_where_they_are_written() -> None:
     with pytest.raises(ConfigError, match="AssetPaths"):
         VmConfig(assets="/boot/vmlinuz")  # type: ignore[arg-type]
+
+
+def test_devices_are_made_by_callables_and_are_few() -> None:
+    with pytest.raises(ConfigError, match="not 5"):
+        VmConfig(devices=(5,))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="9 devices"):
+        VmConfig(devices=(RngDevice,) * 9)
+    assert VmConfig().with_device(RngDevice).devices == (RngDevice,)

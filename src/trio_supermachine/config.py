@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -13,6 +13,7 @@ import attrs
 from . import _validators as check
 from ._validators import StrPath
 from .assets import AssetPaths
+from .devices.virtio import VirtioDevice
 from .errors import ConfigError, NotSupported
 from .resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, VolumeSpec, volume_tuple
 
@@ -20,6 +21,7 @@ EngineName = Literal["auto", "qemu", "kvm"]
 
 MIN_MEMORY_MIB: Final = 32
 MAX_VCPUS: Final = 16
+MAX_DEVICES: Final = 8
 
 # Labels of letters, digits and hyphens; 64 bytes is what Linux's sethostname takes.
 _HOSTNAME = re.compile(
@@ -68,6 +70,18 @@ def _mount_tuple(values: Iterable[MountSpec]) -> tuple[MountSpec, ...]:
     return mounts
 
 
+def _device_tuple(
+    values: Iterable[Callable[[], VirtioDevice]],
+) -> tuple[Callable[[], VirtioDevice], ...]:
+    devices = tuple(values)
+    if len(devices) > MAX_DEVICES:
+        raise ConfigError(f"{len(devices)} devices; the most is {MAX_DEVICES}")
+    for make in devices:
+        if not callable(make):
+            raise ConfigError(f"a device is a class, or a function that makes one, not {make!r}")
+    return devices
+
+
 def _boolean(instance: object, field: attrs.Attribute[Any], value: object) -> None:
     check.boolean(field.name, value)
 
@@ -103,6 +117,11 @@ class VmConfig:
     restore_timeout: float = attrs.field(default=10.0, validator=_seconds)
     #: ``"auto"``, ``"qemu"`` or ``"kvm"``.
     engine: EngineName = attrs.field(default="auto")
+    #: Make virtio devices of the caller's own, at most 8; on the KVM engine. A VM that has any
+    #: boots, and cannot be captured.
+    devices: tuple[Callable[[], VirtioDevice], ...] = attrs.field(
+        default=(), converter=_device_tuple
+    )
     #: What the guest may reach.
     egress: object | None = None
     #: Refuse to boot where no snapshot can be restored.
@@ -158,6 +177,10 @@ class VmConfig:
     def with_virtiofs(self, mount: MountSpec) -> VmConfig:
         """A copy with one more mounted host directory."""
         return attrs.evolve(self, mounts=(*self.mounts, mount))
+
+    def with_device(self, make: Callable[[], VirtioDevice]) -> VmConfig:
+        """A copy with one more virtio device, which ``make()`` makes for each VM."""
+        return attrs.evolve(self, devices=(*self.devices, make))
 
     def with_assets(self, assets: AssetPaths | None) -> VmConfig:
         """A copy that uses this kernel, initramfs and engine program."""

@@ -97,6 +97,8 @@ def _disagreement(image: Image, snapshot: Snapshot, config: VmConfig, workload: 
         return f"{config.memory_mib} MiB of memory, not {metadata.memory_mib}"
     if config.vcpus not in (None, metadata.vcpus):
         return f"{config.vcpus} vCPUs, not {metadata.vcpus}"
+    if config.devices:
+        return "devices of its own"
     if config.assets is not None and (config.assets.kernel or config.assets.initramfs):
         return "a kernel of its own"
     if image.config.argv and not workload:
@@ -114,6 +116,7 @@ async def _plan_boot(image: Image, config: VmConfig, workload: bool) -> Plan:
         memory_mib=config.memory_mib or image.memory_mib or config.effective_memory_mib,
         vcpus=config.vcpus or image.vcpus or config.effective_vcpus,
         disks=tuple(Disk(path=layer) for layer in image.layers),
+        devices=config.devices,
     )
     kernel = KernelFacts(
         kernel=boot.kernel_digest.removeprefix("sha256:"),

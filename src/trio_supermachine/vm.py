@@ -19,7 +19,7 @@ from .agent.client import AgentClient, exited
 from .agent.wire import ExecFlags, ExecRequest, Exit
 from .capture import capture
 from .config import VmConfig
-from .errors import ConfigError, ExecEof, FileTooLarge, VmExited
+from .errors import ConfigError, ExecEof, FileTooLarge, NotSupported, VmExited
 from .exec import ExecChild, check_winsize, open_exec
 from .exec_builder import ExecBuilder, check_mode, env_entry, user_field
 from .hv.base import Console, Machine
@@ -347,6 +347,8 @@ class Vm:
     async def _capture(
         self, dest: StrPath, base: Snapshot | None, *, fingerprint: str | None = None
     ) -> Image:
+        if self._plan.spec.devices:
+            raise NotSupported("snapshot", "a VM with devices of the program's own has no snapshot")
         async with self._capturing:
             snapshot = await capture(
                 self._client, self._plan, self.image, dest, base=base, fingerprint=fingerprint

@@ -8,7 +8,7 @@ knows which engine it talks to, and an engine knows nothing of images, execs or 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from typing import Literal
 import attrs
 import trio
 
+from ..devices.virtio import VirtioDevice
 from ..snapshots.memory import PagePatch
 from ..snapshots.pages import Run
 
@@ -68,6 +69,8 @@ class MachineSpec:
     ``cmdline`` is what the caller needs on the kernel's command line; an engine adds its own
     words (console, timer calibration). A restored machine has its kernel in its memory; the
     hardware must be that of the captured one.
+
+    :ivar devices: make further virtio devices, at most 8; an engine may have no place for any.
     """
 
     kernel: Path | None = None
@@ -76,6 +79,7 @@ class MachineSpec:
     memory_mib: int = 256
     vcpus: int = 1
     disks: tuple[Disk, ...] = ()
+    devices: tuple[Callable[[], VirtioDevice], ...] = ()
     restore: Restore | None = None
 
 
@@ -202,5 +206,6 @@ class Engine(ABC):
         opened it watches :meth:`Machine.wait_exit`; streams break with ``BrokenResourceError``.
 
         :raises AssetNotFound: the engine's program is not installed.
+        :raises NotSupported: this engine cannot have devices that are made here.
         :raises VmExited: the engine refused to start the machine.
         """

@@ -38,7 +38,9 @@ from .x86.cpuid import vcpu_cpuid
 # random number generator; disks take the others, eight functions each.
 _FIRST_DISK_SLOT: Final = 2
 _FUNCTIONS: Final = 8
-MAX_DISKS: Final = (32 - _FIRST_DISK_SLOT) * _FUNCTIONS
+# Devices of the program's own are in the last slot.
+_OWN_SLOT: Final = 31
+MAX_DISKS: Final = (_OWN_SLOT - _FIRST_DISK_SLOT) * _FUNCTIONS
 
 _CMDLINE: Final = (*COMMON_WORDS, "supermachine.channel=vsock")
 
@@ -94,6 +96,8 @@ class Board:
             for index, disk in enumerate(spec.disks):
                 slot, function = divmod(index, _FUNCTIONS)
                 self._add(self._open(disk), _FIRST_DISK_SLOT + slot, function)
+            for function, make in enumerate(spec.devices):
+                self._add(make(), _OWN_SLOT, function)
             self._serial = Serial(console, self._serial_interrupt)
             self._ports = Bus(
                 (

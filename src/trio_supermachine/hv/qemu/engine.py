@@ -11,7 +11,7 @@ from typing import final
 
 from ..._nursery import open_flat_nursery
 from ...assets import AssetPaths, find_qemu
-from ...errors import AssetNotFound
+from ...errors import AssetNotFound, NotSupported
 from ...guest import launcher_binary
 from ..base import Engine, EngineReport, Machine, MachineSpec, Restore
 from .command import CPU, MACHINE, MachineFds, RestoreFds, command_line
@@ -55,6 +55,8 @@ class QemuEngine(Engine):
 
     @asynccontextmanager
     async def _open(self, spec: MachineSpec) -> AsyncIterator[Machine]:
+        if spec.devices:
+            raise NotSupported("devices", "only the KVM engine runs devices of the program's own")
         qemu = find_qemu(self._assets)
         launcher = launcher_binary()
         khz = await tsc_khz(launcher)
