@@ -26,7 +26,7 @@ from trio_supermachine.devices.blk import BlkDevice
 from trio_supermachine.devices.memory import GuestMemory
 from trio_supermachine.devices.pci import ECAM_FUNCTION_SIZE
 from trio_supermachine.devices.rng import RngDevice
-from trio_supermachine.devices.virtio import VirtioDevice
+from trio_supermachine.devices.virtio import F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice
 from trio_supermachine.devices.virtio_pci import BAR_SIZE, PART_NOTIFY
 from trio_supermachine.devices.vsock.device import VsockDevice
 from trio_supermachine.devices.vsock.stream import VsockMux
@@ -126,21 +126,24 @@ class _Attack:
         self._bus, self.function = plug(self._device, self._memory, self._shell)
         self._driver = PciDriver(self._bus)
         self._rings: list[Ring] = []
+        self._indirect = True
 
     async def run(self) -> None:
+        # A driver that only does wrong gets nowhere: some rounds are nearly right for long.
+        malice = self._random.choice((0, 1, 5))
         steps: Sequence[tuple[Callable[[], object], int]] = (
-            (self._set_up, 6),
-            (self._register, 10),
-            (self._config, 6),
-            (self._right_chain, 20),
-            (self._wrong_chain, 8),
-            (self._scribble, 6),
-            (self._notify, 20),
-            (self._reset, 3),
+            (self._right_chain, 60),
+            (self._notify, 40),
+            (self._reset, 1),
+            (self._register, 2 * malice),
+            (self._config, malice),
+            (self._wrong_chain, malice),
+            (self._scribble, malice),
         )
         actions = [action for action, weight in steps for _ in range(weight)]
-        self._set_up()
         for _ in range(_STEPS):
+            if not self.function.running and self._random.random() < 0.3:
+                await self._set_up(malice)
             self._random.choice(actions)()
             for _ in range(self._random.choice((0, 0, 1, 3))):
                 await trio.lowlevel.checkpoint()
@@ -158,24 +161,24 @@ class _Attack:
         base = self._random.choice((0, 0x1000, _TABLES, _DATA, _LOW_SIZE, _HIGH, 2**64 - 64))
         return max(0, base + self._random.randrange(-64, 4096)) & (1 << 64) - 1
 
-    def _set_up(self) -> None:
+    async def _set_up(self, malice: int) -> None:
         """As it should be done, or nearly."""
-        self._find_again()
-        self._driver.status = 0
-        if self._driver.status:
-            return  # the device has still to come to rest
-        offered = self._driver.offered()
-        dropped = self._random.choice((0, 0, 1 << 28, 1 << 29, 3 << 28))
-        self._rings = self._new_rings(event_index=not dropped & 1 << 29)
-        if self._random.random() < 0.1:
+        await self._find_again()
+        dropped = self._random.choice((0, 0, F_EVENT_IDX, F_INDIRECT_DESC))
+        self._indirect = malice > 1 or not dropped & F_INDIRECT_DESC
+        self._rings = self._new_rings(event_index=not dropped & F_EVENT_IDX)
+        if self._random.random() < 0.02 * malice:
             self._rings[0].used_ring = self._place()
-        rings = self._rings[: self._random.choice((1, 3, 3, 3))]
-        self._driver.start(rings, offered & ~dropped)
+        rings = self._rings[: self._random.choice((1, 3)) if malice > 1 else None]
+        self._driver.start(rings, self._driver.offered() & ~dropped)
 
-    def _find_again(self) -> None:
-        """The BAR may be anywhere by now."""
+    async def _find_again(self) -> None:
+        """Wherever its BAR may be by now, and whatever it does."""
         self._driver.set_config(0x10, 8, self._driver.bar)
         self._driver.enable()
+        self._driver.status = 0
+        while self._driver.status:
+            await trio.lowlevel.checkpoint()
 
     def _new_rings(self, *, event_index: bool) -> list[Ring]:
         return [
@@ -209,36 +212,33 @@ class _Attack:
             self._bus.write(offset, size, self._value() & (1 << 8 * size) - 1)
 
     def _right_chain(self) -> None:
+        """A request, or a part of one, in buffers that are there."""
         if not self._rings:
             return
         which = self._random.randrange(len(self._rings))
         ring = self._rings[which]
-        if ring.used_ring + 8 > _LOW_SIZE:
+        if ring.used_ring + 8 * ring.size + 6 > _LOW_SIZE:
             return
         ring.used()
-        readable, writable = self._parts()
-        if len(ring.free) < len(readable) + len(writable):
-            return
-        at = _DATA + self._random.randrange(0x8000)
         header = self._header()
+        at = _DATA + self._random.randrange(0x8000)
         self._memory.write(at, header)
-        parts = [(at, len(header)), *readable][: self._random.choice((0, 1, 1, 1, 4))]
-        if len(parts) + len(writable) == 0 or len(ring.free) < len(parts) + len(writable):
+        readable = [(at, len(header)), *self._parts()][self._random.choice((0, 0, 0, 1)) :]
+        writable = self._parts()
+        indirect = self._indirect and self._random.random() < 0.5
+        if not readable + writable or len(ring.free) < len(readable + writable):
             return
-        table = _TABLES + 0x200 * ring.free[-1] if self._random.random() < 0.3 else None
-        ring.add(parts, writable, table=table)
+        table = _TABLES + 0x2000 * which + 0x200 * ring.free[-1]
+        ring.add(readable, writable, table=table if indirect else None)
 
-    def _parts(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        def some() -> list[tuple[int, int]]:
-            return [
-                (
-                    self._random.choice((_DATA, _HIGH)) + self._random.randrange(0x8000),
-                    self._random.choice((1, 16, 44, 512, 1024, 4096, 0x8000)),
-                )
-                for _ in range(self._random.randrange(3))
-            ]
-
-        return some(), some()
+    def _parts(self) -> list[tuple[int, int]]:
+        return [
+            (
+                self._random.choice((_DATA, _HIGH)) + self._random.randrange(0x8000),
+                self._random.choice((1, 16, 44, 512, 1024, 4096, 0x8000)),
+            )
+            for _ in range(self._random.randrange(3))
+        ]
 
     def _header(self) -> bytes:
         """What a device may take for a request: of blk, of vsock, or nothing."""
@@ -304,10 +304,7 @@ class _Attack:
         assert self._bus.save() == state
 
     async def _recover(self) -> None:
-        self._find_again()
-        self._driver.status = 0
-        while self._driver.status:
-            await trio.lowlevel.checkpoint()
+        await self._find_again()
         self._rings = self._new_rings(event_index=True)
         faults = len(self._shell.faults)
         self._driver.start(self._rings)
