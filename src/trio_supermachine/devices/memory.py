@@ -56,8 +56,9 @@ class GuestMemory:
         :raises GuestMemoryError: they are not wholly inside one range.
         """
         for start, end, view in self._ranges:
-            if start <= address < end and 0 <= length <= end - address:
-                return view[address - start : address - start + length]
+            offset = address - start
+            if offset >= 0 and 0 <= length <= end - address:
+                return view[offset : offset + length]
         raise GuestMemoryError(f"no guest memory at {address:#x}, {length:#x} bytes")
 
     def read(self, address: int, length: int) -> bytes:

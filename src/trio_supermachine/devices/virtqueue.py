@@ -11,6 +11,7 @@ store (:func:`_fence`).
 
 from __future__ import annotations
 
+import struct
 import threading
 from typing import Final, final
 
@@ -32,10 +33,8 @@ DESC_F_INDIRECT: Final = 4
 AVAIL_F_NO_INTERRUPT: Final = 1
 USED_F_NO_NOTIFY: Final = 1
 
-# Those of a descriptor, as they lie in its second 64 bits: length (32), flags (16), next (16).
-_NEXT: Final = DESC_F_NEXT << 32
-_WRITE: Final = DESC_F_WRITE << 32
-_INDIRECT: Final = DESC_F_INDIRECT << 32
+# Address, length, flags, next.
+_DESCRIPTOR: Final = struct.Struct("<QIHH")
 
 # Both rings as 16-bit words begin with their flags and their index.
 _FLAGS: Final = 0
@@ -144,8 +143,7 @@ class Virtqueue:
         self._size = size
         self._event_index = event_index
         self._indirect = indirect
-        # 64-bit pairs: address; length, flags and next.
-        self._descriptors = memory.view(descriptors, 16 * size).cast("Q")
+        self._descriptors = memory.view(descriptors, 16 * size)
         self._available = memory.view(available, 6 + 2 * size).cast("H")
         used_ring = memory.view(used, 6 + 8 * size)
         self._used = used_ring.cast("H")
@@ -184,7 +182,8 @@ class Virtqueue:
             raise QueueFault("a chain was made available again before it was used")
         head = self._available[_RING + (next_available & (size - 1))]
 
-        table: memoryview | list[int] = self._descriptors
+        table = self._descriptors
+        unpack = _DESCRIPTOR.unpack_from
         entries = left = size
         at = head
         view = self._view
@@ -197,32 +196,30 @@ class Virtqueue:
             if not left:
                 raise QueueFault("a chain with a loop")
             left -= 1
-            address = table[2 * at]
-            rest = table[2 * at + 1]
-            length = rest & 0xFFFFFFFF
-            if rest & _INDIRECT:
-                if rest & _NEXT:
+            address, length, flags, following = unpack(table, 16 * at)
+            if flags & DESC_F_INDIRECT:
+                if flags & DESC_F_NEXT:
                     raise QueueFault("an indirect descriptor with a next one")
                 if table is not self._descriptors or not self._indirect:
                     raise QueueFault("an indirect descriptor where there must be none")
                 entries = left = length >> 4
                 if length & 15 or not 0 < entries <= MAX_INDIRECT:
                     raise QueueFault(f"an indirect table of {length} bytes")
-                table = view(address, length).cast("Q").tolist()
+                table = view(address, length)
                 at = 0
                 continue
             if not length:
                 raise QueueFault("a descriptor of no bytes")
             total += length
-            if rest & _WRITE:
+            if flags & DESC_F_WRITE:
                 writable.append(view(address, length))
             elif writable:
                 raise QueueFault("a readable descriptor after a writable one")
             else:
                 readable.append(view(address, length))
-            if not rest & _NEXT:
+            if not flags & DESC_F_NEXT:
                 break
-            at = rest >> 48
+            at = following
         if total > MAX_CHAIN_BYTES:
             raise QueueFault(f"a chain of {total} bytes")
         self._next_available = (next_available + 1) & 0xFFFF
