@@ -6,10 +6,18 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import trio
+
+from trio_supermachine.devices.memory import GuestMemoryError
+from trio_supermachine.devices.virtio import Queue
+from trio_supermachine.devices.virtqueue import QueueFault
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.rst"))]
@@ -36,10 +44,12 @@ def cases(pages: list[Path], language: str) -> list[object]:
     ]
 
 
-@pytest.mark.vm
-@pytest.mark.parametrize("program", cases(PROGRAMS, "python"))
-def test_programs_run(program: str, tmp_path: Path) -> None:
-    file = tmp_path / "program.py"
+#: The page about a device: the device, a program with it, a part of another one, and its tests.
+DEVICE = blocks(ROOT / "docs/devices.rst", "python")
+
+
+def run_program(program: str, directory: Path) -> None:
+    file = directory / "program.py"
     file.write_text(program)
     done = subprocess.run(
         [sys.executable, "-W", "error", str(file)],
@@ -48,9 +58,54 @@ def test_programs_run(program: str, tmp_path: Path) -> None:
         text=True,
         timeout=300,
         check=False,
-        cwd=tmp_path,
+        cwd=directory,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("program", cases(PROGRAMS, "python"))
+def test_programs_run(program: str, tmp_path: Path) -> None:
+    run_program(program, tmp_path)
+
+
+@pytest.mark.kvm
+def test_the_program_with_a_device_runs(tmp_path: Path) -> None:
+    (tmp_path / "dice.py").write_text(DEVICE[0])
+    run_program(DEVICE[1], tmp_path)
+
+
+async def test_a_device_of_two_tasks_raises_one_fault() -> None:
+    names: dict[str, Any] = {
+        "Sequence": Sequence,
+        "Queue": Queue,
+        "QueueFault": QueueFault,
+        "GuestMemoryError": GuestMemoryError,
+        "trio": trio,
+    }
+    exec(DEVICE[2], names)
+
+    class Faulty:
+        run = names["run"]
+
+        async def _serve(self, queue: object) -> None:
+            raise QueueFault(f"of queue {queue}")
+
+    with pytest.raises(QueueFault, match=r"of queue \d"):
+        await Faulty().run((1, 2))
+
+
+async def test_the_tests_of_the_device_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = ModuleType("dice")
+    exec(DEVICE[0], vars(device))
+    monkeypatch.setitem(sys.modules, "dice", device)
+    names = {"__name__": "tests.test_dice", "__package__": __package__}
+    exec(DEVICE[3], names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert len(tests) == 3
+    for test in tests:
+        assert callable(test)
+        await test()
 
 
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
