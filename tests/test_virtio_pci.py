@@ -277,6 +277,17 @@ async def test_a_driver_at_fault_gets_needs_reset_and_an_interrupt() -> None:
         assert await machine.answer(1) == b"AGAIN"
 
 
+async def test_faults_of_two_queues_at_once_are_one_fault_of_the_device() -> None:
+    async with _machine() as machine:
+        machine.start()
+        for ring in machine.rings:
+            ring.publish(1000)
+        with trio.fail_after(30):
+            while not machine.driver.status & STATUS_DEVICE_NEEDS_RESET:
+                await trio.lowlevel.checkpoint()
+        assert machine.shell.signals == [0]
+
+
 @pytest.mark.parametrize("address", [_SIZE, 0x1001, 2**64 - 16])
 def test_a_queue_out_of_memory_does_not_start(address: int) -> None:
     machine = Machine()

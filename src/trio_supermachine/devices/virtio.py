@@ -93,8 +93,9 @@ class VirtioDevice(ABC):
 
         :param queues: one for each of ``queue_sizes``. One that the driver has not enabled
             never has a chain.
-        :raises QueueFault, GuestMemoryError: the driver is at fault; the device stands still
-            until it resets it.
+        :raises QueueFault, GuestMemoryError: the driver is at fault, and the device stands still
+            until the driver resets it. Groups of these are as good, so a nursery with a task for
+            each queue will do.
         """
 
     def reset(self) -> None:  # noqa: B027 - optional
