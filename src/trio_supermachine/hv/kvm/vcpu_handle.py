@@ -30,6 +30,8 @@ class KvmVcpu(Descriptor):
 
     :ivar run: ``struct kvm_run``; :ivar io: and :ivar mmio: its parts for these exits.
     :ivar shared: the whole of it as bytes. None of them may be used after :meth:`close`.
+
+    While one thread is in :meth:`enter`, all other calls but :meth:`close` wait for it to be back.
     """
 
     def __init__(self, fd: int, index: int, run_size: int, xsave_size: int) -> None:
