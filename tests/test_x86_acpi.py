@@ -98,7 +98,10 @@ class Reader:
         return ("device", content.path(), content.all())
 
 
-segments = st.from_regex(r"[A-Z_][A-Z0-9_]{3}", fullmatch=True)
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_"
+segments = st.tuples(
+    st.sampled_from(_LETTERS), st.text(_LETTERS + "0123456789", min_size=3, max_size=3)
+).map("".join)
 paths = st.builds(
     lambda root, names: ("\\" if root else "") + ".".join(names),
     st.booleans(),
@@ -109,13 +112,14 @@ leaves = st.one_of(
     st.text(st.characters(min_codepoint=1, max_codepoint=127)).map(
         lambda text: (aml.string(text), text)
     ),
-    st.binary(max_size=200).map(lambda data: (aml.buffer(data), data)),
+    st.binary(max_size=80).map(lambda data: (aml.buffer(data), data)),
 )
 data_objects = st.recursive(
     leaves,
     lambda items: st.lists(items, max_size=6).map(
         lambda found: (aml.package(*(code for code, _ in found)), [value for _, value in found])
     ),
+    max_leaves=8,
 )
 names = st.tuples(paths, data_objects).map(
     lambda pair: (aml.name(pair[0], pair[1][0]), ("name", pair[0], pair[1][1]))
@@ -136,7 +140,9 @@ def _block(kind: str) -> Any:
     return strategy
 
 
-terms = st.recursive(names, lambda inner: _block("scope")(inner) | _block("device")(inner))
+terms = st.recursive(
+    names, lambda inner: _block("scope")(inner) | _block("device")(inner), max_leaves=8
+)
 
 
 @given(st.lists(terms, max_size=4))

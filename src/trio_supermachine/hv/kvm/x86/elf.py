@@ -19,7 +19,8 @@ Source = io.RawIOBase | io.BufferedIOBase
 
 MAGIC: Final = b"\x7fELF"
 
-_HEADER: Final = struct.Struct("<4sBBB9xHHIQQQIHHH")
+# What counts of the header: magic, class, encoding, machine; offset, size and number of entries.
+_HEADER: Final = struct.Struct("<4sBB12xH12xQ14xHH")
 _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
 _NOTE: Final = struct.Struct("<III")
 _CLASS_64: Final = 2
@@ -74,10 +75,9 @@ def read_pvh_kernel(file: Source, origin: str) -> PvhKernel:
     :raises OSError: the file cannot be read.
     """
     header = _read(file, 0, _HEADER.size, origin)
-    magic, class_, encoding, _, _, machine, *_ = _HEADER.unpack(header)
+    magic, class_, encoding, machine, table, entry_size, count = _HEADER.unpack(header)
     if (magic, class_, encoding, machine) != (MAGIC, _CLASS_64, _LITTLE_ENDIAN, _EM_X86_64):
         raise unusable(origin, "it is no ELF kernel for x86-64")
-    table, entry_size, count = struct.unpack_from("<Q14xHH", header, 32)
     if entry_size != _PROGRAM_HEADER.size or not 0 < count <= _MAX_PROGRAM_HEADERS:
         raise unusable(origin, "its program headers make no sense")
     segments: list[Segment] = []
