@@ -40,7 +40,8 @@ _FIRST_DISK_SLOT: Final = 2
 _FUNCTIONS: Final = 8
 # Devices of the program's own are in the last slot.
 _OWN_SLOT: Final = 31
-MAX_DISKS: Final = (_OWN_SLOT - _FIRST_DISK_SLOT) * _FUNCTIONS
+#: A disk takes two interrupt vectors, and a processor has about 200 in all.
+MAX_DISKS: Final = 80
 
 _CMDLINE: Final = (*COMMON_WORDS, "supermachine.channel=vsock")
 
@@ -68,21 +69,22 @@ class Board:
         power: Callable[[PowerEvent], None],
     ) -> None:
         if len(spec.disks) > MAX_DISKS:
-            raise ConfigError(f"{len(spec.disks)} disks; the most is {MAX_DISKS}")
+            raise ConfigError(f"{len(spec.disks)} disks; the KVM engine has {MAX_DISKS} at most")
         #: Held by whoever touches registers of devices.
         self.lock = threading.Lock()
         vsock = VsockDevice()
         #: The connections of the machine.
         self.mux = VsockMux(vsock)
-        with ExitStack() as stack:
+        # The kernel's machine goes first, with all that it has of ours; memory goes last.
+        with ExitStack() as stack, ExitStack() as machine:
             restore = spec.restore
             self._stack = stack
             self.memory = MachineMemory(spec.memory_mib, restore.memory if restore else None)
             stack.callback(self.memory.close)
             if restore is not None:
                 self.memory.patch(restore.patches)
-            self._kvm = stack.enter_context(Kvm.open())
-            self._vm = stack.enter_context(self._kvm.create_vm())
+            self._kvm = machine.enter_context(Kvm.open())
+            self._vm = machine.enter_context(self._kvm.create_vm())
             self._vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
             self._vm.set_tss_addr(layout.KVM_TSS)
             self._vm.create_irqchip()
@@ -114,6 +116,7 @@ class Board:
                 self._boot(spec)
             else:
                 self._load(restore.state)
+            stack.push(machine.pop_all())
             self._stack = stack.pop_all()
 
     def close(self) -> None:

@@ -47,8 +47,8 @@ class MachineDevice:
         self._token: trio.lowlevel.TrioToken | None = None
         self._held = True
         self._news = trio.Event()
-        self._at_rest = trio.Event()
-        self._at_rest.set()
+        self._at_rest = True
+        self._waiters = trio.lowlevel.ParkingLot()
         self._scope: trio.CancelScope | None = None
         with ExitStack() as files:
             self._kicks = [self._eventfd(files) for _ in device.queue_sizes]
@@ -103,28 +103,39 @@ class MachineDevice:
     async def serve(self) -> None:
         """Run the device whenever its driver wants it and it is not held; until cancelled."""
         self._token = trio.lowlevel.current_trio_token()
-        while True:
-            news = self._news
-            with self._lock:
-                self.function.finish_reset()
-                due = self.function.running and not self._held
-            if due:
-                await self._run()
-                continue
-            if self._held:
-                self._at_rest.set()
-            await news.wait()
+        try:
+            while True:
+                news = self._news
+                with self._lock:
+                    self.function.finish_reset()
+                    due = self.function.running and not self._held
+                if due:
+                    self._at_rest = False
+                    await self._run()
+                else:
+                    self._rest()
+                    await news.wait()
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        self._at_rest = True
+        self._waiters.unpark_all()
 
     async def hold(self) -> None:
-        """Have the device stand still: it touches no guest memory until :meth:`release`."""
+        """Have the device stand still: it touches no guest memory until :meth:`release`.
+
+        Returns when it does, or has been released again.
+        """
         self._held = True
         self._look()
-        await self._at_rest.wait()
+        while self._held and not self._at_rest:
+            await self._waiters.park()
 
     def release(self) -> None:
         """Let it go on."""
         self._held = False
-        self._at_rest = trio.Event()
+        self._waiters.unpark_all()
         self._look()
 
     def _look(self) -> None:
@@ -145,9 +156,12 @@ class MachineDevice:
                 queues.append(_LiveQueue(self, index, virtqueue))
         with trio.CancelScope() as self._scope:
             try:
+                # The last run may have ended between a push and its interrupt.
+                for queue in queues:
+                    queue.interrupt()
                 await self._device.run(queues)
-            except (QueueFault, GuestMemoryError) as exc:
-                trace("kvm", "%s: %s", type(self._device).__name__, exc)
+            except* (QueueFault, GuestMemoryError) as faults:
+                trace("kvm", "%s: %s", type(self._device).__name__, faults)
                 with self._lock:
                     self.function.fail()
         self._scope = None

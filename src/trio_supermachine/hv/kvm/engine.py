@@ -51,7 +51,8 @@ class KvmEngine(Engine):
                 finally:
                     machine.kill()
         finally:
-            machine.close()
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(machine.close)
 
 
 def _cpuid_digest() -> str:

@@ -68,6 +68,7 @@ class KvmMachine(Machine):
         self._spec = spec
         self._made: Board | None = None
         self._paused = spec.restore is not None
+        self._moving = trio.Lock()  # a vCPU cannot be told to go while it is waited for to stand
         self._capturing = False
         self._cause: MachineExit | None = None
         self._exit: MachineExit | None = None
@@ -102,7 +103,10 @@ class KvmMachine(Machine):
         self._made = Board(self._spec, console=self._feed.write, power=self.power)
 
     def close(self) -> None:
-        """Give the hardware back; :meth:`run` has ended or was never called."""
+        """Give the hardware back; :meth:`run` has ended or was never called.
+
+        The kernel takes some milliseconds for it: call it in a thread.
+        """
         if self._made is not None:
             self._made.close()
 
@@ -127,15 +131,16 @@ class KvmMachine(Machine):
         return self._board.mux.listen(port)
 
     async def pause(self) -> None:
-        self._paused = True
-        await self._stand()
+        async with self._moving:
+            self._paused = True
+            await self._stand()
         self._check_alive()
 
     async def resume(self) -> None:
-        self._paused = False
-        if not self._capturing:
-            self._go_on()
-        await trio.lowlevel.checkpoint()
+        async with self._moving:
+            self._paused = False
+            if not self._capturing:
+                self._go_on()
         self._check_alive()
 
     async def _stand(self) -> None:
@@ -174,7 +179,8 @@ class KvmMachine(Machine):
         began = trio.current_time()
         self._capturing = True
         try:
-            await self._stand()
+            async with self._moving:
+                await self._stand()
             self._check_alive()
             await trio.to_thread.run_sync(_write, state_fd, self._board.save)
             await copy_memory()
@@ -235,13 +241,17 @@ class KvmMachine(Machine):
         finally:
             self._feed.flush()
             cause = self._cause or MachineExit(reason="failed", detail="the engine broke off")
-            self._exit = attrs.evolve(cause, detail=cause.detail or self.console.last_words())
+            self._exit = attrs.evolve(cause, detail=self.console.last_words() or cause.detail)
             self.console.end()
             self._board.mux.close(self._vm_exited)
             self._exited.set()
 
     async def _run_vcpu(self, vcpu: VcpuThread) -> None:
-        exit_ = await vcpu.run()
+        try:
+            exit_ = await vcpu.run()
+        except OSError as exc:  # KVM, or the system, refused what a device needs
+            self._end(MachineExit(reason="failed", detail=str(exc)))
+            return
         trace("kvm", "a vCPU has ended: %s %s", exit_.end, exit_.detail)
         if exit_.end != "stopped":
             self._end(MachineExit(reason=_ENDS[exit_.end], detail=exit_.detail))
