@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_supermachine.devices.bus import Bus, Range
@@ -48,6 +48,7 @@ def layouts(draw: st.DrawFn) -> list[tuple[int, int]]:
     return draw(st.permutations(found))
 
 
+@settings(deadline=None)
 @given(layouts(), st.lists(st.tuples(st.integers(0, 80), sizes, values), max_size=30))
 def test_a_bus_is_like_bytes_with_holes_of_ones(
     ranges: list[tuple[int, int]], accesses: list[tuple[int, int, int]]
@@ -64,6 +65,7 @@ def test_a_bus_is_like_bytes_with_holes_of_ones(
             assert bus.read(start, size) == int.from_bytes(expected, "little")
 
 
+@settings(deadline=None)
 @given(addresses, sizes, values)
 def test_nobody_answers_with_ones(address: int, size: int, value: int) -> None:
     bus = Bus(())
@@ -111,6 +113,7 @@ def test_the_keyboard_controller_resets_by_its_command_alone() -> None:
     assert keyboard.read(4, 1) == 0  # never busy
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), sizes, values), max_size=20))
 def test_any_access_to_power_registers_is_harmless(accesses: list[tuple[int, int, int]]) -> None:
     events: list[PowerEvent] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_supermachine.devices.serial import FIFO_SIZE, Serial
@@ -178,6 +178,7 @@ def play(port: Port, steps: list[tuple[bool, int, int]]) -> list[int]:
     return found
 
 
+@settings(deadline=None)
 @given(accesses)
 def test_any_accesses_are_answered_with_bytes(steps: list[tuple[bool, int, int]]) -> None:
     port = Port()
@@ -188,6 +189,7 @@ def test_any_accesses_are_answered_with_bytes(steps: list[tuple[bool, int, int]]
     assert len(port.sent) <= writes
 
 
+@settings(deadline=None)
 @given(accesses, accesses)
 def test_a_loaded_state_goes_on_as_the_saved_one(
     before: list[tuple[bool, int, int]], after: list[tuple[bool, int, int]]
@@ -201,6 +203,7 @@ def test_a_loaded_state_goes_on_as_the_saved_one(
     assert (one.chunks, one.interrupts) == (other.chunks, other.interrupts)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 6), st.integers(2, 8), st.integers(0, (1 << 64) - 1))
 def test_wide_accesses_are_many_narrow_ones(offset: int, size: int, value: int) -> None:
     size = min(size, 8 - offset)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_supermachine import ConfigError
@@ -145,12 +145,14 @@ terms = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(terms, max_size=4))
 def test_what_is_encoded_can_be_read_back(found: list[tuple[bytes, Any]]) -> None:
     code = b"".join(code for code, _ in found)
     assert Reader(code).all() == [value for _, value in found]
 
 
+@settings(deadline=None)
 @given(st.integers(0, (1 << 28) - 5))
 def test_a_package_length_counts_itself_in_its_shortest_form(content: int) -> None:
     encoded = aml.package_length(content)
@@ -162,6 +164,7 @@ def test_a_package_length_counts_itself_in_its_shortest_form(content: int) -> No
     assert total == content + len(encoded)
 
 
+@settings(deadline=None)
 @given(st.integers(0, U64))
 def test_integers_are_as_short_as_can_be(value: int) -> None:
     size = len(aml.integer(value))
@@ -220,6 +223,7 @@ def tables(memory_mib: int = 256, vcpus: int = 1) -> dict[bytes, bytes]:
     return found
 
 
+@settings(deadline=None)
 @given(st.integers(16, 256 << 10), st.integers(1, layout.MAX_VCPUS))
 def test_the_tables_are_found_and_sound_for_every_machine(memory_mib: int, vcpus: int) -> None:
     found = tables(memory_mib, vcpus)

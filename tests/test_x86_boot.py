@@ -6,7 +6,7 @@ import io
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_supermachine import AssetNotFound, ConfigError
@@ -105,6 +105,7 @@ def test_several_segments_go_where_they_belong() -> None:
     assert memory.read(0x100000, len(TEXT)) == TEXT
 
 
+@settings(deadline=None)
 @given(st.integers(2, 1 << 20))
 def test_the_memory_map_is_the_ram_less_the_holes(memory_mib: int) -> None:
     ranges = memory_map(memory_mib)
@@ -149,6 +150,7 @@ def test_a_bad_kernel_is_told_by_its_name(kernel: bytes, reason: str) -> None:
         boot(guest_memory(), kernel)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_kernel_is_an_asset_error_or_boots(data: st.DataObject) -> None:
     kernel = bytearray(elf_kernel())
@@ -161,6 +163,7 @@ def test_a_damaged_kernel_is_an_asset_error_or_boots(data: st.DataObject) -> Non
         pass
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_anything_may_be_given_for_a_kernel(tail: bytes) -> None:
     with pytest.raises(AssetNotFound):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from . import tiny_guest
@@ -83,6 +83,7 @@ def test_the_timing_leaf_has_the_frequencies_of_tsc_and_apic_timer() -> None:
     assert entries[0x40000010, 0] == leaf(0x40000010, 0, 2_445_442, 1_000_000, 0, 0)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16))
 def test_all_leaves_agree_on_one_package_of_single_threaded_cores(vcpus: int) -> None:
     width = (vcpus - 1).bit_length()
@@ -111,6 +112,7 @@ def test_all_leaves_agree_on_one_package_of_single_threaded_cores(vcpus: int) ->
     assert len(seen) == vcpus
 
 
+@settings(deadline=None)
 @given(st.permutations(SUPPORTED))
 def test_the_result_does_not_depend_on_the_order_of_leaves(supported: list[CpuidEntry]) -> None:
     def of(entries: tuple[CpuidEntry, ...] | list[CpuidEntry]) -> tuple[CpuidEntry, ...]:
