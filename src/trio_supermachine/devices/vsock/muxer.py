@@ -138,8 +138,11 @@ class Mux:
             if connection.state is State.OPEN:
                 self._owe(connection, _NO_SEND)
 
-    def close(self, connection: Connection) -> None:
-        """Leave, after what has been sent; the connection is remembered until the peer's RST."""
+    def close(self, connection: Connection, *, telling: bool = True) -> None:
+        """Leave, after what has been sent; the connection is remembered until the peer's RST.
+
+        Without ``telling``, until its SHUTDOWN, which is answered by RST.
+        """
         if connection.state is not State.OPEN:
             self.abort(connection)
             return
@@ -147,7 +150,8 @@ class Mux:
         connection.ended_sending = True
         connection.state = State.CLOSING
         connection.drop()
-        self._owe(connection, _NO_RECEIVE | _NO_SEND)
+        if telling:
+            self._owe(connection, _NO_RECEIVE | _NO_SEND)
         self._closing[connection] = None
         if len(self._closing) > MAX_CLOSING:
             oldest = next(iter(self._closing))
@@ -181,7 +185,7 @@ class Mux:
         Dials that it has not heard of stay, and what is listened on. Gives the connections.
         """
         self._stray.clear()
-        gone = [c for c in self._connections.values() if not c.due & _REQUEST]
+        gone = [c for c in list(self._connections.values()) if not c.due & _REQUEST]
         for connection in gone:
             self._receive_reset(connection)
         return gone
