@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import runpy
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -26,12 +28,23 @@ from .tiny_guest import (
 _LAPIC_SPURIOUS = 0xF0
 
 
+_BUILD = runpy.run_path(str(Path(api.__file__).with_name("_build.py")))
+
+
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
 def _kvm_mappings() -> int:
     return Path("/proc/self/maps").read_text().count("kvm-vcpu")
+
+
+def test_without_pythons_headers_the_build_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(_BUILD["CannotBuild"], match=r"no .*/Python\.h: .*python3-dev"):
+        _BUILD["build"]()
 
 
 def test_a_device_that_is_not_kvm_is_refused_with_the_name_of_the_call(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Each method is one ioctl (the kernel's *KVM API documentation* tells what it does) and may be
 called from any thread. All raise :exc:`OSError` with the ioctl's name, such as
 ``KVM_SET_SREGS: Invalid argument``.
-A vCPU's wait while it runs. Importing this module raises :exc:`ImportError` where the package was built without the binding.
+A vCPU's wait while it runs.
+Importing this module raises :exc:`ImportError` where the package was built without the binding.
 """
 
 from __future__ import annotations
