@@ -32,7 +32,7 @@ from .state_format import decode_state, encode_state
 from .vcpu import ExitHandlers
 from .x86 import layout
 from .x86.boot import BOOT_MSRS, BootRegisters, SegmentRegister, load_linux
-from .x86.cpuid import vcpu_cpuid
+from .x86.cpuid import address_bits, vcpu_cpuid
 
 # The same places as on the QEMU engine: slot 0 is the host bridge, slot 1 has the channel and the
 # random number generator; disks take the others, eight functions each.
@@ -92,7 +92,7 @@ class Board:
             self.memory.give_to(self._vm)
             self._routes = InterruptRoutes(self._vm)
             self.devices: list[MachineDevice] = []
-            self._pci = PciBus(*layout.pci_window_64(spec.memory_mib))
+            self._pci = PciBus(*self._pci_window(spec.memory_mib))
             self._add(vsock, 1, 0)
             self._add(RngDevice(), 1, 1)
             for index, disk in enumerate(spec.disks):
@@ -122,6 +122,16 @@ class Board:
     def close(self) -> None:
         """Give everything back."""
         self._stack.close()
+
+    def _pci_window(self, memory_mib: int) -> tuple[int, int]:
+        start, size = layout.pci_window_64(memory_mib)
+        bits = address_bits(self._kvm.supported_cpuid())
+        if start + size > 1 << bits:
+            message = (
+                f"{memory_mib} MiB of memory are more than {bits} bits of address have room for"
+            )
+            raise ConfigError(message)
+        return start, size
 
     def _open(self, disk: Disk) -> BlkDevice:
         fd = os.open(disk.path, (os.O_RDONLY if disk.readonly else os.O_RDWR) | os.O_CLOEXEC)
@@ -192,6 +202,11 @@ class Board:
                 "pci": self._pci.save(),
             }
         return json.dumps(described).encode() + b"\n" + machine
+
+    def flush_console(self) -> None:
+        """Give out what the UART has kept to send together; vCPUs stand still."""
+        with self.lock:
+            self._serial.flush()
 
     def stood_still(self) -> None:
         """Tell the guest that it did not run for a while; its watchdogs would complain."""

@@ -239,6 +239,7 @@ class KvmMachine(Machine):
                             vcpus.start_soon(self._run_vcpu, vcpu)
                     nursery.cancel_scope.cancel()
         finally:
+            self._board.flush_console()
             self._feed.flush()
             cause = self._cause or MachineExit(reason="failed", detail="the engine broke off")
             self._exit = attrs.evolve(cause, detail=self.console.last_words() or cause.detail)
