@@ -185,7 +185,10 @@ async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[
             trace("vm", "%s %r on %s: %r", plan.started_by, image, plan.engine.name, plan.spec)
             try:
                 machine = await stack.enter_async_context(plan.engine.open(plan.spec))
-            except FileNotFoundError as exc:  # removed since it was verified
+            except FileNotFoundError as exc:
+                if str(exc.filename) not in _files(plan.spec):
+                    raise
+                # It was removed since it was verified.
                 raise _removed(exc.filename, plan, image) from exc
             client = AgentClient(machine)
             stack.push_async_callback(client.aclose)
@@ -198,6 +201,15 @@ async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[
                 restored = client.restored(_renewal(config.hostname))
                 await _answer(client, restored, RestoreTimeout, config.restore_timeout)
         yield client
+
+
+def _files(spec: MachineSpec) -> set[str]:
+    """The files that a machine is made of."""
+    files = {spec.kernel, spec.initramfs, *(disk.path for disk in spec.disks)}
+    if spec.restore is not None:
+        patches = (patch.file for patch in spec.restore.patches)
+        files |= {spec.restore.state, spec.restore.memory, *patches}
+    return {str(file) for file in files if file is not None}
 
 
 def _removed(name: str, plan: Plan, image: Image) -> Exception:

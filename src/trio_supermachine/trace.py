@@ -19,6 +19,7 @@ CATEGORIES: Final[dict[str, str]] = {
     "agent": "calls to the guest's agent",
     "vsock": "connections and credit of the vsock muxer",
     "qemu": "the QEMU process: its command line and QMP",
+    "kvm": "the KVM engine: ends of vCPUs, faults of drivers, registers not restored",
     "oci": "references, manifests, layers and their conversion",
     "kernel": "where the kernel and its modules come from",
 }

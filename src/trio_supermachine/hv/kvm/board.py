@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, final
@@ -53,6 +53,7 @@ class Board:
     Making one takes some milliseconds of system calls, and a boot reads two files: do it in a
     thread. :meth:`close` is for when vCPUs and devices have ended.
 
+    :param own: what ``spec.devices`` have made.
     :param console: gets the console's output, in a vCPU's thread.
     :param power: told that the guest wants to end, in a vCPU's thread.
     :raises OSError: KVM refused something, by its name; or a file cannot be read.
@@ -64,6 +65,7 @@ class Board:
     def __init__(
         self,
         spec: MachineSpec,
+        own: Sequence[VirtioDevice] = (),
         *,
         console: Callable[[bytes], None],
         power: Callable[[PowerEvent], None],
@@ -92,14 +94,14 @@ class Board:
             self.memory.give_to(self._vm)
             self._routes = InterruptRoutes(self._vm)
             self.devices: list[MachineDevice] = []
-            self._pci = PciBus(*self._pci_window(spec.memory_mib))
+            self._pci = PciBus(*layout.pci_window_64(spec.memory_mib))
             self._add(vsock, 1, 0)
             self._add(RngDevice(), 1, 1)
             for index, disk in enumerate(spec.disks):
                 slot, function = divmod(index, _FUNCTIONS)
                 self._add(self._open(disk), _FIRST_DISK_SLOT + slot, function)
-            for function, make in enumerate(spec.devices):
-                self._add(make(), _OWN_SLOT, function)
+            for function, device in enumerate(own):
+                self._add(device, _OWN_SLOT, function)
             self._serial = Serial(console, self._serial_interrupt)
             self._ports = Bus(
                 (
@@ -123,16 +125,6 @@ class Board:
         """Give everything back."""
         self._stack.close()
 
-    def _pci_window(self, memory_mib: int) -> tuple[int, int]:
-        start, size = layout.pci_window_64(memory_mib)
-        bits = address_bits(self._kvm.supported_cpuid())
-        if start + size > 1 << bits:
-            message = (
-                f"{memory_mib} MiB of memory are more than {bits} bits of address have room for"
-            )
-            raise ConfigError(message)
-        return start, size
-
     def _open(self, disk: Disk) -> BlkDevice:
         fd = os.open(disk.path, (os.O_RDONLY if disk.readonly else os.O_RDWR) | os.O_CLOEXEC)
         self._stack.callback(os.close, fd)
@@ -149,6 +141,11 @@ class Board:
     def _boot(self, spec: MachineSpec) -> None:
         if spec.kernel is None or spec.initramfs is None:
             raise ConfigError("a machine boots a kernel with an initramfs, or is restored")
+        supported = self._kvm.supported_cpuid()
+        bits = address_bits(supported)
+        if sum(layout.pci_window_64(spec.memory_mib)) > 1 << bits:
+            message = f"{spec.memory_mib} MiB of memory: the host has {bits} bits of address"
+            raise ConfigError(message)
         words = [*_CMDLINE, spec.cmdline] if spec.cmdline else _CMDLINE
         with (
             open(spec.kernel, "rb", buffering=0) as kernel,
@@ -162,7 +159,6 @@ class Board:
                 vcpus=spec.vcpus,
                 origin=str(spec.kernel),
             )
-        supported = self._kvm.supported_cpuid()
         deadline = bool(self._kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
         for vcpu in self.vcpus:
             vcpu.set_cpuid(

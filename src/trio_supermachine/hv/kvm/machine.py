@@ -13,6 +13,7 @@ import trio
 
 from ..._nursery import open_flat_nursery
 from ...devices.power import PowerEvent
+from ...devices.virtio import VirtioDevice
 from ...errors import ConfigError, SnapshotInvalid, VmExited
 from ...trace import trace
 from ..base import Captured, ExitReason, Machine, MachineExit, MachineSpec
@@ -82,8 +83,9 @@ class KvmMachine(Machine):
         :raises VmExited: KVM refused to make the machine.
         """
         restore = self._spec.restore
+        own = tuple(make() for make in self._spec.devices)
         try:
-            await trio.to_thread.run_sync(self._make_board)
+            await trio.to_thread.run_sync(self._make_board, own)
         except (FileNotFoundError, ConfigError):
             raise
         except (OSError, ValueError) as exc:
@@ -99,8 +101,8 @@ class KvmMachine(Machine):
             for device in self._board.devices:
                 device.release()
 
-    def _make_board(self) -> None:
-        self._made = Board(self._spec, console=self._feed.write, power=self.power)
+    def _make_board(self, own: tuple[VirtioDevice, ...]) -> None:
+        self._made = Board(self._spec, own, console=self._feed.write, power=self.power)
 
     def close(self) -> None:
         """Give the hardware back; :meth:`run` has ended or was never called.

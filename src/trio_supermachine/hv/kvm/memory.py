@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final, final
 
 from ...devices.memory import GuestMemory
-from ...errors import CaptureFailed
 from ...snapshots.memory import PagePatch
 from ..memory import ProcessMemory
 from ._kvm import ffi
@@ -68,7 +67,10 @@ class MachineMemory:
             vm.set_memory(slot, start, view)
 
     def patch(self, patches: Iterable[PagePatch]) -> None:
-        """Put the pages of ``patches`` in, the oldest first, before the guest runs."""
+        """Put the pages of ``patches`` in, the oldest first, before the guest runs.
+
+        :raises ValueError: a file has less than it should, or pages that there are not.
+        """
         for patch in patches:
             fd = os.open(patch.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -76,7 +78,7 @@ class MachineMemory:
                 for first, count in patch.runs:
                     start, length = first * mmap.PAGESIZE, count * mmap.PAGESIZE
                     if start + length > self.size:
-                        raise CaptureFailed(f"{patch.file} has pages beyond the memory")
+                        raise ValueError(f"{patch.file} has pages beyond the memory")
                     at = _read_into(fd, self._bytes[start : start + length], at)
             finally:
                 os.close(fd)
@@ -95,6 +97,6 @@ def _read_into(fd: int, target: memoryview, offset: int) -> int:
             with target[done:] as rest:
                 count = os.preadv(fd, [rest], offset + done)
             if not count:
-                raise CaptureFailed("a file of memory pages ends early")
+                raise ValueError("a file of memory pages ends early")
             done += count
         return offset + done
