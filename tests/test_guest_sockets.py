@@ -20,8 +20,15 @@ from .guest_client import exec_request, frame, string, strings, u32
 
 
 class Agent:
-    def __init__(self, directory: Path, process: subprocess.Popen[bytes], lifeline: socket.socket):
-        self.directory, self.process, self.lifeline = directory, process, lifeline
+    def __init__(
+        self,
+        directory: Path,
+        process: subprocess.Popen[bytes],
+        listener: socket.socket,
+        lifeline: socket.socket,
+    ) -> None:
+        self.directory, self.process = directory, process
+        self.listener, self.lifeline = listener, lifeline
 
     def dial(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
@@ -54,8 +61,9 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
             lifeline, _ = listener.accept()
             with lifeline:
                 lifeline.settimeout(g.PATIENCE)
-                answers = frames(lifeline)
-                assert next(answers)[0] == g.HELLO
+                length, kind = struct.unpack_from("<IB", exactly(lifeline, 8))
+                assert kind == g.HELLO
+                exactly(lifeline, length)
                 setup = struct.pack("<IQ", g.VERSION, time.time_ns()) + string("x")
                 setup += (
                     string(bytes(32))
@@ -68,9 +76,8 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
                 )
                 setup += string("0" * 32)
                 lifeline.sendall(frame(g.SETUP, setup))
-                assert next(answers)[0] == g.READY
-                yield Agent(tmp_path, process, lifeline)
-                answers.close()  # type: ignore[attr-defined]
+                assert exactly(lifeline, 8)[4] == g.READY
+                yield Agent(tmp_path, process, listener, lifeline)
                 listener.close()  # the agent dials anew, and is refused
             assert process.wait(g.PATIENCE) == 0
         finally:
@@ -131,6 +138,71 @@ def test_a_half_closed_socket_goes_on(agent: Agent) -> None:
         connection.sendall(exec_request(["sh", "-c", "sleep 0.1; echo x"]))
         connection.shutdown(socket.SHUT_WR)
         assert g.EXIT in [kind for kind, _, _ in frames(connection)]
+
+
+@pytest.mark.parametrize("lifeline_first", [True, False])
+def test_a_copy_has_none_of_its_connections_but_listens(
+    agent: Agent, tmp_path: Path, lifeline_first: bool
+) -> None:
+    fds = len(os.listdir(f"/proc/{agent.process.pid}/fd"))
+    running, writing, half, flooding = (agent.dial() for _ in range(4))
+    running.sendall(exec_request(["sleep", "1000"]))
+    pid = struct.unpack("<I", exactly(running, 12)[8:])[0]
+    writing.sendall(frame(g.WRITE_FILE, string(str(tmp_path / "half")) + u32(0o644)))
+    assert exactly(writing, 16)[4] == g.OK
+    half.sendall(frame(g.PING)[:5])
+    flooding.sendall(exec_request(["yes"], window=1 << 30))
+    exactly(flooding, 100_000)  # and the agent has more than the socket takes
+    watch = os.pidfd_open(pid)
+    others = [running, writing, half, flooding]
+    for connection in [agent.lifeline, *others] if lifeline_first else [*others, agent.lifeline]:
+        connection.close()
+    renewed, _ = agent.listener.accept()
+    with renewed:
+        renewed.settimeout(g.PATIENCE)
+        length, kind = struct.unpack_from("<IB", header := exactly(renewed, 8))
+        assert kind == g.HELLO, header
+        assert struct.unpack_from("<II", exactly(renewed, length)) == (g.VERSION, 1)
+        renewed.sendall(frame(g.RESTORE, g.restore_payload()))
+        assert exactly(renewed, 8)[4] == g.READY
+        poll = select.poll()
+        poll.register(watch, select.POLLIN)
+        assert poll.poll(g.PATIENCE * 1000)
+        os.close(watch)
+        assert [kind for kind, _, _ in agent.ask(frame(g.PING))] == [g.OK]
+        assert not (tmp_path / "half").exists()
+        assert len(os.listdir(f"/proc/{agent.process.pid}/fd")) == fds
+        agent.listener.close()
+
+
+def exactly(connection: socket.socket, size: int) -> bytes:
+    got = b""
+    while len(got) < size:
+        part = connection.recv(size - len(got))
+        assert part, got
+        got += part
+    return got
+
+
+def test_a_copy_that_nobody_answers_ends(agent: Agent) -> None:
+    agent.lifeline.close()
+    agent.listener.accept()[0].close()
+    assert agent.process.wait(g.PATIENCE) == 0
+
+
+def test_the_end_of_a_program_is_told_whole(agent: Agent) -> None:
+    with agent.dial() as connection:
+        connection.sendall(exec_request(["sleep", "0.1"]))
+        exactly(connection, 12)  # STARTED
+        ends = connection.recv(1000)
+        while more := connection.recv(1000):
+            ends += more
+    kinds = []
+    while ends:
+        length, kind = struct.unpack_from("<IB", ends)
+        kinds.append(kind)
+        ends = ends[8 + length :]
+    assert sorted(kinds) == [g.END, g.END, g.EXIT]
 
 
 def test_frames_that_break_the_protocol_end_their_socket_alone(agent: Agent) -> None:

@@ -26,7 +26,7 @@ from trio_supermachine.hostfiles import home
 from trio_supermachine.kernels import fetch_stock_kernel, list_kernels, prepare_kernel
 from trio_supermachine.kernels.image import has_pvh_entry, read_kernel
 from trio_supermachine.kernels.initramfs import build_initramfs
-from trio_supermachine.kernels.modules import Module, pick_modules
+from trio_supermachine.kernels.modules import NEEDED, Module, pick_modules
 from trio_supermachine.kernels.stock import newest_first, version_key
 from trio_supermachine.oci.progress import Progress
 
@@ -212,12 +212,31 @@ async def test_modules_beside_a_named_kernel_are_taken_along(
     boot.mkdir(parents=True)
     modules.mkdir(parents=True)
     (boot / "vmlinuz").write_bytes(elf())
-    names = ("virtio_blk", "squashfs", "overlay", "virtio_rng")
-    for name in names:
+    for name in NEEDED:
         (modules / f"{name}.ko").write_bytes(module(name))
     prepared = await prepare_kernel(AssetPaths(kernel=boot / "vmlinuz"))
     archive = prepared.initramfs.read_bytes()
-    assert all(module(name) in archive for name in names)
+    assert all(module(name) in archive for name in NEEDED)
+
+
+async def test_a_kernel_that_was_kept_without_a_module_needed_now_is_prepared_anew(
+    empty_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = tmp_path / "tree/boot"
+    modules = tmp_path / "tree/lib/modules/6.9.1-test"
+    boot.mkdir(parents=True)
+    modules.mkdir(parents=True)
+    (boot / "vmlinuz").write_bytes(elf())
+    for name in NEEDED:
+        (modules / f"{name}.ko").write_bytes(module(name))
+    with monkeypatch.context() as patch:
+        for where in ("store", "modules"):
+            patch.setattr(f"trio_supermachine.kernels.{where}.NEEDED", NEEDED[:-1])
+        patch.setattr("trio_supermachine.kernels.modules.pick_modules.__defaults__", (NEEDED[:-1],))
+        await prepare_kernel(AssetPaths(kernel=boot / "vmlinuz"))
+    assert await list_kernels() == []
+    prepared = await prepare_kernel(AssetPaths(kernel=boot / "vmlinuz"))
+    assert module(NEEDED[-1]) in prepared.initramfs.read_bytes()
 
 
 async def test_the_environment_names_a_kernel_too(

@@ -94,8 +94,7 @@ _Noreturn static void serve_port(void) {
     serve(serial_carrier(fd, false, port_ended));
 }
 
-/* The value of supermachine.channel on the kernel's command line. */
-static bool channel_is(const char *wanted) {
+bool channel_is(const char *wanted) {
     char line[4096];
     if (read_text("/proc/cmdline", line, sizeof line) < 0) return false;
     char *state;

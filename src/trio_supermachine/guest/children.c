@@ -45,14 +45,10 @@ static void abandoned_ended(struct watch *watch, uint32_t events) {
 
 void child_abandon(struct child *child) {
     if (!child->pid) return;
-    struct ending ending;
-    if (child_ended(child, &ending)) {
-        child_reap(child);
-        return;
-    }
-    struct child *orphan = must_alloc(sizeof *orphan);
     pid_t pid = child->pid;
     watch_drop(&child->ended);
-    child_watch(orphan, pid, abandoned_ended);
     child->pid = 0;
+    if (waitpid(pid, NULL, WNOHANG) == pid) return;
+    struct child *orphan = must_alloc(sizeof *orphan);
+    child_watch(orphan, pid, abandoned_ended);
 }

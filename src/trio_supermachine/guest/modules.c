@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "agent.h"
 #include "util.h"
 
 #define MODULE_COMPRESSED_FILE 4 /* MODULE_INIT_COMPRESSED_FILE of linux/module.h */
@@ -16,24 +17,25 @@ static bool ends_with(const char *text, const char *end) {
     return size >= end_size && !strcmp(text + size - end_size, end);
 }
 
-static void load(const char *name) {
-    char path[300];
-    snprintf(path, sizeof path, "/modules/%s", name);
+static void load(const char *name, const char *path) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     int flags = ends_with(name, ".ko") ? 0 : MODULE_COMPRESSED_FILE;
     if (fd < 0 || (syscall(SYS_finit_module, fd, "", flags) && errno != EEXIST))
         say("module %s: %s", name, strerror(errno));
     if (fd >= 0) close(fd);
-    unlink(path); /* its memory is the guest's */
 }
 
 void load_modules(void) {
     FILE *order = fopen("/modules/order", "re");
     if (!order) return;
-    char name[256];
+    char name[256], path[300];
+    bool vsock = channel_is("vsock");
     while (fgets(name, sizeof name, order)) {
         name[strcspn(name, "\n")] = 0;
-        if (*name) load(name);
+        if (!*name) continue;
+        snprintf(path, sizeof path, "/modules/%s", name);
+        if (vsock || !strstr(name, "vsock")) load(name, path);
+        unlink(path); /* its memory is the guest's */
     }
     fclose(order);
 }

@@ -7,8 +7,6 @@
 #include <termios.h>
 #include <unistd.h>
 
-/* Larger pipes mean fewer switches between a program that moves much and this one. */
-#define PIPE_SIZE 262144
 #define TTY_GROUP 5
 
 void close_all(int fds[3]) {
@@ -51,7 +49,6 @@ static int open_pipe(int *agent, int *program, bool out, uid_t owner) {
     if (pipe2(pair, O_CLOEXEC)) return -1;
     *agent = pair[out ? 0 : 1];
     *program = pair[out ? 1 : 0];
-    fcntl(*agent, F_SETPIPE_SZ, PIPE_SIZE);
     /* So that a user's program can open /dev/stdout anew. */
     if (owner) (void)!fchown(*program, owner, (gid_t)-1);
     return fcntl(*agent, F_SETFL, O_NONBLOCK | (out ? O_RDONLY : O_WRONLY));

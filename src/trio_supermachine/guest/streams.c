@@ -1,10 +1,15 @@
 #include "streams.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <termios.h>
 #include <unistd.h>
+
+/* Larger pipes mean fewer switches between a program that moves much and this one. Most move little. */
+#define PIPE_SIZE 262144
+#define MUCH 32768
 
 /* --- output --- */
 
@@ -12,6 +17,7 @@ static void output_ready(struct watch *watch, uint32_t events) {
     struct output *output = CONTAINER(watch, struct output, watch);
     output->readable = true;
     if (events & (EPOLLHUP | EPOLLERR)) output->hung_up = true;
+    output->drained = output->hung_up && !(events & EPOLLIN) && !output->terminal;
     session_wake(output->session);
 }
 
@@ -28,7 +34,9 @@ static enum produced output_end(struct output *output) {
 }
 
 enum produced output_produce(struct output *output) {
-    if (output->watch.fd < 0 || !output->readable || !output->credit) return PRODUCED_NOTHING;
+    if (output->watch.fd < 0 || !output->readable) return PRODUCED_NOTHING;
+    if (output->drained) return output_end(output);
+    if (!output->credit) return PRODUCED_NOTHING;
     uint8_t *at;
     size_t room = session_room(output->session, &at);
     if (room > output->credit) room = (size_t)output->credit;
@@ -38,6 +46,10 @@ enum produced output_produce(struct output *output) {
         output->credit -= (uint64_t)got;
         /* A pipe that gave less is empty: the next event tells of more. */
         if ((size_t)got < room && !output->hung_up && !output->terminal) output->readable = false;
+        if (got >= MUCH && !output->enlarged && !output->terminal) {
+            output->enlarged = true;
+            fcntl(output->watch.fd, F_SETPIPE_SZ, PIPE_SIZE);
+        }
         session_send_data(output->session, output->stream, (size_t)got);
         return PRODUCED_DATA;
     }
@@ -69,6 +81,9 @@ static size_t input_write(struct input *input, const uint8_t *bytes, size_t size
         ssize_t written = write(input->watch.fd, bytes + done, size - done);
         if (written >= 0) {
             done += (size_t)written;
+        } else if (errno == EAGAIN && !input->enlarged && !input->terminal) {
+            input->enlarged = true;
+            fcntl(input->watch.fd, F_SETPIPE_SZ, PIPE_SIZE);
         } else if (errno == EAGAIN) {
             input->writable = false;
         } else if (errno != EINTR) {
@@ -106,6 +121,10 @@ static void input_ready(struct watch *watch, uint32_t events) {
 void input_open(struct input *input, struct session *session, int fd) {
     input->session = session;
     input->writable = true;
+    if (input->ending && !input->terminal) { /* END came ahead of the start */
+        close(fd);
+        return;
+    }
     input->credit = STDIN_WINDOW;
     session_send_u32(session, WINDOW, 0, STDIN_WINDOW);
     watch_add(&input->watch, fd, EPOLLOUT, input_ready);

@@ -12,7 +12,8 @@ struct output {
     struct session *session;
     uint8_t stream;
     uint64_t credit;
-    bool readable, hung_up;
+    bool readable, hung_up, enlarged;
+    bool drained; /* nobody writes it, and it is empty */
     bool terminal, last_stage; /* a terminal without a session reads as an error until the last */
 };
 
@@ -30,7 +31,7 @@ struct input {
     uint8_t *buffer;
     size_t at, size;
     uint8_t last;
-    bool writable, ending, terminal;
+    bool writable, ending, terminal, enlarged;
 };
 
 /* Begin, with the first WINDOW. */

@@ -14,7 +14,7 @@ import zstandard
 from ..errors import AssetNotFound
 
 #: What a stock kernel has as modules and a guest cannot do without.
-NEEDED: Final = ("virtio_blk", "squashfs", "overlay", "virtio_rng")
+NEEDED: Final = ("virtio_blk", "squashfs", "overlay", "virtio_rng", "vmw_vsock_virtio_transport")
 
 _SUFFIX: Final = re.compile(r"\.ko(\.(xz|zst|gz))?$")
 _DEPENDS: Final = re.compile(rb"(?:^|\0)depends=([^\0]*)\0")

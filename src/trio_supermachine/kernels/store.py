@@ -20,7 +20,7 @@ from ..oci.progress import ProgressCallback
 from .fragment import fragment_digest, read_fragment
 from .image import KernelImage, read_kernel
 from .initramfs import LAYOUT, build_initramfs
-from .modules import Module, pick_modules
+from .modules import NEEDED, Module, pick_modules
 from .small import built_kernel, check_tools, choose_source
 from .stock import stock_kernel, version_key
 
@@ -198,6 +198,8 @@ def _load(directory: Path) -> CachedKernel | None:
         metadata = json.loads((directory / _METADATA).read_bytes())
         if metadata["format"] != _FORMAT:
             return None
+        if metadata["modules"] and metadata.get("needed") != list(NEEDED):
+            return None
         return CachedKernel(
             directory=directory,
             release=str(metadata["release"]),
@@ -292,6 +294,7 @@ def _install(
         "digest": f"sha256:{hashlib.sha256(image.data).hexdigest()}",
         "fragment": fragment,
         "modules": [module.name for module in modules],
+        "needed": list(NEEDED),
     }
     if directory.exists():  # of another version of this package, or damaged
         shutil.rmtree(directory)
