@@ -9,9 +9,7 @@ from functools import partial
 import pytest
 import trio
 
-from trio_supermachine import ExecChild, ExecEof, Vm
-from trio_supermachine.agent.wire import ExecRequest
-from trio_supermachine.exec import open_exec
+from trio_supermachine import ExecChild, Vm
 
 from .conftest import guest_processes, read_past, read_until
 
@@ -248,14 +246,3 @@ async def test_megabytes_go_through_both_ways_unharmed(vm: Vm) -> None:
     data = bytes(range(256)) * 16384
     done = await vm.run_process(["cat"], stdin=data, capture_stdout=True)
     assert done.stdout == data
-
-
-async def test_an_exec_whose_vm_is_left_while_it_dials_fails_as_a_set_up(vm: Vm) -> None:
-    async with trio.open_nursery() as left:
-        pass
-    request = ExecRequest(chain=[["true"]])
-    with pytest.raises(ExecEof) as caught:
-        async with open_exec(vm._client, left, request):
-            raise AssertionError("entered")
-    assert caught.value.is_setup_failure
-    await vm.run_process(["true"])

@@ -1,7 +1,7 @@
 """Programs running in a guest: what :meth:`Vm.exec` gives.
 
-An exec is one connection to the agent. Two tasks in the VM's nursery carry its frames; leaving
-its block ends them. All protocol state is in :class:`~.agent.execution.ExecProtocol`.
+An exec is one connection to the agent; leaving its block ends it. All protocol state is in
+:class:`~.agent.execution.ExecProtocol`.
 """
 
 from __future__ import annotations
@@ -10,96 +10,82 @@ import errno as errno_names
 import operator
 import os
 import signal as signals
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Final, final
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from typing import Final, TypeAlias, final
 
 import trio
 
 from ._conflict import OneAtATime
 from .agent import wire
-from .agent.client import AgentClient, FrameStream, guest_os_error
+from .agent.client import AgentClient, guest_os_error
 from .agent.execution import ExecProtocol
 from .agent.wire import ExecFlags, ExecRequest, Exit, StreamId, WireError
+from .devices.vsock.stream import VsockStream
 from .trace import trace
 
 _KILL_CONFIRMATION: Final = 2.0  # seconds: the longest that a cancellation waits for the guest
-_RECEIVE: Final = 256 * 1024
 _MAX_SIGNAL: Final = 64
+
+# Plain integers: the members' own operators are slow.
+_STDIN: Final = int(ExecFlags.STDIN | ExecFlags.TTY)
+_NULL_STDOUT: Final = int(ExecFlags.NULL_STDOUT)
+_NO_STDERR: Final = int(ExecFlags.TTY | ExecFlags.NULL_STDERR | ExecFlags.STDERR_TO_STDOUT)
+
+#: Streams, and where to put what comes from each.
+Captured: TypeAlias = Sequence[tuple[StreamId, list[bytes | bytearray]]]
 
 
 @final
 class _Connection:
-    """The I/O of one exec: moves bytes between its agent connection and its protocol state."""
+    """The I/O of one exec: moves bytes between its agent connection and its protocol state.
 
-    def __init__(self, client: AgentClient, frames: FrameStream, request: ExecRequest) -> None:
-        flags = request.flags
+    It has no task of its own: what comes is taken in by the task that moves the machine's
+    packets, and what is to be said leaves in the call that has it said, or when there is room.
+    """
+
+    def __init__(self, client: AgentClient, stream: VsockStream, request: ExecRequest) -> None:
+        flags = int(request.flags)
         outputs = []
-        if not flags & ExecFlags.NULL_STDOUT:
+        if not flags & _NULL_STDOUT:
             outputs.append(StreamId.STDOUT)
-        if not flags & (ExecFlags.TTY | ExecFlags.NULL_STDERR | ExecFlags.STDERR_TO_STDOUT):
+        if not flags & _NO_STDERR:
             outputs.append(StreamId.STDERR)
-        has_stdin = bool(flags & (ExecFlags.STDIN | ExecFlags.TTY))
+        has_stdin = bool(flags & _STDIN) and not request.empty_stdin
         self.protocol = ExecProtocol(request.window, outputs=tuple(outputs), stdin=has_stdin)
-        #: Why the connection is of no use any more: VmExited or ExecEof.
-        self.failure: Exception | None = None
         self._client = client
-        self._stream = frames.stream
+        self._stream = stream
         self._request = request
         self._changed = trio.lowlevel.ParkingLot()
-        self._writable = trio.Event()
-        self._stdin: bytes | None = None
-        self._scope = trio.CancelScope()
-        self._done = trio.Event()
+        self._broken = False
+        self._cause: WireError | None = None
+        self._left = False
 
-    async def run(self) -> None:
-        """Carry the exec's frames until the connection ends or :meth:`close`."""
+    def start(self, encoded: bytes) -> None:
+        """Send the request, and take in what comes, until :meth:`close`."""
+        if self._stream.sendable():
+            self._stream.send_nowait(encoded)
+        self._stream.watch(self._take_in)
+
+    def _take_in(self) -> None:
+        protocol = self.protocol
         try:
-            with self._scope:
-                try:
-                    for part in self._request.encode():
-                        await self._stream.send_all(part)
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._write)
-                        await self._read()
-                        nursery.cancel_scope.cancel()
-                except* (trio.BrokenResourceError, WireError) as group:
-                    await self._fail(_first_leaf(group))
-        finally:
-            self._done.set()
-            self._changed.unpark_all()
-            await trio.aclose_forcefully(self._stream)
-
-    async def _read(self) -> None:
-        while data := await self._stream.receive_some(_RECEIVE):
-            self.protocol.receive(data)
-            self._changed.unpark_all()
-        if not self.protocol.finished and self.protocol.error is None:
-            await self._fail(None)
-
-    async def _write(self) -> None:
-        while True:
-            await self._writable.wait()
-            self._writable = trio.Event()
-            # Stdin goes first: its END may be among the other frames.
-            stdin, frames = self._stdin, self.protocol.outgoing()
-            try:
-                await self._stream.send_all(stdin + frames if stdin else frames)
-            except trio.BrokenResourceError:
-                return  # perhaps it has said all and left; the reading task finds out
-            if stdin:
-                self._stdin = None
-                self._changed.unpark_all()
-
-    async def _fail(self, cause: Exception | None) -> None:
-        setup = self.protocol.pid is None
-        self.failure = await self._client.failure(cause, "an exec", setup=setup)
-        self._changed.unpark_all()
+            while data := self._stream.take():
+                protocol.receive(data)
+        except WireError as exc:
+            self._cause = exc
+            self._broken = True
+            self._stream.abort()
+        if self._stream.ended and not protocol.finished and protocol.error is None:
+            self._broken = True
+        self.flush()
 
     def flush(self) -> None:
-        """Let the writing task send what the protocol has to say, and waiters look again."""
-        self._writable.set()
-        self._changed.unpark_all()
+        """Send what the protocol has to say, now or when there is room; waiters look again."""
+        if self.protocol.has_outgoing and self._stream.sendable():
+            self._stream.send_nowait(self.protocol.outgoing())
+        if self._changed:
+            self._changed.unpark_all()
 
     async def changed(self) -> None:
         """Wait until the protocol's state may have changed.
@@ -108,34 +94,30 @@ class _Connection:
         :raises ExecEof: the connection has ended early.
         :raises trio.ClosedResourceError: the exec's block has been left.
         """
-        if self.failure is not None:
-            raise self.failure
-        if self._scope.cancel_called:
+        if self._left and not self._broken:
             raise trio.ClosedResourceError("this exec's block has been left")
-        if self._done.is_set():  # the VM's nursery has ended under it
-            raise await self._client.failure(None, "an exec")
+        if self.over:
+            setup = self.protocol.pid is None
+            raise await self._client.failure(self._cause, "an exec", setup=setup)
         await self._changed.park()
 
     @property
     def over(self) -> bool:
         """Whether no more frames will come."""
-        return self._done.is_set() or self.failure is not None
+        return self._broken or self._stream.ended
 
     async def stdin_ready(self) -> None:
-        """Wait until there is credit and nothing of stdin waits to be sent."""
-        while self._stdin is not None or not self.protocol.stdin_credit:
-            if self.protocol.stdin_closed and self.failure is None:
+        """Wait until there is credit and what was sent before has gone."""
+        while not (self.protocol.stdin_credit and self._stream.sendable()):
+            if self.protocol.stdin_closed and not self._broken:
                 raise trio.BrokenResourceError("the program has closed its stdin, or has ended")
             await self.changed()
 
     async def send_stdin(self, data: memoryview) -> int:
-        """Send some of ``data``; gives how much. A cancelled call may have sent it or not."""
+        """Send some of ``data``; gives how much. A cancelled call has sent nothing."""
         await self.stdin_ready()
         size = min(len(data), self.protocol.stdin_credit, wire.MAX_DATA)
-        frame = self._stdin = self.protocol.stdin_data(data[:size])
-        self.flush()
-        while self._stdin is frame:
-            await self.changed()
+        self._stream.send_nowait(self.protocol.stdin_data(data[:size]))
         return size
 
     async def wait_started(self) -> None:
@@ -153,13 +135,38 @@ class _Connection:
             await self.changed()
         return self.protocol.exit
 
+    async def collect(self, captured: Captured, others: Sequence[StreamId]) -> bool:
+        """Take output into ``captured`` until the program and all its output have ended.
+
+        :returns: whether they have; if not, one of ``others`` has output, or, with nothing to
+            capture, may still get some when the program has ended.
+        """
+        protocol = self.protocol
+        streams = (*(stream for stream, _ in captured), *others)
+        while True:
+            for stream, chunks in captured:
+                if chunk := protocol.take(stream):
+                    chunks.append(chunk)
+            if protocol.has_outgoing:
+                self.flush()
+            for stream in others:
+                if protocol.has_output(stream):
+                    return False
+            if protocol.exit is not None:
+                if all(map(protocol.has_ended, streams)):
+                    return True
+                if not captured:
+                    return False
+            await self.changed()
+
     async def drain(self) -> None:
         """Close stdin, throw away all output, and wait until the program has ended."""
         self.protocol.end_stdin()
         while True:
             self.protocol.discard(StreamId.STDOUT)
             self.protocol.discard(StreamId.STDERR)
-            self.flush()
+            if self.protocol.has_outgoing:
+                self.flush()
             if self.protocol.exit is not None:
                 return
             await self.changed()
@@ -175,19 +182,14 @@ class _Connection:
             while not self.over and self.protocol.exit is None and self.protocol.error is None:
                 await self._changed.park()
 
-    async def close(self) -> None:
-        """Reset the connection, upon which the agent kills what is left of the process group."""
-        self._scope.cancel()
-        with trio.CancelScope(shield=True):
-            await self._done.wait()
-
-
-def _first_leaf(group: BaseExceptionGroup[Exception]) -> Exception:
-    exc: BaseException = group
-    while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]
-    assert isinstance(exc, Exception)
-    return exc
+    def close(self) -> None:
+        """Leave the connection, upon which the agent kills what is left of the process group."""
+        self._left = True
+        if self.protocol.finished or self.protocol.error is not None:
+            self._stream.leave()
+        else:
+            self._stream.abort()
+        self._changed.unpark_all()
 
 
 @final
@@ -234,22 +236,25 @@ class _OutputStream(trio.abc.ReceiveStream):
     def __init__(self, connection: _Connection, stream: StreamId) -> None:
         self._connection = connection
         self._stream = stream
-        self._use = OneAtATime(f"another task is already receiving from this {stream.name.lower()}")
+        self.use = OneAtATime(f"another task is already receiving from this {stream.name.lower()}")
         self._closed = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be >= 1")
-        with self._use:
+        connection = self._connection
+        protocol = connection.protocol
+        with self.use:
             await trio.lowlevel.checkpoint()
             while True:
                 if self._closed:
                     raise trio.ClosedResourceError(f"{self._stream.name.lower()} is closed")
-                chunk = self._connection.protocol.take(self._stream, max_bytes)
+                chunk = protocol.take(self._stream, max_bytes)
                 if chunk is not None:
-                    self._connection.flush()
+                    if protocol.has_outgoing:
+                        connection.flush()
                     return chunk
-                await self._connection.changed()
+                await connection.changed()
 
     async def aclose(self) -> None:
         """Close the reading end: the program's next write there gets SIGPIPE. Idempotent."""
@@ -325,10 +330,14 @@ class ExecChild:
         self.args = list(request.chain[0])
         self.pid = connection.protocol.pid
         self.stdin: trio.abc.SendStream | None = None
-        if request.flags & (ExecFlags.STDIN | ExecFlags.TTY):
+        if int(request.flags) & _STDIN and not request.empty_stdin:
             self.stdin = _StdinStream(connection)
-        self.stdout: trio.abc.ReceiveStream = _OutputStream(connection, StreamId.STDOUT)
-        self.stderr: trio.abc.ReceiveStream = _OutputStream(connection, StreamId.STDERR)
+        self._outputs = {
+            stream: _OutputStream(connection, stream)
+            for stream in (StreamId.STDOUT, StreamId.STDERR)
+        }
+        self.stdout: trio.abc.ReceiveStream = self._outputs[StreamId.STDOUT]
+        self.stderr: trio.abc.ReceiveStream = self._outputs[StreamId.STDERR]
 
     def __repr__(self) -> str:
         status = "running" if self.returncode is None else f"exited with {self.returncode}"
@@ -381,6 +390,17 @@ class ExecChild:
         self._connection.flush()
         await trio.lowlevel.checkpoint()
 
+    def output(self, stream: StreamId) -> trio.abc.ReceiveStream:
+        """stdout or stderr."""
+        return self._outputs[stream]
+
+    async def collect(self, captured: Captured, others: Sequence[StreamId]) -> bool:
+        """Take output as :class:`_Connection` has it."""
+        with ExitStack() as uses:
+            for stream, _ in captured:
+                uses.enter_context(self._outputs[stream].use)
+            return await self._connection.collect(captured, others)
+
     def abort(self) -> None:
         """Send SIGKILL to the whole process group, without waiting."""
         if not self._connection.over:
@@ -394,27 +414,22 @@ class ExecChild:
 
 
 @asynccontextmanager
-async def open_exec(
-    client: AgentClient, nursery: trio.Nursery, request: ExecRequest
-) -> AsyncIterator[ExecChild]:
-    """Start a program; its frames are carried by tasks in ``nursery``.
+async def open_exec(client: AgentClient, request: ExecRequest) -> AsyncIterator[ExecChild]:
+    """Start a program.
 
     Leaving the block normally closes stdin, discards unread output and waits for the program's
     end. Leaving it by an exception or a cancellation kills the process group first.
     """
     trace("exec", "start %r", request.chain)
     try:
-        frames = await client.dial()
-    except (trio.BrokenResourceError, ConnectionRefusedError) as exc:
+        encoded = b"".join(request.encode())
+        stream = await client.dial()
+    except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:
         raise await client.failure(exc, "an exec", setup=True) from exc
-    connection = _Connection(client, frames, request)
-    try:
-        nursery.start_soon(connection.run, name=f"exec {request.chain[0][0]!r}")
-    except RuntimeError as exc:  # closed: the VM's block was left while this was dialling
-        await trio.aclose_forcefully(frames.stream)
-        raise await client.failure(exc, "an exec", setup=True) from exc
+    connection = _Connection(client, stream, request)
     try:
         try:
+            connection.start(encoded)
             await connection.wait_started()
             yield ExecChild(connection, request)
             await connection.drain()
@@ -422,7 +437,7 @@ async def open_exec(
             await connection.kill()
             raise
     finally:
-        await connection.close()
+        connection.close()
         trace("exec", "end of %r: %r", request.chain, connection.protocol.exit)
 
 

@@ -12,8 +12,8 @@ from typing import Final, Protocol, TypeAlias
 import trio
 
 from ._nursery import open_flat_nursery
-from .agent.wire import ExecFlags
-from .exec import ExecChild
+from .agent.wire import ExecFlags, StreamId
+from .exec import Captured, ExecChild
 
 StrOrBytes: TypeAlias = str | bytes
 StrOrBytesPath: TypeAlias = StrOrBytes | os.PathLike[str] | os.PathLike[bytes]
@@ -39,7 +39,7 @@ class OpenExec(Protocol):
     """How a VM opens the exec of a call."""
 
     def __call__(
-        self, argv: list[StrOrBytes], flags: ExecFlags
+        self, argv: list[StrOrBytes], flags: ExecFlags, empty_stdin: bool
     ) -> AbstractAsyncContextManager[ExecChild]: ...
 
 
@@ -72,41 +72,54 @@ async def run_process(
             stderr=None if capture_stderr else stderr,
         )
 
-    captured: dict[str, list[bytes | bytearray]] = {"stdout": [], "stderr": []}
-    async with open_exec(argv, _flags(stdin, stdout, stderr)) as child:
-        with trio.CancelScope() as copying:
-            async with open_flat_nursery() as nursery:
-                if not isinstance(stdin, int):
-                    assert child.stdin is not None
-                    nursery.start_soon(_feed, child.stdin, stdin)
-                    child.stdin = None
-                for name, capture, target, own_fd in (
-                    ("stdout", capture_stdout, stdout, 1),
-                    ("stderr", capture_stderr, stderr, 2),
-                ):
-                    stream = getattr(child, name)
-                    if capture:
-                        nursery.start_soon(collect, stream, captured[name])
-                    elif target is None:
-                        nursery.start_soon(_copy_to_host, stream, own_fd)
-                    elif not isinstance(target, int):
-                        nursery.start_soon(_copy_to_host, stream, target.fileno())
-                    elif target >= 0:
-                        nursery.start_soon(_copy_to_host, stream, target)
-                task_status.started(child)
-                await child.wait()
-                if not (capture_stdout or capture_stderr):
-                    # A process on the host would have written its output itself by now. Here
-                    # some may be on its way, but a descendant may also hold the pipe for long.
-                    child.abort()
-                    copying.deadline = trio.current_time() + LAST_OUTPUT
+    feeding = not isinstance(stdin, int) and len(stdin) > 0
+    empty_stdin = not isinstance(stdin, int) and not feeding
+    out: list[bytes | bytearray] = []
+    err: list[bytes | bytearray] = []
+    captured: list[tuple[StreamId, list[bytes | bytearray]]] = []
+    hosted: dict[StreamId, int] = {}
+    for stream, capture, chunks, target in (
+        (StreamId.STDOUT, capture_stdout, out, stdout),
+        (StreamId.STDERR, capture_stderr, err, stderr),
+    ):
+        if capture:
+            captured.append((stream, chunks))
+        elif target is None:
+            hosted[stream] = int(stream)
+        elif not isinstance(target, int):
+            hosted[stream] = target.fileno()
+        elif target >= 0:
+            hosted[stream] = target
+    async with open_exec(argv, _flags(stdin, stdout, stderr), empty_stdin) as child:
+        feed = child.stdin if feeding else None
+        if stdin != subprocess.PIPE:
+            child.stdin = None
+        task_status.started(child)
+        # Most programs are fed nothing and print nothing that is not captured: no tasks then.
+        if feed is not None or not await child.collect(captured, tuple(hosted)):
+            with trio.CancelScope() as copying:
+                async with open_flat_nursery() as nursery:
+                    if feed is not None:
+                        assert not isinstance(stdin, int)
+                        nursery.start_soon(_feed, feed, stdin)
+                    if captured:
+                        nursery.start_soon(_collect, child, captured)
+                    for stream, fd in hosted.items():
+                        nursery.start_soon(_copy_to_host, child.output(stream), fd)
+                    await child.wait()
+                    if not captured:
+                        # A process on the host would have written its output itself by now.
+                        # Here some may be on its way, but a descendant may also hold the pipe
+                        # for long.
+                        child.abort()
+                        copying.deadline = trio.current_time() + LAST_OUTPUT
     returncode = child.returncode
     assert returncode is not None
-    out = b"".join(captured["stdout"]) if capture_stdout else None
-    err = b"".join(captured["stderr"]) if capture_stderr else None
+    output = b"".join(out) if capture_stdout else None
+    errors = b"".join(err) if capture_stderr else None
     if check and returncode:
-        raise subprocess.CalledProcessError(returncode, command, output=out, stderr=err)
-    return subprocess.CompletedProcess(command, returncode, out, err)
+        raise subprocess.CalledProcessError(returncode, command, output=output, stderr=errors)
+    return subprocess.CompletedProcess(command, returncode, output, errors)
 
 
 def command_argv(command: Command, *, shell: bool = False) -> list[StrOrBytes]:
@@ -174,6 +187,11 @@ async def _feed(stream: trio.abc.SendStream, data: bytes | bytearray | memoryvie
     with suppress(trio.BrokenResourceError):
         await stream.send_all(data)
     await stream.aclose()
+
+
+async def _collect(child: ExecChild, captured: Captured) -> None:
+    with suppress(trio.BrokenResourceError):
+        await child.collect(captured, ())
 
 
 async def collect(stream: trio.abc.ReceiveStream, chunks: list[bytes | bytearray]) -> None:

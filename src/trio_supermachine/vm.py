@@ -76,7 +76,6 @@ class Vm:
         self.console: Console = client.machine.console
         self._client = client
         self._machine: Machine = client.machine
-        self._nursery = nursery
         self._capturing = trio.Lock()
         self._body = trio.CancelScope()
         self._stopping = False
@@ -188,9 +187,9 @@ class Vm:
         """
 
         def open_child(
-            argv: list[StrOrBytes], flags: ExecFlags
+            argv: list[StrOrBytes], flags: ExecFlags, empty_stdin: bool
         ) -> AbstractAsyncContextManager[ExecChild]:
-            return self._open(_request(argv, flags, env, cwd, user))
+            return self._open(_request(argv, flags, env, cwd, user, empty_stdin=empty_stdin))
 
         return await run_process(
             open_child,
@@ -206,7 +205,7 @@ class Vm:
         )
 
     def _open(self, request: ExecRequest) -> AbstractAsyncContextManager[ExecChild]:
-        return open_exec(self._client, self._nursery, request)
+        return open_exec(self._client, request)
 
     # Files
 
@@ -433,6 +432,7 @@ def _request(
     *,
     columns: int = 0,
     rows: int = 0,
+    empty_stdin: bool = False,
 ) -> ExecRequest:
     if env is not None:
         flags |= ExecFlags.REPLACE_ENV
@@ -444,4 +444,5 @@ def _request(
         cwd="" if cwd is None else guest_path(cwd),
         user="" if user is None else user_field(user),
         environment=[env_entry(key, value) for key, value in (env or {}).items()],
+        empty_stdin=empty_stdin,
     )

@@ -12,6 +12,7 @@ from typing import NoReturn, final
 import attrs
 import trio
 
+from ..devices.vsock.stream import VsockStream
 from ..errors import ExecEof, FileTooLarge, VmExited
 from ..hv.base import Machine, MachineExit
 from . import wire
@@ -102,9 +103,11 @@ class AgentClient:
             await self.raise_failure(exc, what)
         return hello
 
-    async def dial(self) -> FrameStream:
+    async def dial(self) -> VsockStream:
         """A new connection to the agent."""
-        return FrameStream(await self._machine.dial(wire.AGENT_PORT))
+        stream = await self._machine.dial(wire.AGENT_PORT)
+        assert isinstance(stream, VsockStream)
+        return stream
 
     async def call(self, request: bytes, *, path: str | bytes | None = None) -> Frame:
         """Make a one-shot request and give its answer.
@@ -113,7 +116,7 @@ class AgentClient:
         :raises VmExited: the machine is gone.
         """
         try:
-            connection = await self.dial()
+            connection = FrameStream(await self.dial())
             async with connection.stream:
                 await connection.send(request)
                 frame = await connection.receive()
@@ -174,7 +177,7 @@ class AgentClient:
         connection: FrameStream | None = None
         try:
             try:
-                connection = await self.dial()
+                connection = FrameStream(await self.dial())
                 await connection.send(request)
                 return connection, await self.file_answer(connection, path, max_bytes)
             except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:

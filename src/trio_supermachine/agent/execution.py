@@ -16,7 +16,6 @@ import attrs
 from . import wire
 from .wire import Exit, Frame, FrameType, GuestError, StreamId, WireError
 
-_OUTPUTS: Final = (StreamId.STDOUT, StreamId.STDERR)
 _MAX_CREDIT: Final = 1 << 31
 
 
@@ -26,7 +25,6 @@ class _Output:
 
     window: int
     chunks: deque[bytes] = attrs.field(factory=deque)
-    buffered: int = 0
     #: Bytes taken since the last WINDOW frame.
     freed: int = 0
     ended: bool = False
@@ -52,7 +50,8 @@ class ExecProtocol:
         self.acks: dict[int, int] = {}
         self._decoder = wire.FrameDecoder()
         self._window = window
-        self._outputs = {stream: _Output(window) for stream in outputs}
+        # By number: frames have no more than that.
+        self._outputs = {int(stream): _Output(window) for stream in outputs}
         self._control: list[bytes] = []
         self._signals: dict[tuple[int, bool], int] = {}
         self._resize: bytes | None = None
@@ -72,9 +71,9 @@ class ExecProtocol:
     @property
     def finished(self) -> bool:
         """Whether the guest has nothing more to say: the program is gone and its output ended."""
-        return self.exit is not None and all(
-            output.ended or output.closed for output in self._outputs.values()
-        )
+        if self.exit is None:
+            return False
+        return all(output.ended or output.closed for output in self._outputs.values())
 
     def _receive_frame(self, frame: Frame) -> None:
         match frame.type:
@@ -104,9 +103,9 @@ class ExecProtocol:
                 raise WireError(f"unexpected frame {frame.type} on stream {frame.stream}")
 
     def _output(self, frame: Frame) -> _Output:
-        for stream, output in self._outputs.items():
-            if stream == frame.stream and self.pid is not None and not output.ended:
-                return output
+        output = self._outputs.get(frame.stream)
+        if output is not None and self.pid is not None and not output.ended:
+            return output
         raise WireError(f"unexpected frame {frame.type} on stream {frame.stream}")
 
     def _receive_data(self, output: _Output, payload: bytes) -> None:
@@ -117,7 +116,6 @@ class ExecProtocol:
             raise WireError("more output than its window allows")
         if payload:
             output.chunks.append(payload)
-            output.buffered += len(payload)
 
     # What the program's user does
 
@@ -126,13 +124,27 @@ class ExecProtocol:
         output = self._outputs.get(stream)
         if output is None or not output.chunks:
             return b"" if output is None or output.ended else None
-        chunk = output.chunks.popleft()
-        if max_bytes is not None and len(chunk) > max_bytes:
-            output.chunks.appendleft(chunk[max_bytes:])
-            chunk = chunk[:max_bytes]
-        output.buffered -= len(chunk)
+        chunks = output.chunks
+        if max_bytes is None and len(chunks) > 1:
+            chunk = b"".join(chunks)
+            chunks.clear()
+        else:
+            chunk = chunks.popleft()
+            if max_bytes is not None and len(chunk) > max_bytes:
+                chunks.appendleft(chunk[max_bytes:])
+                chunk = chunk[:max_bytes]
         self._free(stream, output, len(chunk))
         return chunk
+
+    def has_output(self, stream: StreamId) -> bool:
+        """Whether :meth:`take` would give some."""
+        output = self._outputs.get(stream)
+        return output is not None and bool(output.chunks)
+
+    def has_ended(self, stream: StreamId) -> bool:
+        """Whether :meth:`take` will give no more."""
+        output = self._outputs.get(stream)
+        return output is None or output.closed or (output.ended and not output.chunks)
 
     def _free(self, stream: StreamId, output: _Output, size: int) -> None:
         output.freed += size
@@ -152,7 +164,6 @@ class ExecProtocol:
         if output is not None and not output.closed:
             output.closed = True
             output.chunks.clear()
-            output.buffered = 0
             if not output.ended:
                 self._control.append(wire.close(stream))
 
@@ -198,14 +209,17 @@ class ExecProtocol:
         """Set the terminal's size; the newest wins."""
         self._resize = wire.resize(columns, rows)
 
+    @property
+    def has_outgoing(self) -> bool:
+        """Whether there are frames to send."""
+        return bool(self._control or self._signals) or self._resize is not None
+
     def outgoing(self) -> bytes:
         """The frames to send now, and forget; ``b""`` if there are none."""
         frames = self._control
         self._control = []
-        frames += [
-            wire.signal(sequence, signum, group=group)
-            for (signum, group), sequence in self._signals.items()
-        ]
+        for (signum, group), sequence in self._signals.items():
+            frames.append(wire.signal(sequence, signum, group=group))
         self._signals.clear()
         if self._resize is not None:
             frames.append(self._resize)

@@ -11,7 +11,7 @@ import struct
 import uuid
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Final, NamedTuple
 
 import attrs
 
@@ -27,6 +27,9 @@ NO_CAP: Final = (1 << 64) - 1
 
 _HEADER: Final = struct.Struct("<IBBH")
 _U32: Final = struct.Struct("<I")
+_U64: Final = struct.Struct("<Q")
+_ACK: Final = struct.Struct("<Ii")
+_EXIT: Final = struct.Struct("<iIQQ")
 
 
 class WireError(Exception):
@@ -64,6 +67,9 @@ class FrameType(IntEnum):
     AWAIT_LISTENER = 39
 
 
+_DATA: Final = int(FrameType.DATA)
+
+
 class StreamId(IntEnum):
     """The ``stream`` of DATA, END, WINDOW and CLOSE frames."""
 
@@ -94,9 +100,11 @@ EXIT_TIMED_OUT: Final = 1
 FAILED_AT_CWD: Final = 1
 
 
-@attrs.frozen
-class Frame:
-    """One frame. ``type`` is a plain int so that an unknown one can be reported."""
+class Frame(NamedTuple):
+    """One frame, or a piece of a DATA frame.
+
+    ``type`` is a plain int so that an unknown one can be reported.
+    """
 
     type: int
     stream: int
@@ -104,35 +112,62 @@ class Frame:
 
 
 class FrameDecoder:
-    """Bytes in any chunking in, whole frames out."""
+    """Bytes in any chunking in, frames out: whole ones, but DATA in pieces, as it comes."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._buffer: bytes | bytearray = b""
         self._offset = 0
+        # Of the DATA frame that has begun: what is still to come, and its stream.
+        self._data_left = 0
+        self._data_stream = 0
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Add what was received; :meth:`frames` gives what it completed."""
-        if self._offset:
-            del self._buffer[: self._offset]
-            self._offset = 0
-        self._buffer += data
+        buffer, offset = self._buffer, self._offset
+        self._offset = 0
+        if offset == len(buffer):
+            self._buffer = bytes(data)
+            return
+        if isinstance(buffer, bytearray):
+            del buffer[:offset]
+        else:
+            self._buffer = buffer = bytearray(buffer[offset:])
+        buffer += data
 
     def frames(self) -> Iterator[Frame]:
-        """Iterate over the complete frames. :raises WireError: a header breaks a bound."""
-        while len(self._buffer) - self._offset >= _HEADER.size:
-            length, type_, stream, zero = _HEADER.unpack_from(self._buffer, self._offset)
-            if length > (MAX_DATA if type_ == FrameType.DATA else MAX_PAYLOAD) or zero:
-                raise WireError(f"bad frame header: type {type_}, length {length}")
-            start = self._offset + _HEADER.size
-            if len(self._buffer) - start < length:
+        """Iterate over what has come. :raises WireError: a header breaks a bound."""
+        buffer = self._buffer
+        size = len(buffer)
+        while True:
+            start = self._offset
+            if self._data_left:
+                end = min(start + self._data_left, size)
+                if end == start:
+                    return
+                self._offset = end
+                self._data_left -= end - start
+                yield Frame(_DATA, self._data_stream, bytes(buffer[start:end]))
+                continue
+            if size - start < _HEADER.size:
                 return
-            self._offset = start + length
-            yield Frame(type_, stream, bytes(memoryview(self._buffer)[start : start + length]))
+            length, type_, stream, zero = _HEADER.unpack_from(buffer, start)
+            if length > (MAX_DATA if type_ == _DATA else MAX_PAYLOAD) or zero:
+                raise WireError(f"bad frame header: type {type_}, length {length}")
+            start += _HEADER.size
+            if type_ == _DATA and length:
+                self._offset = start
+                self._data_left, self._data_stream = length, stream
+                continue
+            end = start + length
+            if end > size:
+                return
+            self._offset = end
+            yield Frame(type_, stream, bytes(buffer[start:end]))
 
     @property
     def partial(self) -> bool:
         """Whether a frame has begun and is not complete."""
-        return len(self._buffer) > self._offset
+        return self._data_left > 0 or len(self._buffer) > self._offset
 
 
 @attrs.define
@@ -320,9 +355,11 @@ class ExecRequest:
     user: str = ""
     environment: Sequence[str | bytes] = ()
     files: Sequence[StagedFile] = ()
+    #: There will be no input: the END of stdin follows at once.
+    empty_stdin: bool = False
 
     def encode(self) -> Iterator[bytes]:
-        """As an EXEC frame and the staged files' DATA frames.
+        """As an EXEC frame, the staged files' DATA frames, and the END of an empty stdin.
 
         :raises ValueError: NUL in a string. :raises WireError: larger than the protocol allows.
         """
@@ -348,6 +385,8 @@ class ExecRequest:
         yield frame(FrameType.EXEC, b"".join(payload))
         for file in self.files:
             yield from data_frames(StreamId.STAGED, file.data)
+        if self.empty_stdin:
+            yield end(StreamId.STDIN)
 
 
 def read_file(path: str | bytes, max_bytes: int = NO_CAP) -> bytes:
@@ -437,31 +476,28 @@ class Exit:
 
     @classmethod
     def decode(cls, payload: bytes) -> Exit:
-        reader = Reader(payload)
-        exit_ = cls(
-            reader.i32(), bool(reader.u32() & EXIT_TIMED_OUT), reader.u64() / 1e6, reader.u64()
-        )
-        reader.end()
-        return exit_
+        returncode, flags, microseconds, peak = _unpack(_EXIT, payload)
+        return cls(returncode, bool(flags & EXIT_TIMED_OUT), microseconds / 1e6, peak)
 
 
 def decode_u32(payload: bytes) -> int:
-    reader = Reader(payload)
-    value = reader.u32()
-    reader.end()
+    (value,) = _unpack(_U32, payload)
     return value
 
 
 def decode_u64(payload: bytes) -> int:
-    reader = Reader(payload)
-    value = reader.u64()
-    reader.end()
+    (value,) = _unpack(_U64, payload)
     return value
 
 
 def decode_ack(payload: bytes) -> tuple[int, int]:
     """The sequence number and the errno of an ACK frame."""
-    reader = Reader(payload)
-    ack = reader.u32(), reader.i32()
-    reader.end()
-    return ack
+    sequence, errno = _unpack(_ACK, payload)
+    return sequence, errno
+
+
+def _unpack(layout: struct.Struct, payload: bytes) -> tuple[int, ...]:
+    """A payload of fixed size. :raises WireError: this one has another."""
+    if len(payload) != layout.size:
+        raise WireError(f"a payload of {len(payload)} bytes in the place of {layout.size}")
+    return layout.unpack(payload)

@@ -34,6 +34,8 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._sender = Parking()
         self._receiver = Parking()
         self._dialing = connection.state is State.DIALING
+        self._watcher: Callable[[], None] | None = None
+        self._room_wanted = False
 
     def __repr__(self) -> str:
         connection = self._connection
@@ -140,6 +142,49 @@ class VsockStream(trio.abc.HalfCloseableStream):
                     parked = True
             return self._mux._read(connection, max_bytes)
 
+    # --- without a task ---
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have ``changed`` called whenever :meth:`take` may give data or :attr:`ended` be true.
+
+        It is called by the task that moves the packets, in the place of the task that would
+        receive: it has to be short, and must not raise. Not any more once this is closed.
+        """
+        self._watcher = changed
+        self._touched()
+
+    def take(self) -> bytes:
+        """What has been received, or part of it; empty if there is none now."""
+        connection = self._connection
+        return self._mux._read(connection, None) if connection.buffered else b""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more data comes, once :meth:`take` gives none."""
+        connection = self._connection
+        return self._closed or connection.peer_ended_sending or connection.state is State.GONE
+
+    def sendable(self) -> bool:
+        """Whether :meth:`send_nowait` takes data; if not, the watcher is called when it does."""
+        connection = self._connection
+        self._room_wanted = connection.pending is not None
+        return not (
+            self._room_wanted
+            or self._closed
+            or connection.ended_sending
+            or connection.peer_ended_receiving
+            or connection.state is State.GONE
+        )
+
+    def send_nowait(self, data: bytes) -> None:
+        """Send ``data`` as the peer makes room, without waiting for that.
+
+        :raises trio.WouldBlock: not :meth:`sendable`.
+        """
+        if not self.sendable():
+            raise trio.WouldBlock
+        self._mux._offer(self._connection, memoryview(data))
+
     async def aclose(self) -> None:
         """Leave. What was sent still reaches the peer; what was not read is lost.
 
@@ -158,14 +203,28 @@ class VsockStream(trio.abc.HalfCloseableStream):
             self._mux.core.abort(self._connection)
             self._left()
 
+    def leave(self) -> None:
+        """Leave when all has been said and the peer is about to close. Plain.
+
+        As :meth:`aclose`, but the peer is not told: it hears as it closes.
+        """
+        if not self._closed:
+            self._closed = True
+            self._mux.core.close(self._connection, telling=False)
+            self._left()
+
     def _left(self) -> None:
+        self._watcher = None
         self._mux._streams.pop(self._connection, None)
         self._wake()
-        self._mux._carrier.flush()
+        if self._mux.core.has_output:
+            self._mux._carrier.flush()
 
     def _wake(self) -> None:
         self._sender.wake()
         self._receiver.wake()
+        if self._watcher is not None:
+            self._watcher()
 
     def _touched(self) -> None:
         """The connection's state may have changed: wake whom it concerns."""
@@ -175,8 +234,17 @@ class VsockStream(trio.abc.HalfCloseableStream):
             return
         if connection.buffered or connection.peer_ended_sending or self._dialing:
             self._receiver.wake()
+            if self._watcher is not None:
+                self._watcher()
         if connection.credit and connection.pending is None:
             self._sender.wake()
+
+    def _drained(self) -> None:
+        """What was offered has gone."""
+        self._sender.wake()
+        if self._room_wanted and self._watcher is not None:
+            self._room_wanted = False
+            self._watcher()
 
 
 @final
@@ -346,7 +414,7 @@ class VsockMux:
         if stream is not None:
             stream._touched()
             if connection.state is State.GONE:
-                del self._streams[connection]
+                self._streams.pop(connection, None)  # a watcher may have left it
             return
         listener = self._listeners.get(connection.local_port)
         if listener is not None and listener._listening.backlog:
@@ -354,20 +422,20 @@ class VsockMux:
 
     def pulled(self) -> None:
         drained = self.core.drained
-        for connection in drained:
-            stream = self._streams.get(connection)
+        while drained:  # a watcher may send more
+            stream = self._streams.get(drained.pop())
             if stream is not None:
-                stream._sender.wake()
-        drained.clear()
+                stream._drained()
 
     def end(self, reason: str) -> None:
         if self._reason is not None:
             return
         self._reason = reason
         self.core.shut()
-        for stream in self._streams.values():
-            stream._wake()
+        streams = list(self._streams.values())
         self._streams.clear()
+        for stream in streams:
+            stream._wake()
         for listener in self._listeners.values():
             listener._waiters.unpark_all()
         self._scope.cancel()
