@@ -9,11 +9,9 @@ modules and greets (HELLO) over a vsock stream. The engine's memory is 256 MiB, 
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 
-import trio
+from common import Rows, start
 from raw_qemu import RawQemu
 
 from trio_supermachine.hv.base import Engine, MachineSpec
@@ -21,6 +19,7 @@ from trio_supermachine.hv.select import choose_engine
 from trio_supermachine.kernels import prepare_kernel
 
 LIFELINE = 1029
+OURS, RAW = "boot to the agent's greeting", "boot to READY, by hand"
 
 
 async def boot(engine: Engine, spec: MachineSpec) -> tuple[float, float]:
@@ -40,33 +39,20 @@ def boot_raw(raw: RawQemu) -> float:
         return (time.perf_counter() - start) * 1e3
 
 
-def row(name: str, values: list[float], engine: str) -> None:
-    p99 = sorted(values)[-max(1, len(values) // 100)]
-    print(f"{name:<34} {statistics.median(values):9.1f} {p99:9.1f}  ms    {engine}")
-
-
 async def main(rounds: int) -> None:
     engine = await choose_engine()
     kernel = await prepare_kernel()
     spec = MachineSpec(kernel=kernel.kernel, initramfs=kernel.initramfs)
-    ours: list[float] = []
-    ends: list[float] = []
-    by_hand: list[float] = []
+    rows = Rows(engine.name)
     for _ in range(rounds):
-        by_hand.append(boot_raw(RawQemu(kernel.kernel, "sleep 1000")))
+        rows.add(RAW, boot_raw(RawQemu(kernel.kernel, "sleep 1000")), by="raw QEMU")
         answered, ended = await boot(engine, spec)
-        ours.append(answered)
-        ends.append(ended)
+        rows.add(OURS, answered)
+        rows.add("teardown of a machine", ended)
     print(f"{rounds} rounds, kernel {kernel.release}")
-    print(f"{'':<34} {'median':>9} {'p99':>9}  unit  engine")
-    row("boot to the agent's greeting", ours, engine.name)
-    row("boot to READY, by hand", by_hand, "raw QEMU")
-    row("teardown of a machine", ends, engine.name)
-    ratio = statistics.median(ours) / statistics.median(by_hand)
-    print(f"ratio {ratio:.2f} (target: at most 1.3)")
+    rows.print()
+    print(f"ratio {rows.median(OURS) / rows.median(RAW):.2f} (target: at most 1.3)")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=10)
-    trio.run(main, parser.parse_args().rounds)
+    start(main, __doc__, rounds=10)

@@ -1,28 +1,24 @@
 """Pools: the hand-over, whole cycles, their rate with several workers, and an idle VM's memory.
 
-usage: python benchmarks/pool.py [--cycles N] [--vms N] [REFERENCE]
+usage: python benchmarks/pool.py [--cycles N] [--vms N] [--reference REFERENCE]
 
 A cycle is acquire, ``true``, release, and every VM is used once. The memory is the proportional
-set size of the engines' processes: what VMs share counts once, in equal parts.
+set size of the engines' processes, which on KVM is this one: what VMs share counts once, in equal
+parts.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
 import time
 from pathlib import Path
 
+import common
 import trio
+from common import Rows, engine_processes
 
 from trio_supermachine import Image, Pool
 
-Rows = dict[str, tuple[str, list[float]]]
-
-
-def note(rows: Rows, name: str, value: float, unit: str = "ms") -> None:
-    rows.setdefault(name, (unit, []))[1].append(value)
+IDLE = 5.0  # seconds
 
 
 async def full(pool: Pool) -> None:
@@ -41,8 +37,8 @@ async def unhurried(image: Image, cycles: int, rows: Rows) -> None:
                 acquired = time.perf_counter()
                 await vm.run_process(["true"])
             end = time.perf_counter()
-            note(rows, "hand-over of an idle warm VM", (acquired - start) * 1e3)
-            note(rows, "acquire, true, release", (end - start) * 1e3)
+            rows.add("hand-over of an idle warm VM", (acquired - start) * 1e3)
+            rows.add("acquire, true, release", (end - start) * 1e3)
 
 
 async def kept(image: Image, cycles: int, rows: Rows) -> None:
@@ -52,7 +48,7 @@ async def kept(image: Image, cycles: int, rows: Rows) -> None:
             start = time.perf_counter()
             async with pool.acquire() as vm:
                 await vm.run_process(["true"])
-            note(rows, "acquire, true, release of a kept VM", (time.perf_counter() - start) * 1e3)
+            rows.add("acquire, true, release of a kept VM", (time.perf_counter() - start) * 1e3)
 
 
 async def hurried(image: Image, workers: int, cycles: int, rows: Rows) -> None:
@@ -71,68 +67,49 @@ async def hurried(image: Image, workers: int, cycles: int, rows: Rows) -> None:
                 nursery.start_soon(work, pool, len(range(number, cycles, workers)))
         elapsed = time.perf_counter() - start
         processor = (time.process_time() - processor) * 1e3 / cycles
-    note(rows, f"cycles with {workers} workers", cycles / elapsed, "1/s")
-    note(rows, f"our own CPU time for one, with {workers} workers", processor)
+    rows.add(f"cycles with {workers} workers", cycles / elapsed, "1/s")
+    rows.add(f"our own CPU time for one, with {workers} workers", processor)
 
 
-def pss_mib() -> list[float]:
-    """The proportional set size of each child process."""
-    sizes = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(") ")[2].split()[1])
-            if parent == os.getpid():
-                rollup = (stat.parent / "smaps_rollup").read_text()
-                sizes.append(int(rollup.partition("\nPss:")[2].split()[0]) / 1024)
-        except (OSError, IndexError):
-            continue  # it has ended meanwhile
-    return sizes
+def pss_mib(engine: str) -> float:
+    """The proportional set size of all processes that run VMs."""
+    size = 0
+    for pid in engine_processes(engine):
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        size += int(rollup.partition("\nPss:")[2].split()[0])
+    return size / 1024
 
 
 async def idle_memory(image: Image, vms: int, rows: Rows) -> None:
     """What one more idle VM costs."""
     async with image.pool().min(1).max(vms).build() as pool:
-        first = sum(pss_mib())
-        note(rows, "memory of the first idle VM", first, "MiB")
-        start = time.perf_counter()
-        pool.resize(min=vms)
-        await full(pool)
-        note(rows, f"filling a pool from 1 to {vms}", (time.perf_counter() - start) * 1e3)
-        each = (sum(pss_mib()) - first) / (vms - 1)
-        note(rows, f"memory of each further idle VM, of {vms}", each, "MiB")
+        first = pss_mib(rows.by)
+        rows.add("memory of the first idle VM, and what all share", first, "MiB")
+        with rows.timed(f"filling a pool from 1 to {vms}"):
+            pool.resize(min=vms)
+            await full(pool)
+        each = (pss_mib(rows.by) - first) / (vms - 1)
+        rows.add(f"memory of each further idle VM, of {vms}", each, "MiB")
         before = time.process_time()
-        await trio.sleep(5)
-        note(rows, f"our CPU time in 5 s with {vms} idle", (time.process_time() - before) * 1e3)
-
-
-def table(rows: Rows, engine: str) -> None:
-    print(f"{'':48} {'median':>9} {'p99':>9} unit   engine")
-    for name, (unit, values) in rows.items():
-        worst_last = sorted(values, reverse=unit == "1/s")
-        p99 = worst_last[min(len(values) - 1, int(len(values) * 0.99))]
-        print(f"{name:48} {statistics.median(values):9.2f} {p99:9.2f} {unit:6} {engine}")
+        await trio.sleep(IDLE)
+        used = (time.process_time() - before) * 1e3 / IDLE
+        rows.add(f"our CPU time in a second with {vms} idle", used)
 
 
 async def main(reference: str, cycles: int, vms: int) -> None:
-    rows: Rows = {}
     image = await Image.from_oci(reference)
     start = time.perf_counter()
     async with image.acquire() as vm:
         await vm.run_process(["true"])
-        note(rows, "without a pool: restore and true", (time.perf_counter() - start) * 1e3)
-        engine = vm.engine
+        rows = Rows(vm.engine)
+        rows.add("without a pool: restore and true", (time.perf_counter() - start) * 1e3)
     await unhurried(image, cycles, rows)
     await kept(image, cycles, rows)
     for workers in (1, 2, 4):
         await hurried(image, workers, cycles, rows)
     await idle_memory(image, vms, rows)
-    table(rows, engine)
+    rows.print()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cycles", type=int, default=40)
-    parser.add_argument("--vms", type=int, default=20)
-    parser.add_argument("reference", nargs="?", default="builtin:busybox")
-    arguments = parser.parse_args()
-    trio.run(main, arguments.reference, arguments.cycles, arguments.vms)
+    common.start(main, __doc__, reference="builtin:busybox", cycles=40, vms=20)

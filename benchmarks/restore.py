@@ -10,11 +10,9 @@ echoes a line by way of a program, and had done so before it was saved; ours is 
 
 from __future__ import annotations
 
-import argparse
 import time
 
-import trio
-from common import Rows, home_of, idle_builder, kernels
+from common import Rows, home_of, idle_builder, kernels, start
 from raw_qemu import RawSnapshot
 
 from trio_supermachine import Image, Vm, VmConfig
@@ -103,6 +101,4 @@ async def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    trio.run(main, parser.parse_args().rounds)
+    start(main, __doc__, rounds=20)

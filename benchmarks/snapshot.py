@@ -9,14 +9,13 @@ prints all the time, as the host sees them come; the same gap without a snapshot
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import time
 from pathlib import Path
 
 import trio
-from common import Rows, home_of, idle_builder, kernels
+from common import Rows, home_of, idle_builder, kernels, start
 
 from trio_supermachine import Image, Vm
 from trio_supermachine.kernels import CachedKernel
@@ -150,6 +149,4 @@ async def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    trio.run(main, parser.parse_args().rounds)
+    start(main, __doc__, rounds=5)

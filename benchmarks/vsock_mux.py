@@ -1,18 +1,17 @@
 """What the vsock muxer costs: two muxers in one program against the bare socket pair below them.
 
-Run with the package on the path: ``python benchmarks/vsock_mux.py [--rounds N]``.
+usage: python benchmarks/vsock_mux.py [--rounds N]
 """
 
 from __future__ import annotations
 
-import argparse
 import socket
-import statistics
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
+from common import Rows, start
 
 from trio_supermachine.devices.vsock.carrier import SocketCarrier
 from trio_supermachine.devices.vsock.stream import VsockMux
@@ -86,32 +85,18 @@ async def round_trips(
     return times
 
 
-def show(name: str, samples: list[float], unit: str, *, low_is_worst: bool) -> None:
-    ordered = sorted(samples, reverse=low_is_worst)
-    worst = ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
-    print(f"{name:<44}{statistics.median(samples):>10.1f}{worst:>10.1f}  {unit}")
-
-
 async def main(rounds: int) -> None:
-    print(f"{'':<44}{'median':>10}{'p99':>10}  unit")
-    rates: dict[str, list[float]] = {}
-    trips: dict[str, list[float]] = {}
+    rows = Rows()
     makers = {"socket pair": raw_pair, "two muxers": mux_pair}
     for _ in range(rounds):
-        for name, maker in makers.items():
+        for by, maker in makers.items():
             async with maker() as (one, two):
-                rates.setdefault(f"{name}, host to guest", []).append(await throughput(one, two))
-                rates.setdefault(f"{name}, guest to host", []).append(await throughput(two, one))
-                trips.setdefault(f"{name}, one-byte round trip", []).extend(
-                    await round_trips(one, two)
-                )
-    for name, samples in rates.items():
-        show(name, samples, "MB/s", low_is_worst=True)
-    for name, samples in trips.items():
-        show(name, samples, "us", low_is_worst=False)
+                rows.add("host to guest", await throughput(one, two), "MB/s", by=by)
+                rows.add("guest to host", await throughput(two, one), "MB/s", by=by)
+                for trip in await round_trips(one, two):
+                    rows.add("one-byte round trip", trip, "us", by=by)
+    rows.print()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    trio.run(main, parser.parse_args().rounds)
+    start(main, __doc__, rounds=5)
