@@ -176,8 +176,15 @@ class Board:
 
     def _load(self, state: Path) -> None:
         header, _, machine = state.read_bytes().partition(b"\n")
-        described = json.loads(header)
-        if not isinstance(described, dict) or set(described) != {"serial", "pci"}:
+        try:
+            described = json.loads(header)
+        except RecursionError as exc:
+            raise ValueError("what describes the devices is nested too deep") from exc
+        if (
+            not isinstance(described, dict)
+            or set(described) != {"serial", "pci"}
+            or not all(isinstance(part, dict) for part in described.values())
+        ):
             raise ValueError("no state of a machine of this kind")
         vcpus, vm = decode_state(machine)
         with self.lock, self._routes.together():

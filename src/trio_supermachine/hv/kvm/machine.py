@@ -146,11 +146,16 @@ class KvmMachine(Machine):
         self._check_alive()
 
     async def _stand(self) -> None:
-        """vCPUs first: then the devices have no more coming in, and finish what they have."""
-        for vcpu in self._vcpus:
-            await vcpu.pause()
-        for device in self._board.devices:
-            await device.hold()
+        """vCPUs first: then the devices have no more coming in, and finish what they have.
+
+        Shielded, for it takes a moment only, and half of it is nothing to go on from: a call to
+        KVM about a vCPU that runs would block, if need be for ever.
+        """
+        with trio.CancelScope(shield=True):
+            for vcpu in self._vcpus:
+                await vcpu.pause()
+            for device in self._board.devices:
+                await device.hold()
 
     def _go_on(self) -> None:
         for device in self._board.devices:
@@ -180,16 +185,19 @@ class KvmMachine(Machine):
     ) -> float:
         began = trio.current_time()
         self._capturing = True
+        stood = False
         try:
             async with self._moving:
                 await self._stand()
+            stood = True
             self._check_alive()
             await trio.to_thread.run_sync(_write, state_fd, self._board.save)
             await copy_memory()
         finally:
             self._capturing = False
             if not self._paused:
-                self._board.stood_still()
+                if stood:
+                    self._board.stood_still()
                 self._go_on()
         return trio.current_time() - began
 
@@ -239,15 +247,22 @@ class KvmMachine(Machine):
                     async with open_flat_nursery() as vcpus:
                         for vcpu in self._vcpus:
                             vcpus.start_soon(self._run_vcpu, vcpu)
+                    self._tell_end()
                     nursery.cancel_scope.cancel()
         finally:
-            self._board.flush_console()
-            self._feed.flush()
-            cause = self._cause or MachineExit(reason="failed", detail="the engine broke off")
-            self._exit = attrs.evolve(cause, detail=self.console.last_words() or cause.detail)
-            self.console.end()
-            self._board.mux.close(self._vm_exited)
+            self._tell_end()
             self._exited.set()
+
+    def _tell_end(self) -> None:
+        """End what others wait for, before its tasks are cancelled and can only say so."""
+        if self._exit is not None:
+            return
+        self._board.flush_console()
+        self._feed.flush()
+        cause = self._cause or MachineExit(reason="failed", detail="the engine broke off")
+        self._exit = attrs.evolve(cause, detail=self.console.last_words() or cause.detail)
+        self.console.end()
+        self._board.mux.close(self._vm_exited)
 
     async def _run_vcpu(self, vcpu: VcpuThread) -> None:
         try:
