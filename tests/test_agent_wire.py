@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -32,8 +33,29 @@ def test_frames_survive_any_chunking(
     for chunk in chunked(data, cuts):
         decoder.feed(chunk)
         got += list(decoder.frames())
-    assert [(f.type, f.payload, f.stream) for f in got] == sent
+    assert whole((f.type, f.payload, f.stream) for f in got) == whole(sent)
     assert not decoder.partial
+
+
+def whole(frames: Iterable[tuple[int, bytes, int]]) -> list[tuple[int, bytes, int]]:
+    """Frames, with neighbours of DATA on a stream made one: such a frame may come in pieces."""
+    joined: list[tuple[int, bytes, int]] = []
+    for type_, payload, stream in frames:
+        if joined and type_ == FrameType.DATA and joined[-1][::2] == (type_, stream):
+            payload = joined.pop()[1] + payload
+        joined.append((type_, payload, stream))
+    return joined
+
+
+def test_data_is_given_as_it_comes_and_other_frames_when_they_are_whole() -> None:
+    decoder = FrameDecoder()
+    decoder.feed(wire.frame(FrameType.DATA, b"abcd", 1)[:-2])
+    assert list(decoder.frames()) == [(FrameType.DATA, 1, b"ab")]
+    assert decoder.partial
+    decoder.feed(b"cd" + wire.frame(FrameType.OK, b"1234")[:-1])
+    assert list(decoder.frames()) == [(FrameType.DATA, 1, b"cd")]
+    decoder.feed(b"4")
+    assert list(decoder.frames()) == [(FrameType.OK, 0, b"1234")]
 
 
 @given(st.binary(max_size=200))

@@ -216,8 +216,13 @@ class Vm:
 
         Cancelled or failed, it leaves the old file as it was. :raises OSError: as in the guest.
         """
-        async with self.open_write(path, mode=mode) as stream:
-            await stream.send_all(data)
+        with memoryview(data).cast("B") as view:
+            if len(view) <= wire.MAX_DATA:
+                check_mode(mode)
+                await self._client.write_small(guest_path(path), mode, view)
+                return
+            async with self.open_write(path, mode=mode) as stream:
+                await stream.send_all(view)
 
     async def read_file(self, path: StrOrBytesPath) -> bytes:
         """The content of a guest file of up to 32 MiB.

@@ -26,11 +26,26 @@ _EXIT_GRACE = 1.0  # seconds to learn that a broken connection was the machine's
 class FrameStream:
     """Frames over one connection to the agent."""
 
-    stream: trio.abc.HalfCloseableStream
+    stream: VsockStream
     _decoder: wire.FrameDecoder = attrs.field(factory=wire.FrameDecoder, init=False)
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
+
+    def ask(self, request: bytes) -> None:
+        """Send what a new connection begins with, without waiting for room.
+
+        To a guest that has gone meanwhile nothing is sent; :meth:`receive` tells.
+        """
+        if self.stream.sendable():
+            self.stream.send_nowait(request)
+
+    def leave(self, *, complete: bool) -> None:
+        """Close: ``complete`` says that the guest has said all, and closes too."""
+        if complete:
+            self.stream.leave()
+        else:
+            self.stream.abort()
 
     async def receive(self) -> Frame | None:
         """The next frame, or ``None`` at the end. A cancellation loses nothing.
@@ -89,6 +104,7 @@ class AgentClient:
     ) -> wire.Hello:
         try:
             stream = await self._lifeline_listener.accept()
+            assert isinstance(stream, VsockStream)
             await self._lifeline_listener.aclose()
             self._lifeline = FrameStream(stream)
             frame = await self._expect(self._lifeline, FrameType.HELLO)
@@ -117,9 +133,12 @@ class AgentClient:
         """
         try:
             connection = FrameStream(await self.dial())
-            async with connection.stream:
-                await connection.send(request)
+            frame: Frame | None = None
+            try:
+                connection.ask(request)
                 frame = await connection.receive()
+            finally:
+                connection.leave(complete=frame is not None)
         except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:
             await self.raise_failure(exc, "a call to the guest's agent")
         if frame is None:
@@ -171,6 +190,28 @@ class AgentClient:
         connection, _ = await self._open_file(wire.write_file(path, mode), path)
         return FileSendStream(self, connection, path)
 
+    async def write_small(self, path: str | bytes, mode: int, data: bytes | memoryview) -> None:
+        """Write a guest file of up to `wire.MAX_DATA` bytes in one go, as :meth:`open_write` would.
+
+        :raises OSError: with the guest's errno.
+        """
+        request = b"".join(
+            (
+                wire.write_file(path, mode),
+                *wire.data_frames(wire.StreamId.FILE, data),
+                wire.end(wire.StreamId.FILE),
+            )
+        )
+        connection, _ = await self._open_file(request, path)
+        published = False
+        try:
+            await self.file_answer(connection, path)
+            published = True
+        except (trio.BrokenResourceError, WireError) as exc:
+            await self.raise_failure(exc, f"writing {os.fsdecode(path)}")
+        finally:
+            connection.leave(complete=published)
+
     async def _open_file(
         self, request: bytes, path: str | bytes, max_bytes: int = 0
     ) -> tuple[FrameStream, Frame]:
@@ -178,13 +219,13 @@ class AgentClient:
         try:
             try:
                 connection = FrameStream(await self.dial())
-                await connection.send(request)
+                connection.ask(request)
                 return connection, await self.file_answer(connection, path, max_bytes)
             except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:
                 await self.raise_failure(exc, f"opening {os.fsdecode(path)}")
         except BaseException:
             if connection is not None:
-                await trio.aclose_forcefully(connection.stream)
+                connection.leave(complete=False)
             raise
 
     async def file_answer(
@@ -251,7 +292,8 @@ class FileReceiveStream(trio.abc.ReceiveStream):
             await self._client.raise_failure(exc, f"reading {os.fsdecode(self._path)}")
 
     async def aclose(self) -> None:
-        await self._connection.stream.aclose()
+        self._connection.leave(complete=self._ended)
+        await trio.lowlevel.checkpoint()
 
 
 @final
@@ -285,7 +327,7 @@ class FileSendStream(trio.abc.SendStream):
             await self._client.file_answer(self._connection, self._path)
         except (trio.BrokenResourceError, WireError) as exc:
             await self._raise_guest_error(exc)
-        await self.aclose()
+        self._connection.leave(complete=True)
 
     async def _raise_guest_error(self, cause: Exception) -> NoReturn:
         # A guest that cannot write (its disk is full) says why before it closes.
