@@ -83,7 +83,7 @@ async def restored(image: Image, rows: Rows) -> AsyncIterator[Vm]:
         await vm.run_process(["true"])
         rows.add(RESTORE, (time.perf_counter() - begin) * 1e3)
         if isinstance(vm._machine, KvmMachine):
-            add_exits(rows, "from a restore to the first exec's end", {}, vm._machine.exits, 1)
+            add_exits(rows, "of a restore and its first exec", {}, vm._machine.exits, 1)
         yield vm
         left = time.perf_counter()
     rows.add("leaving the block", (time.perf_counter() - left) * 1e3)
