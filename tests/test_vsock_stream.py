@@ -419,3 +419,88 @@ async def test_an_answer_to_a_peer_that_has_left_is_an_end() -> None:
     right.send(Packet(3, 2, 5000, 999, Op.REQUEST).encode())
     right.close()
     await mux.run()
+
+
+async def test_a_watcher_takes_what_comes_until_the_end_without_a_task(ends: Ends) -> None:
+    watched, peer = await ends.connect()
+    taken = bytearray()
+    over = trio.Event()
+
+    def changed() -> None:
+        while data := watched.take():
+            taken.extend(data)
+        if watched.ended:
+            over.set()
+
+    await peer.send_all(b"before ")
+    watched.watch(changed)
+    await peer.send_all(DATA)
+    await peer.aclose()
+    await over.wait()
+    assert taken == b"before " + DATA
+    assert not watched.take()
+    assert not watched.sendable()
+    watched.leave()
+
+
+async def test_send_nowait_takes_one_thing_at_a_time_and_the_watcher_hears_of_room(
+    ends: Ends,
+) -> None:
+    watched, peer = await ends.connect()
+    news = trio.Event()
+    watched.watch(lambda: news.set())
+    watched.send_nowait(DATA)
+    assert not watched.sendable()
+    with pytest.raises(trio.WouldBlock):
+        watched.send_nowait(b"more")
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def _() -> None:
+            while not watched.sendable():
+                nonlocal news
+                news = trio.Event()
+                await news.wait()
+            watched.send_nowait(b"more")
+            await watched.send_eof()
+
+        assert await read_all(peer) == DATA + b"more"
+    watched.abort()
+
+
+async def test_a_stream_left_without_a_word_is_gone_when_its_peer_closes(ends: Ends) -> None:
+    dialed, accepted = await ends.connect()
+    dialed.leave()
+    dialed.leave()
+    with pytest.raises(trio.ClosedResourceError):
+        await dialed.receive_some()
+    await _turn()
+    assert ends.host.core._connections
+    await accepted.aclose()
+    while ends.host.core._connections or ends.guest.core._connections:
+        await _turn()
+
+
+@pytest.mark.parametrize("end", ["abort", "carrier"])
+async def test_watchers_may_leave_while_they_are_called(ends: Ends, end: str) -> None:
+    pairs = [await ends.connect() for _ in range(3)]
+    called = []
+    gone = trio.Event()
+    for stream, _ in pairs:
+
+        def changed(stream: VsockStream = stream) -> None:
+            if stream.ended:
+                called.append(stream)
+                for other, _ in pairs:
+                    other.abort()
+                gone.set()
+
+        stream.watch(changed)
+    if end == "abort":
+        pairs[1][1].abort()
+    else:
+        ends.host.close()
+    await gone.wait()
+    assert len(called) == 1
+    with pytest.raises(trio.ClosedResourceError):
+        await pairs[0][0].receive_some()
