@@ -42,6 +42,7 @@ from .qemu_guest import console_until
 
 try:
     from trio_supermachine.hv.kvm.engine import KvmEngine
+    from trio_supermachine.hv.kvm.x86.layout import PCI_ECAM
 except ImportError:
     pytest.skip("the package was built without the KVM binding", allow_module_level=True)
 
@@ -155,6 +156,28 @@ async def test_leaving_the_block_ends_a_stubborn_guest(tmp_path: Path, code: byt
             raise error
     assert caught.value is error
     assert remains() == []
+
+
+def load_eax(address: int) -> bytes:
+    return b"\xa1" + address.to_bytes(4, "little")
+
+
+def store_eax(address: int) -> bytes:
+    return b"\xa3" + address.to_bytes(4, "little")
+
+
+async def test_a_guest_may_put_one_device_on_top_of_another(tmp_path: Path) -> None:
+    """KVM has room for one doorbell at a place, and never hears of the other."""
+    channel, rng = PCI_ECAM + (1 << 15), PCI_ECAM + (1 << 15) + (1 << 12)
+    decode_memory = bytes.fromhex("b8 06 00 00 00")  # mov eax, 6
+    code = b""
+    for bar in (0x10, 0x14):
+        code += load_eax(channel + bar) + store_eax(rng + bar)
+    for function in (channel, rng):
+        code += decode_memory + store_eax(function + 4)
+    async with opened(tiny_spec(tmp_path, code + say(b"on") + SHUTDOWN)) as machine:
+        assert (await machine.wait_exit()).reason == "shutdown"
+        assert machine.console.tail() == b"on"
 
 
 async def test_what_waits_for_a_machine_is_told_of_its_end(tmp_path: Path) -> None:
