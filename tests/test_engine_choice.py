@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+import trio
 
 from trio_supermachine import ConfigError, EngineUnavailable, Image, Vm, VmConfig
 from trio_supermachine.hv.kvm.probe import probe_kvm
@@ -52,6 +53,18 @@ async def test_kvm_is_chosen_only_where_it_runs_linux() -> None:
         assert kvm.remedy is None or kvm.remedy in str(caught.value)
     else:
         assert (await choose_engine("kvm")).name == "kvm"
+
+
+async def test_many_at_once_get_the_same_answer() -> None:
+    found = set()
+
+    async def choose() -> None:
+        found.add((await choose_engine()).name)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(choose)
+    assert found == {(await choose_engine()).name}
 
 
 async def test_the_environment_says_what_auto_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Final
 
+import trio
+
 from ..assets import AssetPaths
 from ..errors import ConfigError, EngineUnavailable
 from .base import Engine, EngineReport
@@ -23,6 +25,7 @@ _NOT_BUILT: Final = (
 
 #: What was found on a device, by its identity: a probe where KVM emulates takes a quarter second.
 _remembered: dict[tuple[int, ...], EngineReport] = {}
+_lock: Final = trio.lowlevel.RunVar[trio.Lock]("_lock")
 
 
 async def choose_engine(name: str = "auto", assets: AssetPaths | None = None) -> Engine:
@@ -79,11 +82,21 @@ async def _examine(
     except ImportError as exc:
         return None, _no_kvm(f"its extension is not built ({exc})", _NOT_BUILT)
     engine = KvmEngine()
-    device = _identity()
-    report = _remembered.get(device)
-    if report is None:
-        report = _remembered[device] = await engine.probe()
+    async with _probing():
+        device = _identity()
+        report = _remembered.get(device)
+        if report is None:
+            report = _remembered[device] = await engine.probe()
     return engine, report
+
+
+def _probing() -> trio.Lock:
+    """Held by the one probe at a time of a run: several at once would slow each other."""
+    try:
+        return _lock.get()
+    except LookupError:
+        _lock.set(lock := trio.Lock())
+        return lock
 
 
 def _no_kvm(detail: str, remedy: str | None = None) -> EngineReport:
