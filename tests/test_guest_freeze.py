@@ -99,6 +99,15 @@ async def test_what_is_started_in_a_frozen_guest_starts_after_the_thaw(vm: Vm) -
     assert await vm.read_file("/tmp/started") == b""
 
 
+async def test_what_is_started_in_a_frozen_guest_has_its_empty_stdin_ended(vm: Vm) -> None:
+    await call(vm, wire.freeze())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(vm.run_process, ["cat"])
+        await trio.testing.wait_all_tasks_blocked()
+        await call(vm, wire.frame(wire.FrameType.PING))
+        await call(vm, wire.thaw())
+
+
 async def test_a_chain_that_is_frozen_between_its_programs_goes_on(vm: Vm) -> None:
     async with vm.exec_builder().argv(["cat"]).chain(["echo", "after"]).spawn() as child:
         await call(vm, wire.freeze())

@@ -8,7 +8,8 @@ from typing import Final
 
 import attrs
 
-WINDOW: Final = 256 * 1024
+#: Twice that of an exec's output, whose WINDOW frames then carry the credit too.
+WINDOW: Final = 512 * 1024
 _U32: Final = 0xFFFF_FFFF
 
 #: Payloads below this are gathered, so that a peer that sends single bytes cannot make a full
