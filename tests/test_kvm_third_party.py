@@ -34,7 +34,7 @@ PATIENCE = 600
 
 FIO = "fio --filename=/dev/vdb --verify=crc32c --verify_fatal=1 --do_verify=1"
 STRESS = (
-    "stress-ng --verify --timeout 60 --cpu 1 --vm 1 --vm-bytes 64m --switch 1 --timer 1 --fork 1"
+    "stress-ng --verify --timeout 30 --cpu 1 --vm 1 --vm-bytes 64m --switch 1 --timer 1 --fork 1"
     " --futex 1 --pipe 1 --memcpy 1 --hdd 1 --hdd-bytes 16m --temp-path /tmp"
 )
 
@@ -89,8 +89,8 @@ async def debian(directory: Path, disk: Path, script: str) -> AsyncIterator[Mach
 
 async def test_fio_finds_on_the_disk_what_it_wrote(tmp_path: Path, debian_disk: Path) -> None:
     script = (
-        f"{FIO} --name=a --rw=randrw --bsrange=512-128k --size=24m --ioengine=libaio --iodepth=16"
-        f" --direct=1 && {FIO} --name=b --rw=randwrite --bs=4k --size=8m --offset=32m"
+        f"{FIO} --name=a --rw=randrw --bsrange=512-128k --size=8m --ioengine=libaio --iodepth=16"
+        f" --direct=1 && {FIO} --name=b --rw=randwrite --bs=4k --size=2m --offset=32m"
         " --ioengine=psync --fsync=16"
     )
     async with debian(tmp_path, debian_disk, script) as machine:

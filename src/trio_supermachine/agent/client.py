@@ -104,7 +104,6 @@ class AgentClient:
     ) -> wire.Hello:
         try:
             stream = await self._lifeline_listener.accept()
-            assert isinstance(stream, VsockStream)
             await self._lifeline_listener.aclose()
             self._lifeline = FrameStream(stream)
             frame = await self._expect(self._lifeline, FrameType.HELLO)
@@ -121,9 +120,7 @@ class AgentClient:
 
     async def dial(self) -> VsockStream:
         """A new connection to the agent."""
-        stream = await self._machine.dial(wire.AGENT_PORT)
-        assert isinstance(stream, VsockStream)
-        return stream
+        return await self._machine.dial(wire.AGENT_PORT)
 
     async def call(self, request: bytes, *, path: str | bytes | None = None) -> Frame:
         """Make a one-shot request and give its answer.

@@ -17,6 +17,7 @@ import attrs
 import trio
 
 from ..devices.virtio import VirtioDevice
+from ..devices.vsock.stream import VsockStream
 from ..snapshots.memory import PagePatch
 from ..snapshots.pages import Run
 
@@ -124,7 +125,7 @@ class Machine(ABC):
     console: Console
 
     @abstractmethod
-    async def dial(self, port: int) -> trio.abc.HalfCloseableStream:
+    async def dial(self, port: int) -> VsockStream:
         """Open a stream to vsock ``port`` in the guest.
 
         :raises ConnectionRefusedError: nothing listens there.
@@ -132,7 +133,7 @@ class Machine(ABC):
         """
 
     @abstractmethod
-    def listen(self, port: int) -> trio.abc.Listener[trio.abc.HalfCloseableStream]:
+    def listen(self, port: int) -> trio.abc.Listener[VsockStream]:
         """Accept streams that the guest opens to vsock ``port`` of the host, from this call on.
 
         The backlog is bounded; connections beyond it are refused. ``accept`` raises

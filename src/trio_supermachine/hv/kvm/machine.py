@@ -14,6 +14,7 @@ import trio
 from ..._nursery import open_flat_nursery
 from ...devices.power import PowerEvent
 from ...devices.virtio import VirtioDevice
+from ...devices.vsock.stream import VsockStream
 from ...errors import ConfigError, SnapshotInvalid, VmExited
 from ...trace import trace
 from ..base import Captured, ExitReason, Machine, MachineExit, MachineSpec
@@ -126,10 +127,10 @@ class KvmMachine(Machine):
                 counts[reason] = counts.get(reason, 0) + count
         return counts
 
-    async def dial(self, port: int) -> trio.abc.HalfCloseableStream:
+    async def dial(self, port: int) -> VsockStream:
         return await self._board.mux.dial(port)
 
-    def listen(self, port: int) -> trio.abc.Listener[trio.abc.HalfCloseableStream]:
+    def listen(self, port: int) -> trio.abc.Listener[VsockStream]:
         return self._board.mux.listen(port)
 
     async def pause(self) -> None:

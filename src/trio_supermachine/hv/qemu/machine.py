@@ -19,7 +19,7 @@ import trio
 from ..._nursery import open_flat_nursery
 from ...devices.vsock.carrier import SocketCarrier
 from ...devices.vsock.packet import VsockProtocolError
-from ...devices.vsock.stream import VsockListener, VsockMux
+from ...devices.vsock.stream import VsockListener, VsockMux, VsockStream
 from ...errors import CaptureFailed, SnapshotInvalid, VmExited
 from ..base import Captured, ExitReason, Machine, MachineExit, Restore
 from ..console import ConsoleRing
@@ -91,10 +91,10 @@ class QemuMachine(Machine):
         """QEMU's process id."""
         return self._process.pid
 
-    async def dial(self, port: int) -> trio.abc.HalfCloseableStream:
+    async def dial(self, port: int) -> VsockStream:
         return await self._or_exited(self._mux.dial, port)
 
-    def listen(self, port: int) -> trio.abc.Listener[trio.abc.HalfCloseableStream]:
+    def listen(self, port: int) -> trio.abc.Listener[VsockStream]:
         return _Listener(self, self._mux.listen(port))
 
     async def pause(self) -> None:
@@ -303,12 +303,12 @@ class QemuMachine(Machine):
 
 
 @final
-class _Listener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
+class _Listener(trio.abc.Listener[VsockStream]):
     def __init__(self, machine: QemuMachine, inner: VsockListener) -> None:
         self._machine = machine
         self._inner = inner
 
-    async def accept(self) -> trio.abc.HalfCloseableStream:
+    async def accept(self) -> VsockStream:
         return await self._machine._or_exited(self._inner.accept)
 
     async def aclose(self) -> None:
