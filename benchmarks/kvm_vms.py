@@ -30,7 +30,9 @@ from trio_supermachine.hv.kvm.machine import KvmMachine
 
 READS = 1000
 #: Reads the layer's disk again and again, past the guest's cache.
-READ = "for i in $(seq {times}); do dd if=/dev/vda bs=4k iflag=direct of=/dev/null 2>/dev/null; done"
+READ = (
+    "for i in $(seq {times}); do dd if=/dev/vda bs=4k iflag=direct of=/dev/null 2>/dev/null; done"
+)
 RESTORE, EXEC, WRITE, STDOUT, STOP = (
     "nothing to the first exec's end",
     "run_process(['true'])",
