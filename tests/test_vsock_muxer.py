@@ -249,6 +249,25 @@ def test_a_slow_reader_announces_credit_in_large_steps_and_a_drained_window_at_o
     assert connection.forwarded == WINDOW
 
 
+@pytest.mark.parametrize("own", [4096, WINDOW // 4, WINDOW // 2, WINDOW, 2 * WINDOW])
+def test_a_guest_that_sends_no_more_at_once_than_it_takes_is_never_stuck(
+    host: Mux, own: int
+) -> None:
+    """As Linux does, whatever credit it has."""
+    connection = host.receive(from_guest(Op.REQUEST, window=own))
+    assert connection is not None
+    packets(host)
+    sent = told = 0
+    while sent < 4 * WINDOW:
+        room = min(own, WINDOW) - (sent - told)
+        assert room > 0
+        size = min(room, 4096)
+        host.receive(from_guest(Op.RW, window=own, payload=bytes(size)))
+        sent += size
+        assert host.read(connection, None)
+        told = max([told, *(packet.fwd_cnt for packet in packets(host))])
+
+
 def test_a_window_of_tiny_packets_costs_memory_like_one_of_large_packets(host: Mux) -> None:
     connection = accepted(host)
     for _ in range(20_000):

@@ -17,8 +17,8 @@ _U32: Final = 0xFFFF_FFFF
 _SMALL: Final = 4096
 _GATHER: Final = 64 * 1024
 
-#: Announce credit in steps of at least this, lest a slow reader answer every byte.
-_ANNOUNCE: Final = WINDOW // 4
+#: Announce credit in steps of at least a window's fourth, lest a slow reader answer every byte.
+_STEPS: Final = 4
 
 
 class State(Enum):
@@ -119,10 +119,14 @@ class Connection:
 
     @property
     def credit_due(self) -> bool:
-        """Whether the peer should hear of the credit it has: it may hold less than half."""
+        """Whether the peer should hear of the credit it has: it may hold less than half.
+
+        Linux never has more on its way than its own receive window, whatever the credit.
+        """
+        window = min(WINDOW, self._peer_window)
         return (
-            self._received - self._announced > WINDOW // 2
-            and self.forwarded - self._announced >= _ANNOUNCE
+            self._received - self._announced > window // 2
+            and self.forwarded - self._announced >= window // _STEPS
         )
 
     def announce(self) -> int:
