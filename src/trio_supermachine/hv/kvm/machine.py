@@ -252,7 +252,6 @@ class KvmMachine(Machine):
                     nursery.cancel_scope.cancel()
         finally:
             self._tell_end()
-            self._exited.set()
 
     def _tell_end(self) -> None:
         """End what others wait for, before its tasks are cancelled and can only say so."""
@@ -263,7 +262,9 @@ class KvmMachine(Machine):
         cause = self._cause or MachineExit(reason="failed", detail="the engine broke off")
         self._exit = attrs.evolve(cause, detail=self.console.last_words() or cause.detail)
         self.console.end()
+        # All at once: who asks why a stream broke finds the answer.
         self._board.mux.close(self._vm_exited)
+        self._exited.set()
 
     async def _run_vcpu(self, vcpu: VcpuThread) -> None:
         try:
