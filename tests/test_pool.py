@@ -182,10 +182,10 @@ async def test_a_vm_that_dies_in_use_fails_its_acquirer_alone(baked: Image, how:
             await until(pool, idle=2)
             with pytest.raises(VmExited):
                 async with pool.acquire() as vm, trio.open_nursery() as nursery:
-                    nursery.start_soon(vm.run_process, ["sleep", "1000"])
                     if how == "kill":
                         vm._machine.kill()
                     else:
+                        nursery.start_soon(vm.run_process, ["sleep", "1000"])
                         await vm.run_process(["poweroff", "-f"], check=False)
                     await trio.sleep_forever()
             await other.run_process(["true"])
