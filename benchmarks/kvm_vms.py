@@ -40,6 +40,7 @@ RESTORE, EXEC, WRITE, STDOUT, STOP = (
     "stdout of an exec",
     "stop",
 )
+FORK = "fork and exec of true"
 #: What is to be reached where KVM is emulated on two processors, and nothing else runs.
 TARGETS = {RESTORE: 500, EXEC: 20, WRITE: 10, STDOUT: 25, STOP: 100}
 
@@ -138,7 +139,7 @@ def floors(rows: Rows, calls: int) -> None:
                 cat.stdout.read(1)
         cat.stdin.close()
     for _ in range(calls):
-        with rows.timed("fork and exec of true"):
+        with rows.timed(FORK):
             subprocess.run(["true"], check=True)
 
 
@@ -164,6 +165,8 @@ async def main(rounds: int, calls: int, mib: int, qemu_rounds: int) -> None:
     for name, target in TARGETS.items():
         bound = "over" if name == STDOUT else "below"
         print(f"{name}: {rows.median(name, by='kvm'):.1f} (target: {bound} {target})")
+    ratio = rows.median(EXEC, by="kvm") / rows.median(FORK)
+    print(f"{EXEC}: {ratio:.2f} of a fork and exec on the host")
 
 
 if __name__ == "__main__":
