@@ -28,6 +28,7 @@ class Thing:
         self.fails = False
         self.may_start = trio.Event()
         self.may_end = trio.Event()
+        self.died = trio.Event()
         self._body = trio.CancelScope()
 
     def __repr__(self) -> str:
@@ -35,6 +36,7 @@ class Thing:
 
     def die(self) -> None:
         self.alive = False
+        self.died.set()
         self._body.cancel()
 
 

@@ -51,6 +51,13 @@ def left(where: Path) -> list[str]:
     return [name for name in os.listdir(where) if name.startswith("kvm-lab-")]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The lab as it is after its first use, which may have to fetch programs and a kernel."""
+    done = lab("true", where=tmp_path_factory.mktemp("first"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_labs_at_once_run_their_commands_unchanged_or_end_by_the_limit(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     arguments = ["a b", "$HOME", "'\"\\", "", "ü"]

@@ -144,6 +144,7 @@ async def test_a_halted_guest_is_woken_in_the_machine_it_was_moved_to() -> None:
                 await thread.pause()
                 while first.vcpu.get_regs().rip != CODE + 2:  # behind the hlt
                     thread.resume()
+                    await trio.sleep(0.001)  # paused at once, it would never get to run
                     await thread.pause()
                 state = _save(first)
                 nursery.cancel_scope.cancel()

@@ -249,6 +249,26 @@ async def test_tasks_that_were_told_of_the_death_make_no_group(world: World) -> 
                 await settle_then(lease.item.die)
 
 
+async def test_nor_do_tasks_that_knew_of_it_before_the_pool(world: World) -> None:
+    async def use(thing: Thing) -> None:
+        await thing.died.wait()
+        raise Died(thing.number)
+
+    async def die_slowly(thing: Thing) -> None:
+        await settle()
+        thing.alive = False
+        thing.died.set()
+        await settle()
+        thing.die()
+
+    async with world.pool() as pool, trio.open_nursery() as outside:
+        with pytest.raises(Died):
+            async with pool.acquire() as lease, trio.open_nursery() as nursery:
+                nursery.start_soon(use, lease.item)
+                nursery.start_soon(use, lease.item)
+                outside.start_soon(die_slowly, lease.item)
+
+
 async def test_the_bodys_error_comes_out_as_itself(world: World) -> None:
     async with world.pool() as pool:
         error = KeyError("mine")

@@ -186,7 +186,7 @@ class PoolCore(Generic[T]):
                 yield lease
         except BaseExceptionGroup as group:
             # Tasks of the body that were using it all tell the same.
-            if lease._state is _State.ENDING:
+            if lease._state is _State.ENDING or not self._is_alive(lease.item):
                 await lease._gone.wait()
                 if lease._error is not None and _only_tells(group, lease._error):
                     raise lease._error from None
