@@ -12,14 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from ..errors import NotSupported
 from . import tar
 from .decompress import Blob, opened
 from .malformed import MalformedError
 
 MAX_DOCUMENT = 8 << 20  # bytes of one JSON document
+_MAX_DIGEST = 1024
 _MAX_MEMBERS = 100_000
 _MAX_LINKS = 16
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
+_HEX_DIGITS = {"sha256": 64, "sha384": 96, "sha512": 128}
 
 
 class Files(Protocol):
@@ -104,11 +107,15 @@ def read_bytes(blob: Blob) -> bytes:
 
 
 def read_json(data: bytes, what: str) -> Any:
-    """Parse untrusted JSON. :raises MalformedError: it is none."""
+    """Parse untrusted JSON, in UTF-8. :raises MalformedError: it is none."""
     try:
-        return json.loads(data)
+        return json.loads(data.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise MalformedError(f"{what} is not JSON") from None
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
 
 
 def as_object(document: object, what: str) -> Mapping[str, Any]:
@@ -125,10 +132,29 @@ def as_list(document: object, what: str, limit: int) -> list[Any]:
     return document
 
 
+def is_digest(text: str) -> bool:
+    """Whether ``text`` is a digest by any algorithm, as the image specification writes them."""
+    if len(text) > _MAX_DIGEST or not _DIGEST.fullmatch(text):
+        return False
+    algorithm, _, encoded = text.partition(":")
+    digits = _HEX_DIGITS.get(algorithm)
+    return digits is None or (len(encoded) == digits and not encoded.strip("0123456789abcdef"))
+
+
 def as_digest(value: object, what: str) -> str:
-    """``value`` itself. :raises MalformedError: it is no sha256 digest."""
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise MalformedError(f"{what} is not a sha256 digest")
+    """``value`` itself, which is one of the digests that can be checked here: sha256.
+
+    :raises MalformedError: it is no digest.
+    :raises NotSupported: it is one by another algorithm.
+    """
+    if not isinstance(value, str) or not is_digest(value):
+        raise MalformedError(f"{what} is not a digest")
+    if not value.startswith("sha256:"):
+        raise NotSupported(
+            "digests",
+            f"{what} is {value[:200]}; only digests by sha256 are supported, which the tools that"
+            " build images write unless told otherwise",
+        )
     return value
 
 

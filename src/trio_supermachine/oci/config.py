@@ -52,6 +52,8 @@ class ImageConfig:
         env = _strings(document, "Env")
         if any(entry.startswith("=") or "=" not in entry for entry in env):
             raise MalformedError("the image's Env has an entry that is not NAME=value")
+        if not isinstance(document.get("Volumes"), dict | None):
+            raise MalformedError("the image's Volumes is not an object")
         workdir = _string(document, "WorkingDir")
         return cls(
             env=env,

@@ -1,50 +1,63 @@
-"""From a transport's files to one image: its configuration and where its layers are."""
+"""From a transport's files to one image: its configuration and where its layers are.
+
+:func:`choose` decides and reads nothing itself: it asks for one document after the other, and
+whoever drives it gets them, from a directory, an archive or a registry.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
 
-from ..errors import ImageNotFound, NotSupported, ReferenceInvalid
+from ..errors import ImageNotFound, ReferenceInvalid
 from .blobs import Files, as_digest, as_list, as_object, read_bytes, read_json, sha256
 from .config import ImageConfig
 from .decompress import Blob
+from .documents import (
+    INDEXES,
+    MANIFESTS,
+    MAX_LAYERS,
+    MAX_MANIFESTS,
+    Configuration,
+    Descriptor,
+    foreign_missing,
+    read_configuration,
+    read_index,
+    read_layout,
+    read_manifest,
+)
 from .malformed import MalformedError
 from .platform import Platform
 from .reference import Reference, normalise_name
 
-MAX_LAYERS = 127  # Docker's own limit
-_MAX_MANIFESTS = 4096
+#: The annotation by which a layout's index names an image.
+REF_NAME = "org.opencontainers.image.ref.name"
+
 _MAX_DEPTH = 4
-_REF_NAME = "org.opencontainers.image.ref.name"
-_INDEXES = (
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-)
-_MANIFESTS = (
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-)
-_CONFIGS = (
-    "application/vnd.oci.image.config.v1+json",
-    "application/vnd.docker.container.image.v1+json",
-)
-_LAYER = re.compile(
-    r"application/vnd\.(?:oci\.image\.layer\.(?:nondistributable\.)?v1\.tar(?:\+gzip|\+zstd)?"
-    r"|docker\.image\.rootfs\.(?:foreign\.)?diff\.tar(?:\.gzip|\.zstd)?)"
-)
+_MAX_READ = 256  # documents that are read to find one image
+_MAX_READ_BYTES = 64 << 20
+
+_Found = TypeVar("_Found")
+#: Yields the descriptor of a document that it needs and is sent the document, whose digest and
+#: size were checked; returns what it was looking for.
+Search = Generator[Descriptor, bytes, _Found]
 
 
 @attrs.frozen
 class LayerSource:
-    """A layer's blob; ``digest`` is the blob's, if the transport has one."""
+    """A layer's blob; ``digest`` is the blob's, if the transport has one.
+
+    ``checked`` says that the blob is in the library's own store, where nothing comes in with
+    another digest.
+    """
 
     blob: Blob
     digest: str | None
     diff_id: str
+    checked: bool = False
 
     def check(self, digest: str, diff_id: str) -> None:
         """Compare with what was found. :raises MalformedError: a digest differs."""
@@ -63,57 +76,174 @@ class LocalImage:
     layers: tuple[LayerSource, ...]
 
 
+@attrs.frozen(kw_only=True)
+class Choice:
+    """The image that was chosen: its manifest's descriptor, what its configuration says, and its
+    layers with their diff_ids, the lowest first.
+    """
+
+    manifest: Descriptor
+    configuration: Configuration
+    layers: tuple[tuple[Descriptor, str], ...]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all layers as they are stored, each once."""
+        return sum({layer.digest: layer.size for layer, _ in self.layers}.values())
+
+
+@attrs.define
+class _Search:
+    """What one search has seen."""
+
+    wanted: Platform
+    offered: dict[str, None] = attrs.field(factory=dict)
+    read: int = 0
+    read_bytes: int = 0
+
+    def ask(self, descriptor: Descriptor) -> Search[bytes]:
+        as_digest(descriptor.digest, "a descriptor's digest")
+        self.read += 1
+        self.read_bytes += descriptor.size
+        if self.read > _MAX_READ or self.read_bytes > _MAX_READ_BYTES:
+            raise MalformedError("the image has too many documents, or too large ones")
+        return (yield descriptor)
+
+    def find(self, descriptors: Iterable[Descriptor], depth: int) -> Search[Choice | None]:
+        if depth > _MAX_DEPTH:
+            raise MalformedError("indexes are nested too deeply")
+        for descriptor in descriptors:
+            found = None
+            if descriptor.media_type in INDEXES:
+                below = read_index((yield from self.ask(descriptor)))
+                found = yield from self.find(below, depth + 1)
+            elif descriptor.media_type in MANIFESTS:
+                found = yield from self._take(descriptor)
+            if found is not None:
+                return found
+        return None
+
+    def _take(self, descriptor: Descriptor) -> Search[Choice | None]:
+        stated = descriptor.platform
+        if stated is not None:
+            self.offered[str(stated)] = None
+        if not self.wanted.accepts(stated):
+            return None
+        manifest = read_manifest((yield from self.ask(descriptor)))
+        configuration = read_configuration((yield from self.ask(manifest.config)))
+        if not self.wanted.accepts(configuration.platform):
+            self.offered[str(configuration.platform)] = None
+            return None
+        for layer in manifest.layers:
+            as_digest(layer.digest, "a layer's digest")
+        layers = _paired(manifest.layers, configuration.diff_ids)
+        return Choice(manifest=descriptor, configuration=configuration, layers=layers)
+
+
+def choose(tops: Iterable[Descriptor], reference: Reference, platform: Platform) -> Search[Choice]:
+    """Choose the first image for ``platform`` in what ``tops`` describe, indexes within indexes.
+
+    :raises ImageNotFound: there is none; it tells which there are.
+    :raises MalformedError: a document does not follow its format, or there are too many.
+    :raises NotSupported: it is no image of layers.
+    """
+    search = _Search(platform)
+    found = yield from search.find(tops, 0)
+    if found is None:
+        raise _no_platform(reference, platform, search.offered)
+    return found
+
+
+def drive(files: Files, search: Search[_Found]) -> _Found:
+    """Run a search on files that are here. :raises MalformedError: also for a missing one."""
+    try:
+        wanted = next(search)
+        while True:
+            wanted = search.send(read_document(files, wanted))
+    except StopIteration as stop:
+        found: _Found = stop.value
+        return found
+
+
 def find_in_layout(files: Files, reference: Reference, platform: Platform) -> LocalImage:
     """Find an image in an OCI layout.
 
     :raises ImageNotFound: there is no such image, or not for this platform.
     :raises MalformedError: a document is damaged or lies about its digest.
     """
-    index = files.find("index.json")
-    if index is None or files.find("oci-layout") is None:
+    chosen = _tagged(read_tops(files, reference), reference)
+    return on_disk(files, drive(files, choose(chosen, reference, platform)))
+
+
+def read_tops(files: Files, reference: Reference) -> tuple[Descriptor, ...]:
+    """What an OCI layout's index has. Raises as :func:`find_in_layout` does."""
+    index, layout = files.find("index.json"), files.find("oci-layout")
+    if index is None or layout is None:
         raise ImageNotFound(str(reference), "there is no OCI layout (no oci-layout or index.json)")
-    document = as_object(read_json(read_bytes(index), "index.json"), "index.json")
-    tops = _descriptors(document, "manifests", _MAX_MANIFESTS)
-    chosen = _tagged(tops, reference)
-    offered: dict[str, None] = {}
-    for descriptor in _leaves(files, chosen, offered, 0):
-        stated = Platform.of(descriptor.get("platform"))
-        if platform.accepts(stated):
-            image, actual = _from_manifest(files, descriptor, platform)
-            if image is not None:
-                return image
-            offered[str(actual)] = None
-    raise _no_platform(reference, platform, offered)
+    read_layout(read_bytes(layout))
+    return read_index(read_bytes(index), "index.json")
+
+
+def on_disk(files: Files, choice: Choice, *, checked: bool = False) -> LocalImage:
+    """The chosen image with its layers' blobs. :raises MalformedError: one is missing."""
+    layers = tuple(
+        LayerSource(_layer_blob(files, layer), layer.digest, diff_id, checked)
+        for layer, diff_id in choice.layers
+    )
+    return LocalImage(choice.manifest.digest, choice.configuration.config, layers)
 
 
 def find_in_docker_archive(files: Files, reference: Reference, platform: Platform) -> LocalImage:
     """Find an image in the output of ``docker save``; raises as :func:`find_in_layout` does."""
+    return read_saved(files, _saved(saved_images(files, reference), reference), reference, platform)
+
+
+def saved_images(files: Files, reference: Reference) -> list[Mapping[str, Any]]:
+    """What ``docker save`` lists in ``manifest.json``."""
     manifest = files.find("manifest.json")
     if manifest is None:
         raise ImageNotFound(str(reference), "there is no docker archive (no manifest.json)")
-    images = [
+    listed = read_json(read_bytes(manifest), "manifest.json")
+    return [
         as_object(item, "an image of manifest.json")
-        for item in as_list(
-            read_json(read_bytes(manifest), "manifest.json"), "manifest.json", _MAX_MANIFESTS
-        )
+        for item in as_list(listed, "manifest.json", MAX_MANIFESTS)
     ]
-    found = _saved(images, reference)
-    data = read_bytes(_member(files, found.get("Config"), "Config"))
-    digest = sha256(data)
-    stem = str(found["Config"]).rpartition("/")[2].removesuffix(".json")
-    if re.fullmatch("[0-9a-f]{64}", stem) and digest != "sha256:" + stem:
-        raise MalformedError(f"the configuration {stem} has the digest {digest}")
-    config, diff_ids, actual = _read_config(data)
-    if not platform.accepts(actual):
-        raise _no_platform(reference, platform, {str(actual): None})
-    names = as_list(found.get("Layers"), "Layers", MAX_LAYERS)
+
+
+def saved_names(image: Mapping[str, Any]) -> list[str]:
+    """The names of one of :func:`saved_images`."""
+    names = as_list(image.get("RepoTags") or [], "RepoTags", MAX_MANIFESTS)
+    return [name for name in names if isinstance(name, str)]
+
+
+def saved_configuration(files: Files, image: Mapping[str, Any]) -> bytes:
+    """The configuration of one of :func:`saved_images`, whose name may be its digest."""
+    data = read_bytes(_member(files, image.get("Config"), "Config"))
+    stem = str(image["Config"]).rpartition("/")[2].removesuffix(".json")
+    if re.fullmatch("[0-9a-f]{64}", stem) and sha256(data) != "sha256:" + stem:
+        raise MalformedError(f"the configuration {stem} has the digest {sha256(data)}")
+    return data
+
+
+def read_saved(
+    files: Files, image: Mapping[str, Any], reference: Reference, platform: Platform | None
+) -> LocalImage:
+    """One of :func:`saved_images`; ``None`` takes it for whichever platform it is."""
+    data = saved_configuration(files, image)
+    found = read_configuration(data)
+    if platform is not None and not platform.accepts(found.platform):
+        raise _no_platform(reference, platform, {str(found.platform): None})
+    names = as_list(image.get("Layers"), "Layers", MAX_LAYERS)
     blobs = [_member(files, name, "Layers") for name in names]
-    return LocalImage(digest, config, _layers([(blob, None) for blob in blobs], diff_ids))
+    if not blobs:
+        raise MalformedError("the image has no layers")
+    sources = [LayerSource(b, None, diff_id) for b, diff_id in _paired(blobs, found.diff_ids)]
+    return LocalImage(sha256(data), found.config, tuple(sources))
 
 
 def _saved(images: list[Mapping[str, Any]], reference: Reference) -> Mapping[str, Any]:
-    tags = [as_list(image.get("RepoTags") or [], "RepoTags", _MAX_MANIFESTS) for image in images]
-    listed = ", ".join(str(tag)[:256] for each in tags for tag in each) or "none with a tag"
+    tags = [saved_names(image) for image in images]
+    listed = ", ".join(tag[:256] for each in tags for tag in each) or "none with a tag"
     if reference.tag is None:
         if len(images) == 1:
             return images[0]
@@ -121,7 +251,7 @@ def _saved(images: list[Mapping[str, Any]], reference: Reference) -> Mapping[str
     if reference.tag.startswith("@"):
         return _numbered(images, reference)
     for image, names in zip(images, tags, strict=True):
-        if any(isinstance(n, str) and _same_name(n, reference.tag) for n in names):
+        if any(_same_name(name, reference.tag) for name in names):
             return image
     raise ImageNotFound(str(reference), f"the archive has {listed}")
 
@@ -142,7 +272,10 @@ def _member(files: Files, name: object, what: str) -> Blob:
     return blob
 
 
-def _numbered(items: list[Mapping[str, Any]], reference: Reference) -> Mapping[str, Any]:
+_Item = TypeVar("_Item")
+
+
+def _numbered(items: Sequence[_Item], reference: Reference) -> _Item:
     assert reference.tag is not None
     number = int(reference.tag[1:])
     if number >= len(items):
@@ -150,8 +283,8 @@ def _numbered(items: list[Mapping[str, Any]], reference: Reference) -> Mapping[s
     return items[number]
 
 
-def _tagged(tops: list[Mapping[str, Any]], reference: Reference) -> list[Mapping[str, Any]]:
-    tags = [_ref_name(top) for top in tops]
+def _tagged(tops: Sequence[Descriptor], reference: Reference) -> Sequence[Descriptor]:
+    tags = [top.annotations.get(REF_NAME) for top in tops]
     listed = ", ".join(dict.fromkeys(tag for tag in tags if tag)) or "none with a tag"
     if reference.tag is None:
         if not tops:
@@ -167,88 +300,45 @@ def _tagged(tops: list[Mapping[str, Any]], reference: Reference) -> list[Mapping
     return chosen
 
 
-def _ref_name(descriptor: Mapping[str, Any]) -> str | None:
-    annotations = descriptor.get("annotations")
-    name = annotations.get(_REF_NAME) if isinstance(annotations, dict) else None
-    return name if isinstance(name, str) else None
+def _paired(found: Sequence[_Item], diff_ids: Sequence[str]) -> tuple[tuple[_Item, str], ...]:
+    if len(found) != len(diff_ids):
+        raise MalformedError(f"{len(found)} layers have {len(diff_ids)} diff_ids")
+    return tuple(
+        (item, as_digest(diff_id, "a diff_id"))
+        for item, diff_id in zip(found, diff_ids, strict=True)
+    )
 
 
-def _leaves(
-    files: Files, descriptors: list[Mapping[str, Any]], offered: dict[str, None], depth: int
-) -> Iterator[Mapping[str, Any]]:
-    """The manifests below some descriptors, through indexes; notes their platforms."""
-    if depth > _MAX_DEPTH:
-        raise MalformedError("indexes are nested too deeply")
-    for descriptor in descriptors:
-        kind = descriptor.get("mediaType")
-        if kind in _INDEXES:
-            document = as_object(read_json(_document(files, descriptor), "an index"), "an index")
-            below = _descriptors(document, "manifests", _MAX_MANIFESTS)
-            yield from _leaves(files, below, offered, depth + 1)
-        elif kind in _MANIFESTS:
-            if (stated := Platform.of(descriptor.get("platform"))) is not None:
-                offered[str(stated)] = None
-            yield descriptor
-
-
-def _from_manifest(
-    files: Files, descriptor: Mapping[str, Any], platform: Platform
-) -> tuple[LocalImage | None, Platform | None]:
-    """The image of a manifest, or its true platform if that is not the one wanted."""
-    manifest = as_object(read_json(_document(files, descriptor), "a manifest"), "a manifest")
-    about = as_object(manifest.get("config"), "a manifest's config")
-    if about.get("mediaType") not in _CONFIGS:
-        raise NotSupported("artifacts", "this is an OCI artifact, not an image to run")
-    config, diff_ids, actual = _read_config(_document(files, about))
-    if not platform.accepts(actual):
-        return None, actual
-    sources: list[tuple[Blob, str | None]] = []
-    for layer in _descriptors(manifest, "layers", MAX_LAYERS):
-        kind = layer.get("mediaType")
-        if not isinstance(kind, str) or not _LAYER.fullmatch(kind):
-            raise NotSupported("layers", f"layers of the media type {kind!r} are not supported")
-        sources.append((_blob(files, layer), as_digest(layer.get("digest"), "a layer's digest")))
-    digest = as_digest(descriptor.get("digest"), "a manifest's digest")
-    return LocalImage(digest, config, _layers(sources, diff_ids)), actual
-
-
-def _layers(sources: list[tuple[Blob, str | None]], diff_ids: list[str]) -> tuple[LayerSource, ...]:
-    if not sources:
-        raise MalformedError("the image has no layers")
-    if len(sources) != len(diff_ids):
-        raise MalformedError(f"{len(sources)} layers have {len(diff_ids)} diff_ids")
-    return tuple(LayerSource(*source, d) for source, d in zip(sources, diff_ids, strict=True))
-
-
-def _read_config(data: bytes) -> tuple[ImageConfig, list[str], Platform | None]:
-    what = "the image configuration"
-    document = as_object(read_json(data, what), what)
-    rootfs = as_object(document.get("rootfs"), what + "'s rootfs")
-    listed = as_list(rootfs.get("diff_ids"), what + "'s diff_ids", MAX_LAYERS)
-    diff_ids = [as_digest(item, "a diff_id") for item in listed]
-    return ImageConfig.from_json(document.get("config")), diff_ids, Platform.of(document)
-
-
-def _descriptors(document: Mapping[str, Any], key: str, limit: int) -> list[Mapping[str, Any]]:
-    return [as_object(i, f"one of {key}") for i in as_list(document.get(key), key, limit)]
-
-
-def _blob(files: Files, descriptor: Mapping[str, Any]) -> Blob:
-    digest = as_digest(descriptor.get("digest"), "a descriptor's digest")
-    blob = files.find("blobs/" + digest.replace(":", "/"))
-    if blob is None:
-        raise MalformedError(f"the blob {digest} is missing")
-    if descriptor.get("size") != blob.size:
+def find_blob(files: Files, descriptor: Descriptor) -> Blob | None:
+    """Where a blob is, if it is there. :raises MalformedError: it has another size."""
+    as_digest(descriptor.digest, "a descriptor's digest")
+    blob = files.find("blobs/" + descriptor.digest.replace(":", "/"))
+    if blob is not None and descriptor.size != blob.size:
         raise MalformedError(
-            f"the blob {digest} has {blob.size} bytes, not {descriptor.get('size')!r}"
+            f"the blob {descriptor.digest} has {blob.size} bytes, not {descriptor.size}"
         )
     return blob
 
 
-def _document(files: Files, descriptor: Mapping[str, Any]) -> bytes:
-    data = read_bytes(_blob(files, descriptor))
-    if (actual := sha256(data)) != descriptor["digest"]:
-        raise MalformedError(f"the blob {descriptor['digest']} has the digest {actual}")
+def _layer_blob(files: Files, layer: Descriptor) -> Blob:
+    blob = find_blob(files, layer)
+    if blob is None:
+        if layer.foreign:
+            raise foreign_missing(layer)
+        raise MalformedError(f"the blob {layer.digest} is missing")
+    return blob
+
+
+def read_document(files: Files, descriptor: Descriptor) -> bytes:
+    """A document, whose digest is checked. :raises MalformedError: also if it is missing."""
+    data = descriptor.data
+    if data is None:
+        blob = find_blob(files, descriptor)
+        if blob is None:
+            raise MalformedError(f"the blob {descriptor.digest} is missing")
+        data = read_bytes(blob)
+    if (actual := sha256(data)) != descriptor.digest:
+        raise MalformedError(f"the blob {descriptor.digest} has the digest {actual}")
     return data
 
 

@@ -9,8 +9,19 @@ from collections.abc import Mapping
 import attrs
 
 from ..errors import ConfigError
+from .malformed import MalformedError
 
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+#: Other names of architectures that people and tools write, with the variant that they imply.
+_ALIASES = {
+    "x86_64": ("amd64", None),
+    "aarch64": ("arm64", None),
+    "armhf": ("arm", "v7"),
+    "armel": ("arm", "v6"),
+    "i386": ("386", None),
+}
+_BASELINE = {"amd64": 1, "arm": 7, "arm64": 8}  # the variant that is meant where none is named
+_MAX_NAME = 64
+_VARIANT = re.compile(r"v?([0-9])", re.ASCII)
 _PLATFORM = re.compile(r"([a-z0-9_]+)/([a-z0-9_]+)(?:/([a-z0-9_.]+))?", re.ASCII)
 
 
@@ -32,27 +43,51 @@ class Platform:
         :raises ConfigError: it does not parse.
         """
         if text is None:
-            machine = host.machine().lower()
-            return Platform("linux", _ARCHITECTURES.get(machine, machine))
+            return _normal("linux", host.machine().lower(), None)
         match = _PLATFORM.fullmatch(text)
         if match is None:
             raise ConfigError(f"platform {text!r} is not like 'linux/amd64' or 'linux/arm64/v8'")
-        return Platform(match[1], match[2], match[3])
+        return _normal(match[1], match[2], match[3])
 
     @staticmethod
-    def of(document: object) -> Platform | None:
-        """The platform that a descriptor or configuration states, if it does."""
-        if not isinstance(document, Mapping):
-            return None
-        os, architecture, variant = map(document.get, ("os", "architecture", "variant"))
-        if not (isinstance(os, str) and os and isinstance(architecture, str) and architecture):
-            return None
-        return Platform(os, architecture, variant if isinstance(variant, str) and variant else None)
+    def of(document: Mapping[str, object]) -> Platform | None:
+        """The platform that a descriptor or configuration states, if it does.
+
+        :raises MalformedError: what it states is not even text.
+        """
+        stated = [document.get(key) or "" for key in ("os", "architecture", "variant")]
+        for value in stated:
+            if not isinstance(value, str) or not value.isprintable() or len(value) > _MAX_NAME:
+                raise MalformedError("an os, architecture or variant is not a proper string")
+        os, architecture, variant = map(str, stated)
+        return _normal(os, architecture, variant or None) if os and architecture else None
 
     def accepts(self, other: Platform | None) -> bool:
-        """Whether an image for ``other`` will do; one that says nothing will."""
+        """Whether an image for ``other`` will do; one that says nothing will.
+
+        A lower variant will do for a higher one, as programs for ARMv6 run on ARMv7.
+        """
         if other is None:
             return True
-        return (self.os, self.architecture) == (other.os, other.architecture) and (
-            self.variant is None or other.variant is None or self.variant == other.variant
-        )
+        if (self.os, self.architecture) != (other.os, other.architecture):
+            return False
+        return other.variant in (None, self.variant) or self.distance(other) >= 0
+
+    def distance(self, other: Platform | None) -> int:
+        """How far ``other``'s variant is below this one: of what is accepted, take the least.
+
+        Negative for a variant that is above this one, or that is not known.
+        """
+        mine, theirs = self._level(), self._level() if other is None else other._level()
+        return -1 if mine is None or theirs is None else mine - theirs
+
+    def _level(self) -> int | None:
+        if self.variant is None:
+            return _BASELINE.get(self.architecture, 0)
+        match = _VARIANT.fullmatch(self.variant)
+        return None if match is None else int(match[1])
+
+
+def _normal(os: str, architecture: str, variant: str | None) -> Platform:
+    name, implied = _ALIASES.get(architecture, (architecture, None))
+    return Platform(os, name, variant or implied)
