@@ -112,7 +112,7 @@ class _Search:
     def find(self, descriptors: Iterable[Descriptor], depth: int) -> Search[Choice | None]:
         if depth > _MAX_DEPTH:
             raise MalformedError("indexes are nested too deeply")
-        for descriptor in descriptors:
+        for descriptor in sorted(descriptors, key=self._rank):
             found = None
             if descriptor.media_type in INDEXES:
                 below = read_index((yield from self.ask(descriptor)))
@@ -122,6 +122,11 @@ class _Search:
             if found is not None:
                 return found
         return None
+
+    def _rank(self, descriptor: Descriptor) -> int:
+        """Of several variants the nearest is tried first."""
+        stated = descriptor.platform
+        return 0 if stated is None else max(0, self.wanted.distance(stated))
 
     def _take(self, descriptor: Descriptor) -> Search[Choice | None]:
         stated = descriptor.platform
