@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +16,15 @@ _MAX = 4096
 # Docker's grammar (distribution/reference).
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _DOMAIN_COMPONENT = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
-_DOMAIN = rf"(?:{_DOMAIN_COMPONENT}(?:\.{_DOMAIN_COMPONENT})*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
+_DOMAIN = (
+    rf"(?:{_DOMAIN_COMPONENT}(?:\.{_DOMAIN_COMPONENT})*|\[(?P<address>[0-9a-fA-F:]+)\])"
+    r"(?::(?P<port>[0-9]+))?"
+)
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _DOCKER = re.compile(
     rf"(?P<path>{_COMPONENT}(?:/{_COMPONENT})*)(?::(?P<tag>{_TAG}))?(?:@(?P<digest>[^@]+))?"
 )
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}")
 #: What containers-transports allows as the reference in an OCI layout.
 _LAYOUT_TAG = re.compile(r"[A-Za-z0-9]+(?:[-._:@+/][A-Za-z0-9]+|--[A-Za-z0-9]+)*")
 _IDENTIFIER = re.compile(r"[a-f0-9]{64}")
@@ -92,6 +96,19 @@ class Reference:
         digest = "" if self.digest is None else f"@{self.digest}"
         return f"docker://{self.domain}/{self.path}{tag}{digest}"
 
+    @property
+    def familiar(self) -> str:
+        """The shortest text that means the same, such as ``alpine:3.20``."""
+        text = str(self).removeprefix("docker://")
+        for prefix in ("docker.io/library/", "docker.io/"):
+            short = text.removeprefix(prefix)
+            try:
+                if short != text and Reference.parse(short) == self:
+                    return short
+            except ReferenceInvalid:
+                pass
+        return text
+
     def require_local(self) -> None:
         """Refuse what needs a registry.
 
@@ -126,6 +143,19 @@ def _local_tag(text: str, transport: Transport, tag: str) -> str:
     return tag
 
 
+def _is_host(domain: str) -> bool:
+    match = re.fullmatch(_DOMAIN, domain)
+    if match is None:
+        return False
+    if match["address"] is not None:
+        try:
+            ipaddress.IPv6Address(match["address"])
+        except ValueError:
+            return False
+    # Docker's grammar has ports of any number; nobody listens on those.
+    return match["port"] is None or (len(match["port"]) < 6 and 0 < int(match["port"]) < 65536)
+
+
 def _docker(text: str, name: str) -> Reference:
     if _IDENTIFIER.fullmatch(name):
         raise ReferenceInvalid(text, "it is an image identifier, not a name")
@@ -134,7 +164,7 @@ def _docker(text: str, name: str) -> Reference:
         "." in domain or ":" in domain or domain == "localhost" or domain != domain.lower()
     ):
         domain, rest = "docker.io", name
-    elif not re.fullmatch(_DOMAIN, domain):
+    elif not _is_host(domain):
         raise ReferenceInvalid(text, f"{domain!r} is not a registry's host")
     if domain == "index.docker.io":
         domain = "docker.io"
