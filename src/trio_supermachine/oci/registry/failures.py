@@ -1,0 +1,58 @@
+"""From an HTTP status that is no success to an exception."""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from ...errors import RegistryError
+from .retry import Transient
+from .text import shown
+from .wire import Answer, authority
+
+_MAX_BODY: Final = 8 << 10  # bytes of an error's body that are looked at
+
+
+async def failure_of(answer: Answer, what: str, *, known: bool) -> RegistryError | Transient:
+    """The exception for an answer that refuses ``what``; ``known``: we have credentials for it."""
+    host = authority(answer.url)
+    said = await said_by(answer)
+    begin = f"{host} answered {answer.reason} for {what}" + (f" ({said})" if said else "")
+    error = RegistryError(
+        f"{begin}; {_remedy(answer.status, host, known)}", registry=host, status=answer.status
+    )
+    if answer.status in (408, 429) or answer.status >= 500:
+        return Transient(error, answer.retry_after)
+    return error
+
+
+def _remedy(status: int, host: str, known: bool) -> str:
+    if status in (401, 403) and known:
+        return "the credentials for it are wrong, or do not suffice: `trio-supermachine login`"
+    if status in (401, 403):
+        return "it may need credentials (`trio-supermachine login`), or not exist"
+    if status == 429:
+        return "try later; registries allow more to those who log in"
+    if status == 408 or status >= 500:
+        return "try later"
+    return f"check the reference, and whether {host} is a registry"
+
+
+async def said_by(answer: Answer) -> str:
+    """What a registry says in an error's body, for people; empty if nothing that makes sense."""
+    try:
+        body = await answer.read(_MAX_BODY)
+    except Transient:
+        return ""
+    try:
+        document = json.loads(body or b"")
+    except (ValueError, RecursionError):
+        return ""
+    errors = document.get("errors") if isinstance(document, dict) else None
+    messages = []
+    for error in errors[:3] if isinstance(errors, list) else ():
+        if isinstance(error, dict):
+            message = error.get("message") or error.get("code")
+            if isinstance(message, str) and message:
+                messages.append(shown(message, 200))
+    return ", ".join(messages)

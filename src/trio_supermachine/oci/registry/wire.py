@@ -1,0 +1,233 @@
+"""Single HTTP requests: the one module that talks to httpx, and knows its exceptions."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from http.cookiejar import DefaultCookiePolicy
+from typing import Final, final
+
+import httpx
+import trio
+
+from ..._version import __version__
+from ...errors import ConfigError, RegistryError
+from .retry import Transient, parse_retry_after
+from .text import shown
+from .tls import Contexts
+
+#: Bytes that count as an advance of a connection, and of a blob.
+ADVANCE: Final = 1024
+_HEADERS: Final = {
+    "User-Agent": f"trio-supermachine/{__version__}",
+    # What a registry hashed is what is wanted, not what a server makes of it.
+    "Accept-Encoding": "identity",
+}
+
+
+@final
+class Answer:
+    """An HTTP answer whose body has not been read. To be closed in any case."""
+
+    def __init__(self, response: httpx.Response, stall_timeout: float) -> None:
+        self.status = response.status_code
+        self.url = response.url
+        self._response = response
+        self._chunks = response.aiter_raw()
+        self._stall_timeout = stall_timeout
+        self._patience = stall_timeout
+        self._got = 0
+
+    def header(self, name: str) -> str | None:
+        """A header's value; several of that name are joined by commas."""
+        value: str | None = self._response.headers.get(name)
+        return value
+
+    def headers(self, name: str) -> list[str]:
+        """All values of a header."""
+        return self._response.headers.get_list(name)
+
+    @property
+    def retry_after(self) -> float | None:
+        """The seconds that the server asks to wait."""
+        return parse_retry_after(self.header("Retry-After"))
+
+    @property
+    def reason(self) -> str:
+        """The status for people."""
+        return f"{self.status} {shown(self._response.reason_phrase, 64)}".rstrip()
+
+    async def receive(self) -> bytes:
+        """The next bytes of the body as they came; none at its end.
+
+        :raises Transient: the connection is lost, or brings next to nothing.
+        """
+        began = trio.current_time()
+        with trio.move_on_after(self._patience) as scope, _translated(self.url):
+            chunk = await anext(self._chunks, b"")
+            self._got += len(chunk)
+            if self._got >= ADVANCE:
+                self._got, self._patience = 0, self._stall_timeout
+            else:  # the time that the caller takes between two calls does not count
+                self._patience -= trio.current_time() - began
+            return chunk
+        assert scope.cancelled_caught
+        raise _stalled(self.url, self._stall_timeout)
+
+    async def read(self, limit: int) -> bytes | None:
+        """The whole body, or `None` if it has more than ``limit`` bytes.
+
+        :raises Transient: as :meth:`receive`.
+        """
+        body = bytearray()
+        while chunk := await self.receive():
+            body += chunk
+            if len(body) > limit:
+                return None
+        return bytes(body)
+
+    async def aclose(self) -> None:
+        """Close the connection, unless all has been read, which leaves it for the next request."""
+        with trio.CancelScope(shield=True) as scope:
+            # httpx nests async generators, which nothing but an exception from the innermost ends
+            # at once: the garbage collector would complain about the others.
+            scope.cancel()
+            try:
+                async for _ in self._chunks:
+                    pass
+            except (httpx.HTTPError, httpx.StreamError):
+                pass
+        with trio.CancelScope(shield=True):
+            await self._response.aclose()
+
+
+@final
+class Wire:
+    """Connections of one endpoint; :attr:`own` are to itself, the others where it sends us."""
+
+    def __init__(
+        self, own: httpx.AsyncClient, others: httpx.AsyncClient, stall_timeout: float
+    ) -> None:
+        self._own = own
+        self._others = others
+        self._stall_timeout = stall_timeout
+
+    async def send(
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: Mapping[str, str],
+        *,
+        own: bool,
+        form: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Send a request, and receive the head of its answer. Redirects are answers.
+
+        :raises Transient: there was none.
+        :raises RegistryError: there can be none, as the certificate is not trusted.
+        """
+        client = self._own if own else self._others
+        with trio.move_on_after(self._stall_timeout) as scope, _translated(url):
+            request = client.build_request(method, url, headers=headers, data=form)
+            return Answer(await client.send(request, stream=True), self._stall_timeout)
+        assert scope.cancelled_caught
+        raise _stalled(url, self._stall_timeout)
+
+
+@asynccontextmanager
+async def open_wire(
+    contexts: Contexts, *, stall_timeout: float, loopback: bool
+) -> AsyncIterator[Wire]:
+    """Connections that are closed when the block ends.
+
+    Proxies are taken from the environment, but towards a ``loopback`` endpoint.
+
+    :raises ConfigError: the environment names an impossible proxy.
+    """
+    clients: list[httpx.AsyncClient] = []
+    try:
+        for context in (contexts.own, contexts.others):
+            clients.append(_client(context, trust_env=not loopback))
+        yield Wire(clients[0], clients[1], stall_timeout)
+    finally:
+        with trio.CancelScope(shield=True):
+            for client in clients:
+                await client.aclose()
+
+
+def _client(context: ssl.SSLContext, *, trust_env: bool) -> httpx.AsyncClient:
+    try:
+        client = httpx.AsyncClient(
+            verify=context,
+            trust_env=trust_env,
+            headers=_HEADERS,
+            timeout=None,  # all waits have their deadlines here
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
+            follow_redirects=False,
+        )
+    except (ValueError, ImportError, httpx.InvalidURL) as exc:
+        raise ConfigError(f"the environment's proxy cannot be used: {exc}") from exc
+    client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))  # keep none
+    return client
+
+
+@contextmanager
+def _translated(url: httpx.URL) -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as exc:
+        raise _failure(url, exc) from exc
+    except (httpx.InvalidURL, httpx.StreamError, UnicodeError, ValueError) as exc:
+        raise RegistryError(
+            f"{url.host} cannot be asked: {shown(str(exc))}", registry=authority(url)
+        ) from exc
+
+
+def authority(url: httpx.URL) -> str:
+    """``HOST[:PORT]`` of an address."""
+    return url.netloc.decode("ascii", "replace")
+
+
+def speaks_no_tls(failure: Transient) -> bool:
+    """Whether a failure was that the other side answered to TLS with something else."""
+    return any(
+        isinstance(cause, ssl.SSLError)
+        and cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
+        for cause in _causes(failure)
+    )
+
+
+def _failure(url: httpx.URL, exc: httpx.HTTPError) -> Exception:
+    host = authority(url)
+    for cause in _causes(exc):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return RegistryError(
+                f"{host} has a certificate that is not trusted here"
+                f" ({shown(cause.verify_message)}): if it is right, put its authority's into"
+                f" ~/.config/containers/certs.d/{host}/ca.crt",
+                registry=host,
+            )
+    said = shown(str(exc)) or type(exc).__name__
+    if isinstance(exc, httpx.ProxyError | httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        return RegistryError(f"{host} cannot be asked: {said}", registry=host)
+    what = "cannot be reached" if isinstance(exc, httpx.ConnectError) else "broke the connection"
+    return Transient(
+        RegistryError(f"{host} {what} ({said}); check its name and the network", registry=host)
+    )
+
+
+def _stalled(url: httpx.URL, seconds: float) -> Transient:
+    host = authority(url)
+    return Transient(
+        RegistryError(f"{host} sent next to nothing for {seconds:g} s; try later", registry=host)
+    )
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = exc
+    for _ in range(16):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__
