@@ -21,7 +21,6 @@ from trio_supermachine.errors import (
     ConfigError,
     ImageCorrupt,
     ImageNotFound,
-    NotSupported,
     ReferenceInvalid,
     SupermachineError,
 )
@@ -186,8 +185,6 @@ async def test_a_directory_is_an_image_and_changes_are_seen(tmp_path: Path) -> N
         ("oci:", ReferenceInvalid),
         ("builtin:nginx", ReferenceInvalid),
         ("Alpine", ReferenceInvalid),
-        ("alpine", NotSupported),
-        ("docker://localhost:5000/a/b:t", NotSupported),
         ("oci:/does/not/exist", ImageNotFound),
         ("rootfs:/does/not/exist", ImageNotFound),
         ("docker-archive:/does/not/exist", ImageNotFound),

@@ -19,6 +19,7 @@ __all__ = [
     "BakeFailed",
     "CaptureFailed",
     "ConfigError",
+    "DiskFull",
     "EngineUnavailable",
     "ExecEof",
     "FileTooLarge",
@@ -105,6 +106,17 @@ class RegistryError(SupermachineError):
         super().__init__(message)
         self.registry = registry
         self.status = status
+
+
+class DiskFull(SupermachineError):
+    """There is no room in the data directory for an image; :attr:`path` is what was written."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"no space is left for {path}; free some (trio-supermachine prune removes what no"
+            " image needs), or set TRIO_SUPERMACHINE_HOME to a directory on another disk"
+        )
+        self.path = path
 
 
 class BakeFailed(SupermachineError):

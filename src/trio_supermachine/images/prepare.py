@@ -15,10 +15,12 @@ from ..oci.config import ImageConfig
 from ..oci.malformed import MalformedError
 from ..oci.manifest import LocalImage, find_in_docker_archive, find_in_layout
 from ..oci.platform import Platform
-from ..oci.progress import ProgressCallback
-from ..oci.reference import Reference
+from ..oci.progress import Progress, ProgressCallback
+from ..oci.reference import Reference, Transport
 from . import busybox
+from .content import ContentStore
 from .image import Image, PullPolicy
+from .pull import pulled
 from .rootfs import HostTree
 from .store import ImageStore
 
@@ -36,10 +38,14 @@ async def prepare_image(
     :meth:`Image.from_oci`; ``store`` is where its layers go, the library's own by default.
     """
     parsed, wanted = check_request(ref, pull, platform, engine)
-    parsed.require_local()
     await trio.lowlevel.checkpoint()
+    store = store or ImageStore()
+    telling = None if progress is None else _one_at_a_time(progress)
     try:
-        found = await _prepare(parsed, wanted, store or ImageStore(), progress)
+        if parsed.transport is Transport.DOCKER:
+            found = await _pull(parsed, wanted, pull, store, telling)
+        else:
+            found = await _prepare(parsed, wanted, store, telling)
     except MalformedError as error:
         raise ImageCorrupt(ref, str(error)) from error
     return Image(
@@ -69,6 +75,39 @@ class _Prepared:
     digest: str
     config: ImageConfig
     layers: tuple[Path, ...]
+
+
+async def _pull(
+    reference: Reference,
+    platform: Platform,
+    policy: PullPolicy,
+    store: ImageStore,
+    progress: ProgressCallback | None,
+) -> _Prepared:
+    content = ContentStore(store.root)
+    pulling = pulled(reference, platform, policy, store=content, progress=progress)
+    async with pulling as image:
+        try:
+            layers = await store.layers(image.layers, progress)
+        except MalformedError:
+            # Was it the registry that lied, or this disk? What is wrong here goes, and the next
+            # pull brings it again.
+            for layer in image.layers:
+                if layer.digest is not None:
+                    await content.verify(layer.digest)
+            raise
+    return _Prepared(image.digest, image.config, layers)
+
+
+def _one_at_a_time(progress: ProgressCallback) -> ProgressCallback:
+    """Downloads and conversions go on side by side, but no caller expects that of its callback."""
+    lock = trio.Lock()
+
+    async def tell(step: Progress) -> None:
+        async with lock:
+            await progress(step)
+
+    return tell
 
 
 async def _prepare(

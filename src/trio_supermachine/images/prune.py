@@ -1,8 +1,9 @@
-"""Removing bakes and layers, while other programs use the store.
+"""Removing bakes, layers and what was pulled, while other programs use the store.
 
 Whoever has opened a file keeps it. A bake being made is left alone, and so are the layers that
 its maker has marked as used: a layer goes only if nobody marks it and, looked up after that,
-no bake refers to it.
+no bake refers to it. What was pulled goes when no name stands for it (:mod:`.content`); bakes and
+layers do not need it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ import attrs
 import trio
 
 from .. import hostfiles
-from ..errors import ImageNotFound, SnapshotIncompatible
+from ..errors import ImageNotFound, ReferenceInvalid, SnapshotIncompatible
+from ..oci.reference import Reference, Transport
+from ..snapshots import Metadata
 from .bakes import Bake, BakeStore
+from .content import ContentStore
 from .locks import try_exclusive, unused
+from .pull import name_of
 from .store import ImageStore
 
 #: How long a bake without a name is kept after its last use, in seconds.
@@ -38,21 +43,26 @@ class Removed:
     """What was removed, or would be.
 
     :ivar busy: bakes that were left since somebody makes them just now.
+    :ivar names: of images that were pulled or loaded.
+    :ivar blobs: the digests of what only these needed, or nobody.
     :ivar size: in bytes on the disk.
     """
 
     bakes: tuple[Bake, ...]
     layers: tuple[Path, ...]
     busy: tuple[Bake, ...] = ()
+    names: tuple[str, ...] = ()
+    blobs: tuple[str, ...] = ()
     size: int
 
 
 async def prune(*, everything: bool = False, dry_run: bool = False) -> Removed:
-    """Remove bakes that no name and no recent use keep, and layers that no bake needs.
+    """Remove bakes that no name and no recent use keep, layers that no bake needs, and what was
+    downloaded for an image whose name stands for another by now.
 
     Damaged bakes go too. Cancelled, it has removed a part.
 
-    :param everything: remove all bakes, named and used ones too.
+    :param everything: remove all bakes, named and used ones too, and all that was pulled.
     :param dry_run: only tell what would be removed.
     """
     bakes = await BakeStore().list()
@@ -63,6 +73,8 @@ async def prune(*, everything: bool = False, dry_run: bool = False) -> Removed:
         if everything or _is_damaged(bake) or (not bake.names and bake.used_at < oldest)
     ]
     removed = await _remove(going, None, dry_run=dry_run)
+    names = [record.name for record in ContentStore().records()] if everything else []
+    removed = await _forget(removed, names, dry_run=dry_run)
     if not dry_run:
         await trio.to_thread.run_sync(_tidy)
         await ImageStore().sweep()
@@ -73,17 +85,27 @@ async def remove(wanted: Iterable[str]) -> Removed:
     """Remove what names, references or (the beginnings of) fingerprints stand for.
 
     A name that is one of several of its bake goes alone. The layers that only the removed bakes
-    needed go with them.
+    needed go with them. A reference to a registry stands for what was pulled by it and for its
+    bakes; blobs that no other pulled image has go too.
 
     :raises ImageNotFound: one stands for nothing, or for several fingerprints; then nothing is
         removed.
     """
     store = BakeStore()
     bakes = await store.list()
+    pulled = {record.name for record in ContentStore().records()}
     names: dict[str, set[str]] = {}
     going: dict[str, Bake] = {}
+    forgotten: dict[str, None] = {}
     for text in wanted:
-        found = find(bakes, text)
+        if (pulled_name := _pulled_name(text)) in pulled and pulled_name is not None:
+            forgotten[pulled_name] = None
+        try:
+            found = find(bakes, text)
+        except ImageNotFound:
+            if pulled_name not in forgotten:
+                raise
+            continue
         if len(found) == 1 and text in found[0].names:
             bake = found[0]
             names.setdefault(bake.fingerprint, set()).add(text)
@@ -97,7 +119,8 @@ async def remove(wanted: Iterable[str]) -> Removed:
     layers = {
         _key(ref.path) for bake in going.values() if bake.metadata for ref in bake.metadata.layers
     }
-    return await _remove(list(going.values()), layers, dry_run=False)
+    removed = await _remove(list(going.values()), layers, dry_run=False)
+    return await _forget(removed, list(forgotten), dry_run=False) if forgotten else removed
 
 
 def find(bakes: Sequence[Bake], text: str) -> list[Bake]:
@@ -107,16 +130,44 @@ def find(bakes: Sequence[Bake], text: str) -> list[Bake]:
     """
     if named := [bake for bake in bakes if text in bake.names]:
         return named
-    if of := [bake for bake in bakes if bake.metadata and bake.metadata.image_reference == text]:
+    if of := [bake for bake in bakes if bake.metadata and _is_of(bake.metadata, text)]:
         return of
     begin = [bake for bake in bakes if bake.fingerprint.startswith(text)]
     if len(text) < _MIN_PREFIX or not begin:
         raise ImageNotFound(
-            text, "no bake has this name, reference or fingerprint; see trio-supermachine images"
+            text,
+            "no image or bake has this name, reference or fingerprint; trio-supermachine images"
+            " lists them",
         )
     if len(begin) > 1:
         raise ImageNotFound(text, f"{len(begin)} fingerprints begin so; give more digits")
     return begin
+
+
+def _is_of(metadata: Metadata, text: str) -> bool:
+    reference = metadata.image_reference
+    name = _pulled_name(text)
+    return reference == text or (name is not None and _pulled_name(reference) == name)
+
+
+def _pulled_name(text: str) -> str | None:
+    """The full name of an image in a registry, if ``text`` can be one."""
+    try:
+        reference = Reference.parse(text)
+    except ReferenceInvalid:
+        return None
+    return name_of(reference) if reference.transport is Transport.DOCKER else None
+
+
+async def _forget(removed: Removed, names: Sequence[str], *, dry_run: bool) -> Removed:
+    """Remove pulled images too, and what no name stands for."""
+    content = ContentStore()
+    if names and not dry_run:
+        await content.remove_records(names)
+    collected = await content.collect(dry_run=dry_run, without=names)
+    return attrs.evolve(
+        removed, names=tuple(names), blobs=collected.digests, size=removed.size + collected.size
+    )
 
 
 async def _remove(going: Sequence[Bake], only: set[_Key] | None, *, dry_run: bool) -> Removed:

@@ -30,10 +30,10 @@ from ..oci.malformed import MalformedError
 from ..oci.manifest import LayerSource
 from ..oci.progress import ProgressCallback, report
 from ..oci.squashfs import convert, write_squashfs
+from .limits import max_layer
 from .locks import exclusive, in_use, unused
 from .verified import VerifiedBlobs
 
-MAX_LAYER = 64 << 30  # bytes
 _SCRATCH = ".tmp-"  # what hostfiles.sweep removes
 
 
@@ -136,12 +136,14 @@ class ImageStore:
 
     async def _verify(self, source: LayerSource, progress: ProgressCallback | None) -> None:
         """Check the blob of a layer that the store has, as :meth:`_convert` does the others'."""
+        if source.checked:
+            return  # and its manifest names the diff_id of what is taken in its place
         if not (self._layers / "sha256" / _info_name(source.diff_id)).exists():
             return
         size = source.blob.size
         if not self._verified.known(source):
             await report(progress, "verify", source.diff_id, 0, size)
-            await trio.to_thread.run_sync(self._verified.verify, source, MAX_LAYER)
+            await trio.to_thread.run_sync(self._verified.verify, source, max_layer())
         await report(progress, "verify", source.diff_id, size, size)
 
     async def _convert(
@@ -154,10 +156,11 @@ class ImageStore:
         size = source.blob.size
         await report(progress, "convert", source.diff_id, 0, size)
         temporary = scratch / f"{len(lookup.found)}.squashfs"
-        before = self._verified.identity(source.blob)
-        done = await convert(source.blob, temporary, limit=MAX_LAYER, resolve=lookup.resolve)
+        before = None if source.checked else self._verified.identity(source.blob)
+        done = await convert(source.blob, temporary, limit=max_layer(), resolve=lookup.resolve)
         source.check(done.blob_digest, done.diff_id)
-        self._verified.remember(source, before)
+        if before is not None:
+            self._verified.remember(source, before)
         lookup.add_new(source.diff_id, done.info, temporary)
         await report(progress, "convert", source.diff_id, size, size)
 

@@ -9,9 +9,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 import attrs
+import trio
 import zstandard
 
 from .malformed import MalformedError
@@ -21,13 +22,34 @@ CHUNK = 1 << 18
 _ZSTD_WINDOW = 1 << 27  # bytes; what the zstd tool itself takes by default
 
 
+class Arrival(Protocol):
+    """A file that still grows, from its beginning on."""
+
+    async def open(self) -> int:
+        """Wait until there is a file; a descriptor of it, which the caller closes."""
+
+    async def reach(self, count: int) -> int:
+        """Wait until ``count`` bytes are there; how many are."""
+
+
 @attrs.frozen
 class Blob:
-    """Where a blob's bytes are: a slice of a file."""
+    """Where a blob's bytes are: a slice of a file.
+
+    While it is still on its way there, its ``arrival`` tells how far it has come; such a blob is
+    read in a worker thread of Trio's, which waits for what is to come.
+    """
 
     path: Path
     offset: int
     size: int
+    arrival: Arrival | None = attrs.field(default=None, eq=False)
+
+    def wait(self, count: int) -> int:
+        """Wait until the first ``count`` bytes are there; how many are. Cancellable."""
+        if self.arrival is None:
+            return self.size
+        return trio.from_thread.run(self.arrival.reach, count)
 
 
 class BlobStream:
@@ -38,17 +60,23 @@ class BlobStream:
 
     def __init__(self, file: BinaryIO, blob: Blob, check: Callable[[], None]) -> None:
         self._file = file
-        self._left = blob.size
+        self._blob = blob
+        self._done = 0
+        self._there = blob.size if blob.arrival is None else 0
         self._check = check
         self._hash = hashlib.sha256()
-        file.seek(blob.offset)
 
     def read(self, size: int, /) -> bytes:
         self._check()
-        data = self._file.read(min(size, self._left))
-        if not data and self._left and size:
+        size = min(size, self._blob.size - self._done)
+        if size and self._done == self._there:
+            self._there = self._blob.wait(self._done + 1)
+        # The writer of a growing file has the same open file, and with it the same position.
+        size = min(size, self._there - self._done)
+        data = os.pread(self._file.fileno(), size, self._blob.offset + self._done)
+        if not data and size:
             raise MalformedError("a blob is shorter than it was")
-        self._left -= len(data)
+        self._done += len(data)
         self._hash.update(data)
         return data
 
@@ -130,6 +158,10 @@ class LayerStream:
 @contextmanager
 def opened(blob: Blob) -> Iterator[BinaryIO]:
     """Open a blob's file, which must be a regular one as large as the blob needs."""
+    if blob.arrival is not None:
+        with os.fdopen(trio.from_thread.run(blob.arrival.open), "rb", buffering=0) as file:
+            yield file
+        return
     # Not blocking: a FIFO in the place of a file would wait for a writer for ever.
     fd = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(fd, "rb", buffering=0) as file:
@@ -148,6 +180,7 @@ def open_layer(
     """Open a layer that is stored plain, gzipped or zstd-compressed; its first bytes tell."""
     with ExitStack() as stack:
         file = stack.enter_context(opened(blob))
+        blob.wait(min(4, blob.size))
         magic = os.pread(file.fileno(), min(4, blob.size), blob.offset)
         stored = BlobStream(file, blob, check)
         source: Source = stored
