@@ -235,7 +235,7 @@ def test_what_is_not_json_is_malformed(field: str, data: bytes) -> None:
         (
             r"tar\+gzip\+encrypted",
             "manifest",
-            {**WHOLE, "layers": [{**LAYER, "mediaType": LAYER["mediaType"] + "+encrypted"}]},
+            {**WHOLE, "layers": [{**LAYER, "mediaType": f"{LAYER['mediaType']}+encrypted"}]},
         ),
         (
             "application/vnd.example.chart",
@@ -278,21 +278,20 @@ JSON = st.recursive(
 )
 
 
+SOUND: list[tuple[str, dict[str, Any]]] = [
+    ("manifest", {**WHOLE, "artifactType": None, "subject": MANIFEST}),
+    ("imageIndex", {"schemaVersion": 2, "manifests": [{**MANIFEST, "platform": {}}]}),
+    ("descriptor", {**LAYER, "annotations": {"a": "b"}, "urls": [], "data": "AAA="}),
+    ("config", {"rootfs": ROOTFS, "os": "linux", "config": {"Env": ["A=b"]}}),
+    ("imageLayout", {"imageLayoutVersion": "1.0.0"}),
+]
+
+
 @st.composite
 def damaged(draw: st.DrawFn) -> tuple[str, object]:
     """A sound document with something else in one place."""
-    field, document = draw(
-        st.sampled_from(
-            [
-                ("manifest", {**WHOLE, "artifactType": None, "subject": MANIFEST}),
-                ("imageIndex", {"schemaVersion": 2, "manifests": [{**MANIFEST, "platform": {}}]}),
-                ("descriptor", {**LAYER, "annotations": {"a": "b"}, "urls": [], "data": "AAA="}),
-                ("config", {"rootfs": ROOTFS, "os": "linux", "config": {"Env": ["A=b"]}}),
-                ("imageLayout", {"imageLayoutVersion": "1.0.0"}),
-            ]
-        )
-    )
-    root: dict[str, Any] = copy.deepcopy(document)
+    field, document = draw(st.sampled_from(SOUND))
+    root = copy.deepcopy(document)
     place: Any = root
     while True:
         key = draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))

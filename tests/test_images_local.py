@@ -204,7 +204,7 @@ async def test_bad_references_are_typed_errors(
 BAD_LAYERS = {
     "dots": [member("../evil", data=b"x")],
     "inner dots": [member("a/../../evil", data=b"x")],
-    "absolute": [member("/etc/evil", data=b"x")],
+    "absolute dots": [member("/../evil", data=b"x")],
     "through a link": [
         member("out", tarfile.SYMTYPE, linkname="/etc"),
         member("out/evil", data=b"x"),

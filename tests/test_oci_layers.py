@@ -19,7 +19,7 @@ from .image_files import Layout, make_tar, member, tree, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
 DIR, SYM, LNK = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
-OPAQUE = "trusted.overlay.opaque"
+OPAQUE, ORIGIN = "trusted.overlay.opaque", "trusted.overlay.origin"
 
 BASE = [
     member("./", DIR),
@@ -83,7 +83,7 @@ def overlay(layers: list[Path], dest: Path) -> Path:
         for path in sorted([layer, *layer.rglob("*")]):
             to = dest / path.relative_to(layer)
             status = path.lstat()
-            opaque = _take_xattr(path)
+            opaque = _take_marks(path)
             here = stat.S_ISDIR(status.st_mode)
             if os.path.lexists(to) and path != layer:
                 if not to.is_dir() or to.is_symlink():
@@ -113,11 +113,12 @@ def overlay(layers: list[Path], dest: Path) -> Path:
     return dest
 
 
-def _take_xattr(path: Path) -> bool:
-    if OPAQUE not in os.listxattr(path, follow_symlinks=False):
-        return False
-    os.removexattr(path, OPAQUE, follow_symlinks=False)
-    return True
+def _take_marks(path: Path) -> bool:
+    """Remove overlayfs's marks; whether the directory is opaque."""
+    marks = {OPAQUE, ORIGIN} & set(os.listxattr(path, follow_symlinks=False))
+    for mark in marks:
+        os.removexattr(path, mark, follow_symlinks=False)
+    return OPAQUE in marks
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])

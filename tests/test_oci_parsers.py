@@ -105,7 +105,7 @@ def test_a_clean_name_stays_below_its_root(parts: list[bytes]) -> None:
     try:
         path = clean(name)
     except MalformedError:
-        assert b".." in parts or b"x" * 256 in parts or name.startswith(b"/")
+        assert b".." in parts or b"x" * 256 in parts
         return
     assert not path.startswith(b"/")
     assert clean(path) == path
@@ -123,7 +123,7 @@ ENTRIES = st.builds(
     linkname=st.binary(max_size=300).filter(lambda name: b"\0" not in name),
     xattrs=st.dictionaries(
         st.binary(min_size=1, max_size=20).filter(lambda k: not {0, 61} & set(k)),
-        st.binary(max_size=50),
+        st.binary(min_size=1, max_size=50),  # PAX has no empty ones
         max_size=3,
     ),
 )

@@ -20,7 +20,8 @@ from trio_supermachine.images.bakes import Bake, BakeStore
 from trio_supermachine.images.locks import exclusive, in_use
 from trio_supermachine.images.prune import KEPT_UNUSED, prune, remove
 from trio_supermachine.images.store import ImageStore
-from trio_supermachine.oci.layer import DirectoryInfo, Sink
+from trio_supermachine.oci.layer import Sink
+from trio_supermachine.oci.layer_info import DirectoryInfo
 from trio_supermachine.snapshots import finish_full, layer_refs, new_snapshot
 
 from .snapshot_files import MIB, draft, write_sparse

@@ -16,7 +16,8 @@ from .. import hostfiles
 from ..errors import AssetNotFound
 from ..oci import tar
 from ..oci.config import ImageConfig
-from ..oci.layer import DirectoryInfo, Sink
+from ..oci.layer import Sink
+from ..oci.layer_info import DirectoryInfo
 from ..oci.tar import Entry
 
 CONFIG = ImageConfig(

@@ -22,7 +22,8 @@ import trio
 from .. import _validators as check
 from ..errors import ConfigError
 from ..oci import tar
-from ..oci.layer import DirectoryInfo, Sink
+from ..oci.layer import Sink
+from ..oci.layer_info import DirectoryInfo
 from ..oci.squashfs import find_tool
 from ..oci.tar import Entry
 from .store import ImageStore

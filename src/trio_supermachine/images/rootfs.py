@@ -12,7 +12,8 @@ from pathlib import Path
 import trio
 
 from ..oci import tar
-from ..oci.layer import MAX_ENTRIES, DirectoryInfo, Sink, sanitise
+from ..oci.layer import MAX_ENTRIES, Sink, sanitise
+from ..oci.layer_info import DirectoryInfo
 from ..oci.malformed import MalformedError
 from ..oci.tar import Entry
 

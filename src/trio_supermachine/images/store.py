@@ -25,7 +25,8 @@ import attrs
 import trio
 
 from .. import hostfiles
-from ..oci.layer import DirectoryInfo, LayerInfo, Sink
+from ..oci.layer import Sink
+from ..oci.layer_info import DirectoryInfo, LayerInfo, Link
 from ..oci.malformed import MalformedError
 from ..oci.manifest import LayerSource
 from ..oci.progress import ProgressCallback, report
@@ -207,11 +208,13 @@ class _Lookup:
         first = max((n for n, f in enumerate(self.found) if f.info.root_opaque), default=0)
         return tuple(f.path for f in self.found[first:])
 
-    def resolve(self, path: bytes) -> DirectoryInfo:
-        """What the layers below say of a directory."""
+    def resolve(self, path: bytes) -> DirectoryInfo | Link:
+        """What the layers below have where a directory is implied."""
         for layer in reversed(self.found):
-            if (info := layer.info.directories.get(path)) is not None:
-                return info
+            if (found := layer.info.find(path)) is not None:
+                return found
+            if layer.info.hides(path):
+                break
         return DirectoryInfo()
 
     def publish(self) -> None:
@@ -224,9 +227,12 @@ class _Lookup:
 
     def _path(self, diff_id: str, info: LayerInfo) -> Path:
         stem = _hex(diff_id)
-        met = {path: self.resolve(path) for path in info.implied}
-        if any(attributes != DirectoryInfo() for attributes in met.values()):
-            stem += "-" + hashlib.sha256(_dump(met).encode()).hexdigest()[:16]
+        met = {path: self.resolve(path) for path in info.implied + info.followed}
+        directories = {path: at for path, at in met.items() if isinstance(at, DirectoryInfo)}
+        links = {path: at.target for path, at in met.items() if isinstance(at, Link)}
+        if links or info.hidden or any(at != DirectoryInfo() for at in directories.values()):
+            seen = _dump(directories) + (_dump_links(links) if links or info.hidden else "")
+            stem += "-" + hashlib.sha256(seen.encode()).hexdigest()[:16]
         return self._directory / f"{stem}.squashfs"
 
 
@@ -259,14 +265,27 @@ def _dump(directories: Mapping[bytes, DirectoryInfo]) -> str:
     )
 
 
+def _dump_links(links: Mapping[bytes, bytes]) -> str:
+    return json.dumps({os.fsdecode(k): os.fsdecode(v) for k, v in sorted(links.items())})
+
+
 def _dump_info(info: LayerInfo) -> str:
     implied = [os.fsdecode(path) for path in info.implied]
-    return json.dumps([info.root_opaque, implied, json.loads(_dump(info.directories))])
+    hidden = [os.fsdecode(path) for path in sorted(info.hidden)]
+    followed = [os.fsdecode(path) for path in info.followed]
+    links = json.loads(_dump_links(info.links))
+    directories = json.loads(_dump(info.directories))
+    return json.dumps([info.root_opaque, implied, directories, links, hidden, followed])
 
 
 def _read_info(path: Path) -> LayerInfo | None:
     try:
-        opaque, implied, directories = json.loads(path.read_bytes())
+        parts = json.loads(path.read_bytes())
+        if not isinstance(parts, list):
+            raise ValueError
+        if len(parts) == 3:
+            return None  # of an earlier version, which knew nothing of links
+        opaque, implied, directories, links, hidden, followed = parts
     except FileNotFoundError:
         return None
     except ValueError:
@@ -280,4 +299,7 @@ def _read_info(path: Path) -> LayerInfo | None:
         },
         tuple(os.fsencode(name) for name in implied),
         opaque,
+        {os.fsencode(name): os.fsencode(target) for name, target in links.items()},
+        frozenset(map(os.fsencode, hidden)),
+        tuple(map(os.fsencode, followed)),
     )

@@ -12,18 +12,24 @@ What becomes of things that an image layer and an overlayfs layer say differentl
   layer's own wins, and if that is a directory it becomes opaque;
 - ``.wh..wh..opq`` becomes ``trusted.overlay.opaque=y`` on its directory; in the root it is
   told in :class:`LayerInfo`, since a layer below such a root need not be mounted at all;
+- a directory with whiteouts gets ``trusted.overlay.origin``: where no layer below has that
+  directory, overlayfs would list them otherwise, taking what it need not merge for free of them;
 - other ``.wh..wh.`` names (AUFS's own) are left out, as are ``trusted.overlay.*`` attributes and
-  character devices 0:0, which overlayfs would take for its own marks.
+  character devices 0:0, which overlayfs would take for its own marks;
+- an entry below what is a symbolic link in the layers below, such as ``bin/tool`` over
+  ``bin -> usr/bin``, goes where the link leads: a directory of this layer's would hide the link.
+  A layer's own links are never followed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import attrs
 
 from . import tar
+from .layer_info import DirectoryInfo, LayerInfo, Link, Resolve, hides
 from .malformed import MalformedError
 from .tar import Entry, TarReader
 
@@ -36,35 +42,13 @@ _WHITEOUT = b".wh."
 _AUFS = b".wh..wh."
 _OPAQUE_MARK = b".wh..wh..opq"
 _OPAQUE = b"trusted.overlay.opaque"
+_ORIGIN = b"trusted.overlay.origin"
+_MAX_LINKS = 40  # Linux's own limit on one path
 _KNOWN_XATTRS = (b"user.", b"trusted.", b"security.")
 
 
 class Conflict(Exception):
     """What was written is not what the layer says in the end: start again."""
-
-
-@attrs.frozen
-class DirectoryInfo:
-    """The attributes of a directory."""
-
-    mode: int = 0o755
-    uid: int = 0
-    gid: int = 0
-    mtime: int = 0
-    xattrs: Mapping[bytes, bytes] = attrs.Factory(dict)
-
-
-@attrs.frozen
-class LayerInfo:
-    """What the layers above and the image need to know of a layer.
-
-    ``directories`` are those with an entry of their own, ``implied`` those without, whose
-    attributes come from the layers below; the root is ``b""``.
-    """
-
-    directories: Mapping[bytes, DirectoryInfo]
-    implied: tuple[bytes, ...]
-    root_opaque: bool
 
 
 class Sink(ABC):
@@ -84,16 +68,14 @@ class _Node:
     children: int = 0
     opaque: bool = False
     info: DirectoryInfo | None = None
-
-
-Resolve = Callable[[bytes], DirectoryInfo]
+    target: bytes | None = None  # a symbolic link's
 
 
 class LayerFilter:
     """The two passes over one layer.
 
-    ``limit`` bounds the bytes of all files together, holes included. ``resolve`` gives the
-    attributes of a directory that the layer implies.
+    ``limit`` bounds the bytes of all files together, holes included. ``resolve`` tells what the
+    layers below have where the layer implies a directory: its attributes, or a link.
     """
 
     def __init__(self, limit: int, resolve: Resolve) -> None:
@@ -102,6 +84,8 @@ class LayerFilter:
         self._nodes: dict[bytes, _Node] = {b"": _Node(True, -1)}
         self._first: dict[int, bytes] = {}  # an inode's name in the output
         self._whiteouts: set[bytes] = set()
+        self._hidden: set[bytes] = set()  # as in LayerInfo
+        self._followed: dict[bytes, bytes] = {}
         self._root: DirectoryInfo | None = None
 
     def first_pass(self, reader: TarReader, sink: Sink) -> None:
@@ -153,6 +137,9 @@ class LayerFilter:
             {path: n.info for path, n in self._nodes.items() if n.info is not None},
             tuple(p for p, n in self._nodes.items() if n.directory and n.info is None),
             self._nodes[b""].opaque,
+            {path: n.target for path, n in self._nodes.items() if n.target is not None},
+            frozenset(self._hidden),
+            tuple(sorted(self._followed)),
         )
 
     def _admit(self, entry: Entry) -> bytes | None:
@@ -163,7 +150,9 @@ class LayerFilter:
             self._mark(path)
             return None
         if path:
+            parent = self._real(parent)
             self._parent(parent)
+            path = _join(parent, name)
         if entry.type == tar.CHAR and entry.device == (0, 0):
             return None
         if entry.type == tar.LINK:
@@ -193,17 +182,54 @@ class LayerFilter:
             return
         if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
             raise MalformedError(f"{_show(path)} is below a whiteout")
-        parent, name = b"/".join(parts[:-1]), parts[-1]
+        parent, name = self._real(b"/".join(parts[:-1])), parts[-1]
         if not name.startswith(_WHITEOUT):
             return
         if name == _OPAQUE_MARK:
             self._parent(parent).opaque = True
+            self._hidden.add(parent + b"/")
         elif not name.startswith(_AUFS):
             hidden = name[len(_WHITEOUT) :]
             if hidden in (b"", b".", b".."):
                 raise MalformedError(f"{_show(path)} hides nothing that can be")
             self._parent(parent)
-            self._whiteouts.add(parent + b"/" + hidden if parent else hidden)
+            self._whiteouts.add(_join(parent, hidden))
+            self._hidden.add(_join(parent, hidden))
+
+    def _real(self, path: bytes) -> bytes:
+        """The directory ``path`` with the links of the layers below followed, within the root."""
+        if path in self._nodes:
+            return path
+        real, left, links = b"", path.split(b"/")[::-1], 0
+        while left:
+            part = left.pop()
+            if part in (b"", b"."):
+                continue
+            if part == b"..":
+                real = real.rpartition(b"/")[0]
+                continue
+            at = _join(real, part)
+            target = self._link_below(at)
+            if target is None:
+                real = at
+                continue
+            links += 1
+            if links > _MAX_LINKS:
+                raise MalformedError(f"{_show(path)} leads through too many links")
+            if target.startswith(b"/"):
+                real = b""
+            left += target.split(b"/")[::-1]
+        return clean(real)
+
+    def _link_below(self, path: bytes) -> bytes | None:
+        if path in self._nodes or hides(self._hidden, path):
+            return None
+        if path not in self._followed:
+            found = self._resolve(path)
+            if not isinstance(found, Link):
+                return None
+            self._followed[path] = found.target
+        return self._followed[path]
 
     def _parent(self, path: bytes) -> _Node:
         """The directory ``path``, made with those above it if they are not there yet."""
@@ -243,12 +269,14 @@ class LayerFilter:
             return old is not None
         if old is not None and old.directory and (old.children or not path):
             raise MalformedError(f"{_show(path)} is a directory first, and then is not")
+        target = entry.linkname if entry.type == tar.SYMLINK else None
         if entry.type == tar.LINK:
             number = self._nodes[entry.linkname].inode
+            target = self._nodes[entry.linkname].target
             if old is not None and old.inode == number:
                 return True  # a link to itself: writing it again would be an error
         self._count(path, old)
-        self._nodes[path] = _Node(False, number)
+        self._nodes[path] = _Node(False, number, target=target)
         if entry.type == tar.LINK:
             entry.linkname = self._first[number]
         else:
@@ -260,7 +288,8 @@ class LayerFilter:
             self._nodes[path.rpartition(b"/")[0]].children += 1
 
     def _resolve_link(self, entry: Entry) -> None:
-        target = clean(entry.linkname)
+        parent, _, name = clean(entry.linkname).rpartition(b"/")
+        target = _join(self._real(parent), name)
         node = self._nodes.get(target)
         if node is None or node.directory:
             what = "a directory" if node else "not in the layer before it"
@@ -270,7 +299,10 @@ class LayerFilter:
         entry.linkname = target
 
     def _info(self, path: bytes) -> DirectoryInfo:
-        return self._nodes[path].info or self._resolve(path)
+        if (info := self._nodes[path].info) is not None:
+            return info
+        found = DirectoryInfo() if hides(self._whiteouts, path) else self._resolve(path)
+        return found if isinstance(found, DirectoryInfo) else DirectoryInfo()
 
     def _begin(self, sink: Sink) -> None:
         if self._root is None:
@@ -287,12 +319,16 @@ class LayerFilter:
 
     def _finish(self, sink: Sink) -> None:
         self._begin(sink)
+        hidden = sorted(path for path in self._whiteouts if path not in self._nodes)
+        marked = {path.rpartition(b"/")[0] for path in hidden}
         for path, node in self._nodes.items():
             if node.directory and path:
                 info = self._info(path)
                 xattrs = dict(info.xattrs)
                 if node.opaque or path in self._whiteouts:
                     xattrs[_OPAQUE] = b"y"
+                if path in marked:
+                    xattrs[_ORIGIN] = b""
                 entry = Entry(
                     path,
                     tar.DIRECTORY,
@@ -303,19 +339,18 @@ class LayerFilter:
                     xattrs=xattrs,
                 )
                 sink.write(tar.header(entry))
-        for path in sorted(self._whiteouts):
-            if path not in self._nodes:
-                sink.write(tar.header(Entry(path, tar.CHAR, 0)))
+        for path in hidden:
+            sink.write(tar.header(Entry(path, tar.CHAR, 0)))
         sink.write(bytes(2 * tar.BLOCK))
 
 
 def clean(name: bytes) -> bytes:
     """A name without what means nothing; the root is ``b""``.
 
-    :raises MalformedError: it is absolute, has a ``..``, a NUL, or is too long.
+    A name that begins with a slash is one below the layer's root too, as for other tools.
+
+    :raises MalformedError: it has a ``..``, a NUL, or is too long.
     """
-    if name.startswith(b"/") and name.strip(b"/"):  # some tools call the root "/"
-        raise MalformedError(f"the name {_show(name)} is absolute")
     if b"\0" in name:
         raise MalformedError(f"the name {_show(name)} has a NUL")
     parts = [part for part in name.split(b"/") if part and part != b"."]
@@ -328,6 +363,10 @@ def clean(name: bytes) -> bytes:
     if len(path) >= MAX_PATH:
         raise MalformedError(f"the name {_show(name)} is too long")
     return path
+
+
+def _join(parent: bytes, name: bytes) -> bytes:
+    return parent + b"/" + name if parent else name
 
 
 def _as_link(entry: Entry, target: bytes) -> Entry:

@@ -17,7 +17,8 @@ import trio
 
 from ..errors import AssetNotFound, SupermachineError
 from .decompress import Blob, open_layer
-from .layer import Conflict, DirectoryInfo, LayerFilter, LayerInfo, Resolve, Sink
+from .layer import Conflict, LayerFilter, Sink
+from .layer_info import DirectoryInfo, LayerInfo, Resolve
 from .malformed import MalformedError
 from .tar import TarReader
 

@@ -395,6 +395,8 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
 def _apply_pax(entry: Entry, pax: dict[bytes, bytes]) -> int:
     stored = entry.size
     for key, value in pax.items():
+        if not value:
+            continue  # POSIX: as if there were no such record, in a global header either
         if key == b"path":
             entry.name = value
         elif key == b"linkpath":
