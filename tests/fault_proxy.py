@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import attrs
 import trio
@@ -165,7 +166,7 @@ async def fault_proxy(
     """Serve as a proxy of ``target`` on loopback until the block ends."""
     proxy = FaultProxy(target, plan)
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(trio.serve_tcp, proxy._serve, 0, "127.0.0.1")
+        listeners = await nursery.start(partial(trio.serve_tcp, host="127.0.0.1"), proxy._serve, 0)
         port = listeners[0].socket.getsockname()[1]
         proxy.host = f"127.0.0.1:{port}"
         yield proxy

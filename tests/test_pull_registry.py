@@ -22,7 +22,6 @@ from trio_supermachine import (
     SupermachineError,
 )
 from trio_supermachine.images.content import ContentStore
-from trio_supermachine.images.image import Image as PreparedImage
 from trio_supermachine.images.prepare import prepare_image
 from trio_supermachine.images.pull import pulled
 from trio_supermachine.oci.platform import Platform
@@ -79,6 +78,11 @@ async def verify(home: Path) -> None:
     assert not list(home.rglob(".tmp-*"))
 
 
+def facts(image: Image) -> object:
+    """What makes images the same."""
+    return image.digest, image.layers, image.config
+
+
 def partials(home: Path) -> list[Path]:
     return list((home / "content/partial").glob("*"))
 
@@ -129,12 +133,12 @@ async def test_missing_asks_once_and_always_asks_only_for_the_digest(
         assert proxy.count("/blobs/") == 2
         again = await prepare_image(reference)
         assert len(proxy.requests) == asked
-        assert again == first
+        assert facts(again) == facts(first)
         never = await prepare_image(reference, pull=PullPolicy.NEVER)
-        assert never == first
+        assert facts(never) == facts(first)
         assert len(proxy.requests) == asked
         always = await prepare_image(reference, pull=PullPolicy.ALWAYS)
-        assert always == first
+        assert facts(always) == facts(first)
         new = [line for line in proxy.requests[asked:] if not line.startswith("GET /v2/ ")]
         assert len(new) == 1
         assert new[0].startswith("HEAD ")
@@ -157,7 +161,7 @@ async def test_always_follows_a_tag_that_has_moved_and_missing_does_not(
         assert proxy.count("/blobs/") == blobs + 2  # a configuration and one layer
     removed = await ContentStore().collect()
     assert len(removed.digests) == 3  # the old manifest, its configuration and its layer
-    assert await prepare_image(proxied, pull=PullPolicy.NEVER) == new
+    assert facts(await prepare_image(proxied, pull=PullPolicy.NEVER)) == facts(new)
     await verify(home)
 
 
@@ -219,7 +223,7 @@ async def test_two_programs_at_once_download_a_layer_once(
     push: Callable[..., str], registry: RegistryServer, home: Path
 ) -> None:
     reference = push(layer("a", 2_000_000), layer("b", 2_000_000))
-    images: list[PreparedImage] = []
+    images: list[Image] = []
     async with fault_proxy(registry.address) as proxy:
 
         async def prepare() -> None:
@@ -231,7 +235,7 @@ async def test_two_programs_at_once_download_a_layer_once(
         assert len({line for line in proxy.requests if "/blobs/" in line}) == 3
         layers = {line for line in proxy.requests if "/blobs/" in line and proxy.count(line) == 1}
         assert len(layers) >= 2
-    assert all(image == images[0] for image in images)
+    assert all(facts(image) == facts(images[0]) for image in images)
     await verify(home)
 
 
@@ -334,7 +338,7 @@ async def test_offline_what_is_here_runs_and_the_rest_is_refused(
     reference = push(layer("a"))
     image = await prepare_image(reference)
     monkeypatch.setenv("TRIO_SUPERMACHINE_OFFLINE", "1")
-    assert await prepare_image(reference) == image
+    assert facts(await prepare_image(reference)) == facts(image)
     with pytest.raises(SupermachineError, match="OFFLINE"):
         await prepare_image(reference, pull=PullPolicy.ALWAYS)
 

@@ -19,7 +19,9 @@ from . import options
 from .failures import OWN_ERROR, SIGNALLED, CommandNotStarted, complain, report
 from .images import bake_command, images_command, prune_command, rmi_command, snapshot_group
 from .kernel import kernel_group
+from .login import login_command, logout_command
 from .run import RunOptions, run
+from .store import inspect_command, load_command, pull_command, save_command
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -59,7 +61,18 @@ def app() -> None:
     """Run OCI images as microVMs."""
 
 
-for _command in (bake_command, images_command, rmi_command, prune_command):
+for _command in (
+    bake_command,
+    pull_command,
+    images_command,
+    inspect_command,
+    rmi_command,
+    prune_command,
+    save_command,
+    load_command,
+    login_command,
+    logout_command,
+):
     app.add_command(_command)
 app.add_command(snapshot_group)
 app.add_command(kernel_group)
@@ -126,9 +139,9 @@ def run_command(
 ) -> int:
     """Run COMMAND, or the image's own, in a new VM of IMAGE, and end with its exit code.
 
-    IMAGE is oci:DIR[:TAG], oci-archive:FILE, docker-archive:FILE, rootfs:DIR or
-    builtin:busybox. COMMAND takes the place of the image's command; an entrypoint stays in front
-    of it.
+    IMAGE is a name in a registry ([HOST[:PORT]/]NAME[:TAG][@DIGEST]), oci:DIR[:TAG],
+    oci-archive:FILE, docker-archive:FILE, rootfs:DIR or builtin:busybox. COMMAND takes the place
+    of the image's command; an entrypoint stays in front of it.
 
     The first run of an image boots it once and keeps a snapshot, which takes seconds; later runs
     with the same memory and CPUs are restored from that.

@@ -9,12 +9,15 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
+import attrs
 import click
 import trio
 
 from ..config import EngineName
 from ..images.bakes import Bake, BakeStore
+from ..images.content import ContentStore
 from ..images.image import Image, PullPolicy
+from ..images.listing import Pulled, has_moved, list_pulled
 from ..images.prune import KEPT_UNUSED, Removed, allocated_file, prune, remove
 from ..resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
 from ..snapshots import Metadata, open_snapshot, read_metadata, verify_snapshot
@@ -22,6 +25,7 @@ from ..vm import Vm
 from . import options
 from .failures import printable
 from .meter import Meter
+from .tables import age_text, print_table, size_text
 
 _SHORT: Final = 12  # digits of a fingerprint or digest for people
 _STDERR: Final = 2
@@ -154,42 +158,57 @@ def _words(option: str, text: str) -> list[str]:
 @click.command("images")
 @_as_json
 def images_command(as_json: bool) -> None:
-    """List what has been baked, the last used first.
+    """List what has been pulled, and what has been baked, the last used first.
 
-    LAYERS are the image's files, which bakes of the same image share; the total has each once.
+    SIZE is what an image has here as it was downloaded, OWN what no other image shares. LAYERS are
+    an image's files as they are run, which bakes of the same image share. The total has each
+    once. An image that is marked as moved is baked from what its name stood for before.
     """
+    pulled, pulled_size = trio.run(list_pulled)
     bakes = trio.run(BakeStore().list)
-    total = sum(bake.size for bake in bakes) + _layers_size(bakes)
+    content = ContentStore()
+    moved = {bake.fingerprint for bake in bakes if has_moved(bake, content)}
+    total = sum(bake.size for bake in bakes) + _layers_size(bakes) + pulled_size
     if as_json:
-        document = {"images": [_describe(bake) for bake in bakes], "size": total}
+        document = {
+            "pulled": [attrs.asdict(image) for image in pulled],
+            "images": [{**_describe(bake), "moved": bake.fingerprint in moved} for bake in bakes],
+            "size": total,
+        }
         click.echo(json.dumps(document, indent=2))
         return
-    rows: list[tuple[str, ...]] = [
-        ("NAME", "IMAGE", "FINGERPRINT", "ENGINE", "MEMORY", "SNAPSHOT", "LAYERS", "USED")
-    ]
-    rows += [_row(bake) for bake in bakes]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        click.echo(
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
-    click.echo(f"total {_bytes(total)}")
+    if pulled:
+        print_table([("PULLED", "DIGEST", "SIZE", "OWN", "ASKED"), *map(_pulled_row, pulled)])
+        click.echo()
+    head = ("NAME", "IMAGE", "FINGERPRINT", "ENGINE", "MEMORY", "SNAPSHOT", "LAYERS", "USED")
+    print_table([head, *(_row(bake, moved=bake.fingerprint in moved) for bake in bakes)])
+    click.echo(f"total {size_text(total)}")
 
 
-def _row(bake: Bake) -> tuple[str, ...]:
+def _pulled_row(image: Pulled) -> tuple[str, ...]:
+    return (
+        image.name,
+        image.digest.partition(":")[2][:_SHORT],
+        size_text(image.size),
+        size_text(image.own_size),
+        age_text(time.time() - image.resolved_at),
+    )
+
+
+def _row(bake: Bake, *, moved: bool) -> tuple[str, ...]:
     metadata = bake.metadata
     names = ",".join(bake.names) or "-"
-    short, used = bake.fingerprint[:_SHORT], _age(time.time() - bake.used_at)
+    short, used = bake.fingerprint[:_SHORT], age_text(time.time() - bake.used_at)
     if metadata is None:
-        return (names, "damaged", short, "-", "-", _bytes(bake.size), "-", used)
+        return (names, "damaged", short, "-", "-", size_text(bake.size), "-", used)
     return (
         names,
-        printable(metadata.image_reference),
+        printable(metadata.image_reference) + (" (moved)" if moved else ""),
         short,
         printable(metadata.engine),
         f"{metadata.memory_mib} MiB",
-        _bytes(bake.size),
-        _bytes(_layers_size([bake])),
+        size_text(bake.size),
+        size_text(_layers_size([bake])),
         used,
     )
 
@@ -198,27 +217,39 @@ def _row(bake: Bake) -> tuple[str, ...]:
 @_as_json
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 def rmi_command(images: tuple[str, ...], as_json: bool) -> int:
-    """Remove bakes by name, image reference or the beginning of a fingerprint.
+    """Remove images and bakes: by name, image reference or the beginning of a fingerprint.
 
-    A name that is one of several of its bake goes alone. Layers that no other bake needs go
-    too. VMs that run go on.
+    A name that is one of several of its bake goes alone. A reference to a registry stands for
+    what was pulled by it, and for all bakes of it. Layers that nothing else needs go too. VMs that
+    run go on.
     """
     return _tell(trio.run(remove, images), as_json=as_json)
 
 
 @click.command("prune")
-@click.option("-a", "--all", "everything", is_flag=True, help="Remove all bakes, named ones too.")
+@click.option(
+    "-a",
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Remove all bakes, named ones too, and all that was pulled.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Only tell what would be removed.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @_as_json
 def prune_command(everything: bool, dry_run: bool, yes: bool, as_json: bool) -> int:
-    """Remove bakes without a name that were not used for a week, and layers that no bake needs.
+    """Remove bakes without a name that were not used for a week, layers that no bake needs, and
+    what was downloaded for names that stand for another image by now.
 
     Snapshots that were saved elsewhere are not known here: they need the layers of their image,
     which baking it again brings back.
     """
     if not dry_run and not yes:
-        which = "all bakes" if everything else f"unnamed bakes older than {_age(KEPT_UNUSED)}"
+        which = (
+            "all bakes, all pulled images"
+            if everything
+            else f"unnamed bakes older than {age_text(KEPT_UNUSED)}"
+        )
         if not sys.stdin.isatty():
             raise click.UsageError("there is no terminal to ask on; give --yes or --dry-run")
         if not click.confirm(f"Remove {which}, and layers that no bake needs?", err=True):
@@ -233,6 +264,8 @@ def _tell(removed: Removed, *, as_json: bool, dry_run: bool = False) -> int:
             "bakes": [bake.fingerprint for bake in removed.bakes],
             "layers": [str(layer) for layer in removed.layers],
             "busy": [bake.fingerprint for bake in removed.busy],
+            "pulled": list(removed.names),
+            "blobs": list(removed.blobs),
             "size": removed.size,
             "dry_run": dry_run,
         }
@@ -242,11 +275,15 @@ def _tell(removed: Removed, *, as_json: bool, dry_run: bool = False) -> int:
         for bake in removed.bakes:
             what = printable(bake.metadata.image_reference) if bake.metadata else "damaged"
             click.echo(f"{verb} {bake.fingerprint[:_SHORT]}  {what}")
+        for name in removed.names:
+            click.echo(f"{verb} {name}")
         for layer in removed.layers:
             click.echo(f"{verb} layer {layer.name}")
         for bake in removed.busy:
             click.echo(f"left {bake.fingerprint[:_SHORT]}: it is being made just now", err=True)
-        click.echo(f"{verb} {_bytes(removed.size)}")
+        if removed.blobs:
+            click.echo(f"{verb} {len(removed.blobs)} downloaded blobs")
+        click.echo(f"{verb} {size_text(removed.size)}")
     return 1 if removed.busy else 0
 
 
@@ -318,19 +355,3 @@ def _describe(bake: Bake) -> dict[str, Any]:
 def _layers_size(bakes: list[Bake]) -> int:
     layers = {ref.path for bake in bakes if bake.metadata for ref in bake.metadata.layers}
     return sum(allocated_file(layer) for layer in layers)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' if count > 1 else ''}"
-    return "moments"

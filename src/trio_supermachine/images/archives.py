@@ -31,9 +31,10 @@ from ..oci.manifest import (
 from ..oci.progress import ProgressCallback, report
 from ..oci.reference import Reference, Transport
 from .arrival import Arrival, full_disk
-from .content import CONTAINERD_NAME, ContentStore, Lease, Named, Record, index_of, named_in
+from .content import ContentStore, Lease
 from .limits import max_layer
 from .pull import name_of
+from .records import CONTAINERD_NAME, Named, Record, named_in, write_index
 
 _MAX_DEPTH: Final = 4  # of indexes in indexes
 _LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
@@ -121,7 +122,7 @@ def _save(
 def _write(store: ContentStore, file: BinaryIO, records: list[Record], digests: list[str]) -> None:
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
         layout = b'{"imageLayoutVersion": "1.0.0"}'
-        index = json.dumps(index_of(records)).encode()
+        index = write_index(records).encode()
         for name, data in (("oci-layout", layout), ("index.json", index)):
             archive.addfile(_member(name, len(data)), io.BytesIO(data))
         for digest in digests:

@@ -15,46 +15,28 @@ Layers that are run are squashfs files of :mod:`.store`, which do not need these
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import attrs
 import trio
 
 from .. import hostfiles
 from ..errors import SupermachineError
-from ..oci.blobs import MAX_DOCUMENT, Directory, as_digest, is_digest, sha256
+from ..oci.blobs import MAX_DOCUMENT, Directory, as_digest, sha256
 from ..oci.decompress import Blob
-from ..oci.documents import INDEXES, MANIFESTS, MAX_MANIFESTS, Descriptor, read_index
+from ..oci.documents import INDEXES, MANIFESTS, MAX_MANIFESTS, Descriptor
 from ..oci.malformed import MalformedError
-from ..oci.manifest import REF_NAME
 from .arrival import Arrival, BlobWriter, full_disk
 from .locks import exclusive, in_use, try_exclusive, unused
+from .records import Record, named_in, read_records, write_index
 
-#: By which containerd and Docker know an image's full name.
-CONTAINERD_NAME: Final = "io.containerd.image.name"
-_RESOLVED: Final = "org.trio-supermachine.resolved"
 _LAYOUT: Final = '{"imageLayoutVersion": "1.0.0"}'
-
-
-@attrs.frozen(kw_only=True)
-class Record:
-    """What a name was resolved to.
-
-    :ivar name: with all defaults, such as ``docker.io/library/python:3.12``.
-    :ivar top: the index or manifest that it stands for.
-    :ivar resolved_at: in seconds since 1970.
-    """
-
-    name: str
-    top: Descriptor
-    resolved_at: float
 
 
 @attrs.frozen(kw_only=True)
@@ -114,8 +96,8 @@ class ContentStore:
         except FileNotFoundError:
             return ()
         try:
-            found = [_record(descriptor) for descriptor in read_index(data, "index.json")]
-        except (MalformedError, ValueError) as error:
+            found = read_records(data)
+        except MalformedError as error:
             raise SupermachineError(
                 f"{path} is damaged ({error}); remove it and pull the images again, which"
                 " downloads nothing that is there"
@@ -152,7 +134,7 @@ class ContentStore:
                 with hostfiles.new_file(layout) as new:
                     new.write_text(_LAYOUT)
             with hostfiles.new_file(index) as new:
-                new.write_text(json.dumps(index_of(records)))
+                new.write_text(write_index(records))
 
     # Blobs
 
@@ -330,27 +312,6 @@ class ContentStore:
         return found
 
 
-def index_of(records: Iterable[Record]) -> Mapping[str, Any]:
-    """The index of an OCI layout that has these images."""
-    return {
-        "schemaVersion": 2,
-        "mediaType": INDEXES[0],
-        "manifests": [
-            {
-                "mediaType": record.top.media_type,
-                "digest": record.top.digest,
-                "size": record.top.size,
-                "annotations": {
-                    REF_NAME: record.name,
-                    CONTAINERD_NAME: record.name,
-                    _RESOLVED: f"{record.resolved_at:.3f}",
-                },
-            }
-            for record in records
-        ],
-    }
-
-
 def _digest_of(fd: int) -> str:
     """The digest of an open file, read in a worker thread of Trio's."""
     hashed = hashlib.sha256()
@@ -360,51 +321,6 @@ def _digest_of(fd: int) -> str:
         hashed.update(data)
         offset += len(data)
     return "sha256:" + hashed.hexdigest()
-
-
-def _record(descriptor: Descriptor) -> Record:
-    name = descriptor.annotations.get(REF_NAME)
-    if name is None:
-        raise MalformedError("an image has no name")
-    return Record(
-        name=name,
-        top=descriptor,
-        resolved_at=float(descriptor.annotations.get(_RESOLVED, "0")),
-    )
-
-
-@attrs.frozen
-class Named:
-    """What an index or manifest names; ``document`` if it names others in turn."""
-
-    digest: str
-    document: bool
-    media_type: str
-
-
-def named_in(data: bytes) -> list[Named]:
-    """What an index or manifest names.
-
-    A document that is not understood may be one of a newer kind: what can be found in it counts.
-    """
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        return []
-    if not isinstance(document, dict):
-        return []
-    items = [(document.get("config"), False)]
-    for key, documents in (("manifests", True), ("layers", False)):
-        listed = document.get(key)
-        items += [(item, documents) for item in (listed if isinstance(listed, list) else [])]
-    found = []
-    for item, is_document in items:
-        if not isinstance(item, dict):
-            continue
-        digest = item.get("digest")
-        if isinstance(digest, str) and digest.startswith("sha256:") and is_digest(digest):
-            found.append(Named(digest, is_document, str(item.get("mediaType"))))
-    return found
 
 
 def _publish(fd: int, partial: Path, final: Path) -> None:

@@ -123,11 +123,16 @@ async def _prepare(
         key = await trio.to_thread.run_sync(tree.fingerprint)
         layer = await store.made("rootfs", key, tree.write)
         return _Prepared("sha256:" + key, ImageConfig(), (layer,))
-    image = await trio.to_thread.run_sync(_find, reference, platform)
+    image = await trio.to_thread.run_sync(find_local, reference, platform)
     return _Prepared(image.digest, image.config, await store.layers(image.layers, progress))
 
 
-def _find(reference: Reference, platform: Platform) -> LocalImage:
+def find_local(reference: Reference, platform: Platform) -> LocalImage:
+    """The image in a layout or archive.
+
+    :raises ImageNotFound: it is not there.
+    :raises MalformedError: a document is damaged.
+    """
     match reference.transport:
         case "oci":
             files = Directory(_existing(reference, directory=True))

@@ -1,0 +1,197 @@
+"""The commands about images as they are distributed: ``pull``, ``inspect``, ``save``, ``load``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+import trio
+
+from ..errors import ImageCorrupt, ImageNotFound, ReferenceInvalid
+from ..images.archives import load, save
+from ..images.content import ContentStore
+from ..images.image import PullPolicy
+from ..images.prepare import find_local, prepare_image
+from ..images.pull import find_pulled, name_of, pulled, refuse_foreign
+from ..oci.malformed import MalformedError
+from ..oci.platform import Platform
+from ..oci.progress import Progress, ProgressCallback
+from ..oci.reference import Reference, Transport
+from . import options
+from .meter import Meter
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr.")
+
+
+@click.command("pull")
+@options.platform
+@click.option(
+    "--policy",
+    "pull",
+    type=click.Choice([policy.value for policy in PullPolicy]),
+    default=PullPolicy.ALWAYS.value,
+    show_default=True,
+    help="When to ask the registry.",
+)
+@_quiet
+@_as_json
+@click.argument("image")
+def pull_command(image: str, platform: str | None, pull: str, quiet: bool, as_json: bool) -> None:
+    """Get IMAGE from its registry and make it ready to run, and print its digest.
+
+    IMAGE is a name as for Docker: [HOST[:PORT]/]NAME[:TAG][@DIGEST]. What is here already is
+    not downloaded again, and what was broken off goes on where it was. An image for a platform
+    that no guest here can have is kept as it is.
+    """
+    document = trio.run(partial(_pull, image, platform, PullPolicy(pull), quiet=quiet))
+    click.echo(json.dumps(document, indent=2) if as_json else document["digest"])
+
+
+async def _pull(
+    image: str, platform: str | None, policy: PullPolicy, *, quiet: bool
+) -> dict[str, Any]:
+    reference = _registry_reference(image)
+    wanted = Platform.parse(platform)
+    with Meter() as meter:
+        progress = _silent if quiet else meter.show
+        if wanted.architecture == Platform.parse(None).architecture:
+            refuse_foreign(reference, wanted)
+            await prepare_image(image, pull=policy, platform=platform, progress=progress)
+        else:
+            await _fetch(reference, wanted, policy, progress)
+    return _describe(ContentStore(), reference, wanted)
+
+
+async def _fetch(
+    reference: Reference, platform: Platform, policy: PullPolicy, progress: ProgressCallback
+) -> None:
+    try:
+        async with pulled(reference, platform, policy, progress=progress, to_run=False):
+            pass
+    except MalformedError as error:
+        raise ImageCorrupt(str(reference), str(error)) from error
+
+
+async def _silent(step: Progress) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+def _registry_reference(text: str) -> Reference:
+    reference = Reference.parse(text)
+    if reference.transport is not Transport.DOCKER:
+        raise ReferenceInvalid(text, "it is on this host already; only registries are pulled from")
+    return reference
+
+
+@click.command("inspect")
+@options.platform
+@click.argument("image")
+def inspect_command(image: str, platform: str | None) -> None:
+    """Print what IMAGE is, as JSON: its digest, its configuration and its layers.
+
+    It is one that was pulled or loaded, or in a layout or archive. No registry is asked.
+    """
+    reference, wanted = Reference.parse(image), Platform.parse(platform)
+    try:
+        if reference.transport is Transport.DOCKER:
+            document = _describe(ContentStore(), reference, wanted)
+        else:
+            document = _describe_local(reference, wanted)
+    except MalformedError as error:
+        raise ImageCorrupt(image, str(error)) from error
+    click.echo(json.dumps(document, indent=2))
+
+
+def _describe(store: ContentStore, reference: Reference, platform: Platform) -> dict[str, Any]:
+    choice = find_pulled(store, reference, platform)
+    if choice is None:
+        raise ImageNotFound(
+            str(reference),
+            f"it was not pulled; trio-supermachine pull {name_of(reference)} gets it",
+        )
+    record = store.record(name_of(reference))
+    found = choice.configuration
+    return {
+        "name": name_of(reference),
+        "digest": choice.manifest.digest,
+        "index": record.top.digest if record and record.top != choice.manifest else None,
+        "resolved_at": record.resolved_at if record else None,
+        "platform": None if found.platform is None else str(found.platform),
+        "config": attrs.asdict(found.config),
+        "layers": [
+            {
+                "digest": layer.digest,
+                "diff_id": diff_id,
+                "media_type": layer.media_type,
+                "size": layer.size,
+                "here": store.has(layer),
+            }
+            for layer, diff_id in choice.layers
+        ],
+        "size": choice.size,
+    }
+
+
+def _describe_local(reference: Reference, platform: Platform) -> dict[str, Any]:
+    if reference.transport in (Transport.ROOTFS, Transport.BUILTIN):
+        raise ReferenceInvalid(str(reference), "it is no OCI image, and has no documents")
+    image = find_local(reference, platform)
+    return {
+        "name": str(reference),
+        "digest": image.digest,
+        "config": attrs.asdict(image.config),
+        "layers": [
+            {"digest": layer.digest, "diff_id": layer.diff_id, "size": layer.blob.size}
+            for layer in image.layers
+        ],
+        "size": sum(layer.blob.size for layer in image.layers),
+    }
+
+
+@click.command("save")
+@_as_json
+@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True))
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+def save_command(file: str, images: tuple[str, ...], as_json: bool) -> None:
+    """Write an OCI archive of images that were pulled or loaded, with the same digests.
+
+    FILE can be run (oci-archive:FILE:NAME) or loaded on another host. "-" is stdout.
+    """
+    if file == "-":
+        if sys.stdout.isatty():
+            raise click.UsageError("an archive is not written to a terminal; give a file")
+        trio.run(save, sys.stdout.buffer, images)
+        sys.stdout.buffer.flush()
+        return
+    records = trio.run(save, Path(file), images)
+    if as_json:
+        described = {record.name: record.top.digest for record in records}
+        click.echo(json.dumps({"file": file, "images": described}, indent=2))
+
+
+@click.command("load")
+@click.option("--name", metavar="NAME", help="The name of the archive's only image.")
+@_quiet
+@_as_json
+@click.argument("file", type=click.Path())
+def load_command(file: str, name: str | None, quiet: bool, as_json: bool) -> None:
+    """Take the images of an OCI or docker archive into the store, and print their names."""
+    names = trio.run(_load, Path(file), name, quiet)
+    if as_json:
+        store = ContentStore()
+        found = {each: record.top.digest for each in names if (record := store.record(each))}
+        click.echo(json.dumps({"images": found}, indent=2))
+    else:
+        for each in names:
+            click.echo(each)
+
+
+async def _load(path: Path, name: str | None, quiet: bool) -> tuple[str, ...]:
+    with Meter() as meter:
+        return await load(path, name=name, progress=None if quiet else meter.show)
