@@ -182,3 +182,19 @@ def token_registry(_place: _Place) -> Iterator[RegistryServer]:
         _place.run("token", tls=True, auth={"token": auth}) as server,
     ):
         yield server
+
+
+@pytest.fixture(scope="session")
+def registries(
+    registry: RegistryServer,
+    tls_registry: RegistryServer,
+    basic_registry: RegistryServer,
+    token_registry: RegistryServer,
+) -> dict[str, RegistryServer]:
+    """All forms, by name; for tests that go through them."""
+    return {
+        "plain": registry,
+        "tls": tls_registry,
+        "basic": basic_registry,
+        "token": token_registry,
+    }

@@ -36,14 +36,14 @@ def contexts_for(host: str, *, insecure: bool) -> Contexts:
 
     :raises ConfigError: a certificate cannot be used.
     """
-    own, others = _context(insecure), _context(insecure)
     directory = _directory(host)
-    if directory is not None:
-        for file in _named(directory, ".crt"):
-            _load(own, file)
-            _load(others, file)
-        for file in _named(directory, ".cert"):
-            _show(own, file, file.with_suffix(".key"))
+    authorities = [] if directory is None else _named(directory, ".crt")
+    ours = [] if directory is None else _named(directory, ".cert")
+    own = others = _context(authorities, insecure)
+    if ours:
+        others = _context(authorities, insecure)
+    for file in ours:
+        _show(own, file, file.with_suffix(".key"))
     return Contexts(own, others)
 
 
@@ -61,7 +61,7 @@ def _named(directory: Path, suffix: str) -> list[Path]:
         raise ConfigError(f"{directory} cannot be read: {exc.strerror}") from exc
 
 
-def _context(insecure: bool) -> ssl.SSLContext:
+def _context(authorities: list[Path], insecure: bool) -> ssl.SSLContext:
     paths = ssl.get_default_verify_paths()  # SSL_CERT_FILE and SSL_CERT_DIR are in it
     if paths.cafile or (paths.capath and os.listdir(paths.capath)):
         context = ssl.create_default_context()
@@ -70,6 +70,8 @@ def _context(insecure: bool) -> ssl.SSLContext:
     if insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    for file in authorities:
+        _load(context, file)
     return context
 
 

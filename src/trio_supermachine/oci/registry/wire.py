@@ -6,7 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from http.cookiejar import DefaultCookiePolicy
-from typing import Final, final
+from typing import Any, Final, final
 
 import httpx
 import trio
@@ -129,8 +129,11 @@ class Wire:
         """
         client = self._own if own else self._others
         with trio.move_on_after(self._stall_timeout) as scope, _translated(url):
-            request = client.build_request(method, url, headers=headers, data=form)
-            return Answer(await client.send(request, stream=True), self._stall_timeout)
+            async with _no_half_made() as extensions:
+                request = client.build_request(
+                    method, url, headers=headers, data=form, extensions=extensions
+                )
+                return Answer(await client.send(request, stream=True), self._stall_timeout)
         assert scope.cancelled_caught
         raise _stalled(url, self._stall_timeout)
 
@@ -170,6 +173,27 @@ def _client(context: ssl.SSLContext, *, trust_env: bool) -> httpx.AsyncClient:
         raise ConfigError(f"the environment's proxy cannot be used: {exc}") from exc
     client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))  # keep none
     return client
+
+
+@asynccontextmanager
+async def _no_half_made() -> AsyncIterator[dict[str, Any]]:
+    """A request's extensions, by which a connection that it opens ends with it if it fails.
+
+    httpcore forgets a connection's socket where TLS is cancelled before it is established.
+    """
+    opened: list[Any] = []
+
+    async def note(event: str, about: Mapping[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            opened.append(about["return_value"])
+
+    try:
+        yield {"trace": note}
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            for stream in opened:
+                await stream.aclose()
+        raise
 
 
 @contextmanager
