@@ -162,6 +162,27 @@ async def test_whiteouts_are_what_overlayfs_wants(
     assert (upper / "owned").stat().st_uid == 1000
 
 
+async def test_a_whiteout_below_what_is_no_directory_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(tmp_path / "home"))
+    layout = Layout(tmp_path / "layout")
+    upper = [
+        member("full", data=b"was a directory"),
+        member("full/.wh.a"),
+        member("owned", SYM, linkname="etc"),
+        member("owned/.wh.old"),
+        member("goes/.wh.deep"),
+        member("goes", SYM, linkname="etc"),
+    ]
+    architecture = Platform.parse(None).architecture
+    tars = [make_tar(BASE), make_tar(upper)]
+    image = await prepare_image(layout.write(layout.manifest(tars, architecture=architecture)))
+    found = unpack(image.layers[1], tmp_path / "upper")
+    assert sorted(os.listdir(found)) == ["full", "goes", "owned"]
+    assert os.readlink(found / "owned") == os.readlink(found / "goes") == "etc"
+
+
 async def test_marks_of_overlayfs_in_a_layer_are_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

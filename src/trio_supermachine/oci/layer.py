@@ -31,11 +31,10 @@ import attrs
 from . import tar
 from .layer_info import DirectoryInfo, LayerInfo, Link, Resolve, hides
 from .malformed import MalformedError
+from .names import MAX_NAME, MAX_PATH, clean, join, show
 from .tar import Entry, TarReader
 
 MAX_ENTRIES = 2_000_000
-MAX_PATH = 4096
-MAX_NAME = 255
 MAX_XATTRS = 1 << 16  # bytes of names and values on one inode
 _MAX_TIME = (1 << 32) - 1
 _WHITEOUT = b".wh."
@@ -152,7 +151,7 @@ class LayerFilter:
         if path:
             parent = self._real(parent)
             self._parent(parent)
-            path = _join(parent, name)
+            path = join(parent, name)
         if entry.type == tar.CHAR and entry.device == (0, 0):
             return None
         if entry.type == tar.LINK:
@@ -165,11 +164,11 @@ class LayerFilter:
             tar.BLOCKDEV,
             tar.FIFO,
         ):
-            raise MalformedError(f"{_show(path)} has the unknown type {entry.type!r}")
+            raise MalformedError(f"{show(path)} has the unknown type {entry.type!r}")
         if entry.type == tar.SYMLINK and not 0 < len(entry.linkname) < MAX_PATH:
-            raise MalformedError(f"the symbolic link {_show(path)} has no proper target")
+            raise MalformedError(f"the symbolic link {show(path)} has no proper target")
         if b"\0" in entry.linkname:
-            raise MalformedError(f"the link {_show(path)} has a NUL in its target")
+            raise MalformedError(f"the link {show(path)} has a NUL in its target")
         if not path and entry.type != tar.DIRECTORY:
             raise MalformedError("the layer's root is not a directory")
         sanitise(entry)
@@ -181,20 +180,20 @@ class LayerFilter:
         if any(part.startswith(_AUFS) for part in parts[:-1]):
             return
         if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
-            raise MalformedError(f"{_show(path)} is below a whiteout")
+            raise MalformedError(f"{show(path)} is below a whiteout")
         parent, name = self._real(b"/".join(parts[:-1])), parts[-1]
-        if not name.startswith(_WHITEOUT):
-            return
+        if not name.startswith(_WHITEOUT) or not self._nearest(parent).directory:
+            return  # umoci hides what was in a directory that the layer replaces, too
         if name == _OPAQUE_MARK:
             self._parent(parent).opaque = True
             self._hidden.add(parent + b"/")
         elif not name.startswith(_AUFS):
             hidden = name[len(_WHITEOUT) :]
             if hidden in (b"", b".", b".."):
-                raise MalformedError(f"{_show(path)} hides nothing that can be")
+                raise MalformedError(f"{show(path)} hides nothing that can be")
             self._parent(parent)
-            self._whiteouts.add(_join(parent, hidden))
-            self._hidden.add(_join(parent, hidden))
+            self._whiteouts.add(join(parent, hidden))
+            self._hidden.add(join(parent, hidden))
 
     def _real(self, path: bytes) -> bytes:
         """The directory ``path`` with the links of the layers below followed, within the root."""
@@ -208,14 +207,14 @@ class LayerFilter:
             if part == b"..":
                 real = real.rpartition(b"/")[0]
                 continue
-            at = _join(real, part)
+            at = join(real, part)
             target = self._link_below(at)
             if target is None:
                 real = at
                 continue
             links += 1
             if links > _MAX_LINKS:
-                raise MalformedError(f"{_show(path)} leads through too many links")
+                raise MalformedError(f"{show(path)} leads through too many links")
             if target.startswith(b"/"):
                 real = b""
             left += target.split(b"/")[::-1]
@@ -231,6 +230,12 @@ class LayerFilter:
             self._followed[path] = found.target
         return self._followed[path]
 
+    def _nearest(self, path: bytes) -> _Node:
+        """What the layer has of ``path`` or the nearest above it."""
+        while (node := self._nodes.get(path)) is None:
+            path = path.rpartition(b"/")[0]
+        return node
+
     def _parent(self, path: bytes) -> _Node:
         """The directory ``path``, made with those above it if they are not there yet."""
         node = self._nodes.get(path)
@@ -239,7 +244,7 @@ class LayerFilter:
             self._parent_of_new(above)
             node = self._nodes[path] = _Node(True, -1)
         elif not node.directory:
-            raise MalformedError(f"{_show(path)} is no directory, but has entries below it")
+            raise MalformedError(f"{show(path)} is no directory, but has entries below it")
         return node
 
     def _parent_of_new(self, above: bytes) -> None:
@@ -248,7 +253,7 @@ class LayerFilter:
             missing.append(above)
             above = above.rpartition(b"/")[0]
         if not node.directory:
-            raise MalformedError(f"{_show(above)} is no directory, but has entries below it")
+            raise MalformedError(f"{show(above)} is no directory, but has entries below it")
         for path in reversed(missing):
             node.children += 1
             node = self._nodes[path] = _Node(True, -1)
@@ -268,7 +273,7 @@ class LayerFilter:
             self._nodes[path] = _Node(True, -1, info=info)
             return old is not None
         if old is not None and old.directory and (old.children or not path):
-            raise MalformedError(f"{_show(path)} is a directory first, and then is not")
+            raise MalformedError(f"{show(path)} is a directory first, and then is not")
         target = entry.linkname if entry.type == tar.SYMLINK else None
         if entry.type == tar.LINK:
             number = self._nodes[entry.linkname].inode
@@ -289,12 +294,12 @@ class LayerFilter:
 
     def _resolve_link(self, entry: Entry) -> None:
         parent, _, name = clean(entry.linkname).rpartition(b"/")
-        target = _join(self._real(parent), name)
+        target = join(self._real(parent), name)
         node = self._nodes.get(target)
         if node is None or node.directory:
             what = "a directory" if node else "not in the layer before it"
             raise MalformedError(
-                f"the hard link {_show(entry.name)} has the target {_show(target)}, which is {what}"
+                f"the hard link {show(entry.name)} has the target {show(target)}, which is {what}"
             )
         entry.linkname = target
 
@@ -319,7 +324,11 @@ class LayerFilter:
 
     def _finish(self, sink: Sink) -> None:
         self._begin(sink)
-        hidden = sorted(path for path in self._whiteouts if path not in self._nodes)
+        hidden = sorted(
+            path
+            for path in self._whiteouts
+            if path not in self._nodes and self._nearest(path).directory
+        )
         marked = {path.rpartition(b"/")[0] for path in hidden}
         for path, node in self._nodes.items():
             if node.directory and path:
@@ -344,31 +353,6 @@ class LayerFilter:
         sink.write(bytes(2 * tar.BLOCK))
 
 
-def clean(name: bytes) -> bytes:
-    """A name without what means nothing; the root is ``b""``.
-
-    A name that begins with a slash is one below the layer's root too, as for other tools.
-
-    :raises MalformedError: it has a ``..``, a NUL, or is too long.
-    """
-    if b"\0" in name:
-        raise MalformedError(f"the name {_show(name)} has a NUL")
-    parts = [part for part in name.split(b"/") if part and part != b"."]
-    for part in parts:
-        if part == b"..":
-            raise MalformedError(f"the name {_show(name)} leaves the layer's root")
-        if len(part) > MAX_NAME:
-            raise MalformedError(f"the name {_show(name)} is too long")
-    path = b"/".join(parts)
-    if len(path) >= MAX_PATH:
-        raise MalformedError(f"the name {_show(name)} is too long")
-    return path
-
-
-def _join(parent: bytes, name: bytes) -> bytes:
-    return parent + b"/" + name if parent else name
-
-
 def _as_link(entry: Entry, target: bytes) -> Entry:
     return Entry(b"", tar.LINK, entry.mode, entry.uid, entry.gid, 0, entry.mtime, target)
 
@@ -381,17 +365,13 @@ def sanitise(entry: Entry) -> None:
     entry.mtime = min(max(entry.mtime, 0), _MAX_TIME)
     if entry.xattrs:
         if sum(len(k) + len(v) for k, v in entry.xattrs.items()) > MAX_XATTRS:
-            raise MalformedError(f"{_show(entry.name)} has too large extended attributes")
+            raise MalformedError(f"{show(entry.name)} has too large extended attributes")
         entry.xattrs = dict(_kept(entry.xattrs))
 
 
 def _kept(xattrs: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
     for key, value in xattrs.items():
         if b"\0" in key or len(key) > MAX_NAME:
-            raise MalformedError(f"the extended attribute {_show(key)} has no proper name")
+            raise MalformedError(f"the extended attribute {show(key)} has no proper name")
         if key.startswith(_KNOWN_XATTRS) and not key.startswith(b"trusted.overlay."):
             yield key, value
-
-
-def _show(name: bytes) -> str:
-    return ascii(name[:200].decode("utf-8", "backslashreplace"))
