@@ -53,6 +53,9 @@ def own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(tmp_path / "registries.conf"))
     monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TRIO_SUPERMACHINE_OFFLINE", raising=False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
     (tmp_path / "registries.conf").write_text("")
 
 
@@ -371,6 +374,21 @@ class TestTime:
         async with hostile_server(trickle) as server:
             with pytest.raises(RegistryError, match="next to nothing"):
                 await manifest(server, settings=RegistrySettings(attempts=2))
+
+    async def test_a_document_may_not_take_for_ever(
+        self, idle_clock: trio.testing.MockClock
+    ) -> None:
+        async def slow(request: Request, stream: trio.abc.Stream) -> None:
+            await stream.send_all(reply("200 OK", {"Content-Length": str(4 << 20)}))
+            while True:
+                await stream.send_all(bytes(2048))
+                await trio.sleep(25)
+
+        async with hostile_server(slow) as server:
+            began = trio.current_time()
+            with pytest.raises(RegistryError, match="for 600 s"):
+                await manifest(server, settings=RegistrySettings(attempts=1))
+            assert 600 <= trio.current_time() - began < 601
 
     @pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable"])
     async def test_the_pause_that_a_server_asks_for_is_made(
@@ -843,3 +861,41 @@ class TestEncryption:
             self.trust(server, tmp_path)
             with pytest.raises(SupermachineError, match=r"ca\.crt is not a certificate"):
                 await manifest(server)
+
+
+class TestProxies:
+    async def test_loopback_needs_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:1")
+        async with hostile_server(always(reply("200 OK", body=MANIFEST))) as server:
+            assert (await manifest(server)).data == MANIFEST
+
+    async def test_others_are_asked_through_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def proxy(request: Request, stream: trio.abc.Stream) -> None:
+            allowed = request.method != "CONNECT"
+            await stream.send_all(reply("200 OK", {}, MANIFEST) if allowed else reply("403 No"))
+
+        asked = Reference.parse("docker://registry.invalid/some/image:tag")
+        async with hostile_server(proxy) as server:
+            for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+                monkeypatch.setenv(name, f"http://{server.host}")
+            with pytest.raises(RegistryError, match=r"through the proxy \(403 No\)"):
+                async with open_registry(asked, settings=QUICK) as registry:
+                    await registry.manifest("tag")
+            insecure = '[[registry]]\nlocation = "registry.invalid"\ninsecure = true'
+            (tmp_path / "registries.conf").write_text(insecure)
+            async with open_registry(asked, settings=QUICK) as registry:
+                assert (await registry.manifest("tag")).data == MANIFEST
+            assert server.requests[-1].target.startswith("http://registry.invalid/v2/some/image/")
+
+    @pytest.mark.parametrize("proxy", ["nonsense", "socks5://127.0.0.1:1", "http://[::z]"])
+    async def test_one_that_is_none_is_an_error(
+        self, proxy: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        asked = Reference.parse("docker://registry.invalid/some/image:tag")
+        with pytest.raises(SupermachineError):
+            async with open_registry(asked, settings=QUICK) as registry:
+                await registry.manifest("tag")

@@ -84,9 +84,9 @@ class Registry:
         self._check_name(tag_or_digest)
         attempts = self._attempts()
         document = await attempts.run(lambda host: self._get(host, tag_or_digest))
-        # Mirrors before this one did not have it; they are not asked for the blobs.
-        place = self._hosts.index(attempts.host)
-        self._hosts = self._hosts[place:]
+        if attempts.host in self._hosts:
+            # Mirrors before this one did not have it; they are not asked for the blobs.
+            self._hosts = self._hosts[self._hosts.index(attempts.host) :]
         return document
 
     @asynccontextmanager

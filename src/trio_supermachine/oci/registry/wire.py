@@ -19,6 +19,7 @@ from .tls import Contexts
 
 #: Bytes that count as an advance of a connection, and of a blob.
 ADVANCE: Final = 1024
+_READ_STALLS: Final = 20  # a whole document may take that many times the patience with silence
 _HEADERS: Final = {
     "User-Agent": f"trio-supermachine/{__version__}",
     # What a registry hashed is what is wanted, not what a server makes of it.
@@ -78,14 +79,16 @@ class Answer:
     async def read(self, limit: int) -> bytes | None:
         """The whole body, or `None` if it has more than ``limit`` bytes.
 
-        :raises Transient: as :meth:`receive`.
+        :raises Transient: as :meth:`receive`, or it takes too long.
         """
         body = bytearray()
-        while chunk := await self.receive():
-            body += chunk
-            if len(body) > limit:
-                return None
-        return bytes(body)
+        with trio.move_on_after(_READ_STALLS * self._stall_timeout):
+            while chunk := await self.receive():
+                body += chunk
+                if len(body) > limit:
+                    return None
+            return bytes(body)
+        raise _stalled(self.url, _READ_STALLS * self._stall_timeout)
 
     async def aclose(self) -> None:
         """Close the connection, unless all has been read, which leaves it for the next request."""
@@ -233,7 +236,15 @@ def _failure(url: httpx.URL, exc: httpx.HTTPError) -> Exception:
                 registry=host,
             )
     said = shown(str(exc)) or type(exc).__name__
-    if isinstance(exc, httpx.ProxyError | httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+    if isinstance(exc, httpx.ProxyError):
+        return Transient(
+            RegistryError(
+                f"{host} cannot be reached through the proxy ({said}); check HTTPS_PROXY,"
+                " HTTP_PROXY and NO_PROXY",
+                registry=host,
+            )
+        )
+    if isinstance(exc, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
         return RegistryError(f"{host} cannot be asked: {said}", registry=host)
     what = "cannot be reached" if isinstance(exc, httpx.ConnectError) else "broke the connection"
     return Transient(
