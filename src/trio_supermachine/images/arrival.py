@@ -27,8 +27,8 @@ class Arrival:
         self._fd = -1
         self._there = 0
         self._news = trio.lowlevel.ParkingLot()
-        #: Whoever read it found it damaged: what has come is of no use to others.
-        self.distrusted = False
+        #: What has come is not to be kept if the rest does not.
+        self.discarded = False
 
     async def open(self) -> int:
         """Wait until there is a file; a descriptor of it, which the caller closes."""

@@ -190,7 +190,7 @@ class ContentStore:
                     partial.unlink(missing_ok=True)
                     raise
                 except BaseException:
-                    if arrival.distrusted:
+                    if arrival.discarded:
                         partial.unlink(missing_ok=True)
                     else:
                         with suppress(OSError):

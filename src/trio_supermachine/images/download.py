@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from .._nursery import open_flat_nursery
-from ..errors import ImageNotFound
+from ..errors import DiskFull, ImageNotFound
 from ..oci.decompress import Blob
 from ..oci.documents import Descriptor, foreign_missing
 from ..oci.progress import ProgressCallback, report
@@ -43,16 +43,17 @@ class Download:
         self._progress = progress
         self._told: dict[str, int] = {}
         self._done = trio.Event()
+        self.failure: Exception | None = None
 
     def blob(self, layer: Descriptor) -> Blob:
         """Where a layer will be."""
         arrival = self._arrivals.get(layer.digest)
         return Blob(self._store.path(layer.digest), 0, layer.size, arrival)
 
-    def distrust(self) -> None:
-        """Keep nothing of what is on its way: whoever read it found it damaged."""
+    def discard(self) -> None:
+        """Keep nothing of what is on its way: it is damaged, or there is no room for it."""
         for arrival in self._arrivals.values():
-            arrival.distrusted = True
+            arrival.discarded = True
 
     def close(self) -> None:
         """Close the layers' files."""
@@ -62,19 +63,30 @@ class Download:
     async def run(self) -> None:
         """Download; returns when all layers are in the store.
 
+        The first layer that fails ends it, with that one's error, which is :attr:`failure` too.
         Progress is told by a task of its own, so that a slow callback does not slow this.
         """
         waiting = list(reversed(self._layers.values()))
         async with open_flat_nursery() as nursery:
             nursery.start_soon(self._tell)
-            async with open_flat_nursery() as workers:
+            async with trio.open_nursery() as workers:
                 for _ in range(min(_PARALLEL, len(waiting))):
-                    workers.start_soon(self._work, waiting)
+                    workers.start_soon(self._work, waiting, workers.cancel_scope)
+            if self.failure is not None:
+                raise self.failure
             self._done.set()
 
-    async def _work(self, waiting: list[Descriptor]) -> None:
+    async def _work(self, waiting: list[Descriptor], others: trio.CancelScope) -> None:
         while waiting:
-            await self._download(waiting.pop())
+            try:
+                await self._download(waiting.pop())
+            except Exception as error:
+                # What stops one layer, such as a full disk, stops others in the same moment.
+                self.failure = self.failure or error
+                if isinstance(error, DiskFull):
+                    self.discard()
+                others.cancel()
+                return
 
     async def _download(self, layer: Descriptor) -> None:
         arrival = self._arrivals[layer.digest]

@@ -18,6 +18,7 @@ from ..oci.platform import Platform
 from ..oci.progress import Progress, ProgressCallback
 from ..oci.reference import Reference, Transport
 from . import busybox
+from .arrival import full_disk
 from .content import ContentStore
 from .image import Image, PullPolicy
 from .pull import pulled
@@ -42,10 +43,11 @@ async def prepare_image(
     store = store or ImageStore()
     telling = None if progress is None else _one_at_a_time(progress)
     try:
-        if parsed.transport is Transport.DOCKER:
-            found = await _pull(parsed, wanted, pull, store, telling)
-        else:
-            found = await _prepare(parsed, wanted, store, telling)
+        with full_disk(store.root):
+            if parsed.transport is Transport.DOCKER:
+                found = await _pull(parsed, wanted, pull, store, telling)
+            else:
+                found = await _prepare(parsed, wanted, store, telling)
     except MalformedError as error:
         raise ImageCorrupt(ref, str(error)) from error
     return Image(

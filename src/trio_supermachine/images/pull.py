@@ -93,13 +93,18 @@ async def pulled(
             await lease.keep(*(layer.digest for layer in layers))
             missing = [layer for layer in layers if not store.has(layer)]
             with closing(Download(store, registry, missing, progress)) as download:
-                async with open_flat_nursery() as nursery:
-                    nursery.start_soon(download.run)
-                    try:
-                        yield _arriving(choice, download)
-                    except MalformedError:
-                        download.distrust()
-                        raise
+                try:
+                    async with open_flat_nursery() as nursery:
+                        nursery.start_soon(download.run)
+                        try:
+                            yield _arriving(choice, download)
+                        except MalformedError:
+                            download.discard()
+                            raise
+                except ExceptionGroup:
+                    if download.failure is not None:
+                        raise download.failure from None  # it is why the block failed, too
+                    raise
             await store.set_record(name_of(reference), top)
 
 

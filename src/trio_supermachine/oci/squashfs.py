@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import IO
 import attrs
 import trio
 
-from ..errors import AssetNotFound, SupermachineError
+from ..errors import AssetNotFound, DiskFull, SupermachineError
 from .decompress import Blob, open_layer
 from .layer import Conflict, LayerFilter, Sink
 from .layer_info import DirectoryInfo, LayerInfo, Resolve
@@ -178,6 +179,8 @@ class SqfsTar(Sink):
         self._stderr.seek(max(0, self._stderr.tell() - _STDERR_TAIL))
         said = self._stderr.read().decode("utf-8", "replace").strip()
         said = said or "no reason given"
+        if any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT)):
+            return DiskFull(os.fspath(self._dest))
         return SupermachineError(f"sqfstar could not write {self._dest}: {said}")
 
 
