@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trio_supermachine import (
+    Image,
     ImageCorrupt,
     ImageNotFound,
     NotSupported,

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 class PullPolicy(Enum):
-    """When to ask a registry for an image; local sources are always read as they are."""
+    """When to ask a registry what a name stands for, as Docker's; local sources are always read
+    as they are, and a digest that is here is never asked for.
+
+    ``ALWAYS`` asks each time, and downloads only what is not here. ``MISSING`` asks when the
+    image is not here for the platform. ``NEVER`` uses no network, and raises
+    :exc:`ImageNotFound` instead.
+    """
 
     ALWAYS = "always"
     MISSING = "missing"
@@ -75,29 +81,35 @@ class Image:
     ) -> Image:
         """The image that ``ref`` names, baked: booted once, and restored from then on.
 
-        Its layers become read-only file systems in the data directory, once for all programs;
-        digests are verified. The first call for an image boots it with 256 MiB and one CPU, waits
+        From a registry it is pulled into the data directory (:doc:`images`), where a pull that was
+        broken off goes on the next time. Its layers become read-only file systems there, once for
+        all programs, while they are downloaded; digests are verified. The first call for an image boots it with 256 MiB and one CPU, waits
         until its workload is ready (see :meth:`OciImageBuilder.with_snapshot`) and captures it;
         later calls find that snapshot. :meth:`builder` bakes with other settings. Cancelling
         ends the work and leaves nothing half-made.
 
-        :param ref: ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``,
+        :param ref: a name in a registry, as Docker writes them
+            (``[docker://][HOST[:PORT]/]NAME[:TAG][@DIGEST]``), ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``,
             ``docker-archive:FILE[:NAME]``, ``rootfs:DIR`` or ``builtin:busybox``.
         :param pull: when to ask a registry.
         :param platform: such as ``"linux/arm64"``; ``None`` is Linux on this machine's
             architecture.
         :param engine: the engine for the bake and the VMs of this image.
         :param progress: an async function that is called with
-            :class:`~trio_supermachine.Progress` values.
+            :class:`~trio_supermachine.Progress` values, one at a time; for each layer the bytes
+            that were downloaded, ten times in a second at most.
         :raises ReferenceInvalid: the reference does not parse.
-        :raises ImageNotFound: there is no such image, or not for this platform.
+        :raises ImageNotFound: there is no such image, or not for this platform, or it is not here
+            and ``pull`` forbids to ask.
+        :raises RegistryError: its registry refused or failed.
         :raises ImageCorrupt: it is damaged, lies about a digest, or tries to leave its root.
         :raises BakeFailed: its guest did not get as far as its capture; its message says how to
             bake it otherwise.
         :raises EngineUnavailable: no engine can run a guest here.
         :raises AssetNotFound: a tool is missing; the message names its package.
-        :raises NotSupported: the image is in a registry, of a kind not known here, or for a
-            platform that no guest here can have.
+        :raises NotSupported: the image is of a kind not known here, or for a platform that no
+            guest here can have; said before a layer is downloaded.
+        :raises DiskFull: there is no room for it.
         :raises ConfigError: another argument makes no sense.
         """
         from .builder import OciImageBuilder  # which makes images

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attrs
 
-from ..errors import NotSupported, ReferenceInvalid
+from ..errors import ReferenceInvalid
 
 _MAX = 4096
 
@@ -108,19 +108,6 @@ class Reference:
             except ReferenceInvalid:
                 pass
         return text
-
-    def require_local(self) -> None:
-        """Refuse what needs a registry.
-
-        :raises NotSupported: always for ``docker``.
-        """
-        if self.transport is Transport.DOCKER:
-            names = ", ".join(f"{transport.value}:" for transport in LOCAL)
-            raise NotSupported(
-                "registries",
-                f"{self}: pulling from registries is not supported by this version; use one of"
-                f" {names} (skopeo copy {self} oci:DIR:TAG makes one)",
-            )
 
 
 def normalise_name(name: str) -> str:
