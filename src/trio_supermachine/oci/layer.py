@@ -29,12 +29,13 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from . import tar
-from .layer_info import DirectoryInfo, LayerInfo, Link, Resolve, hides
+from .layer_info import DirectoryInfo, LayerInfo, Link, Resolve, hides, hides_here
 from .malformed import MalformedError
 from .names import MAX_NAME, MAX_PATH, clean, join, show
 from .tar import Entry, TarReader
 
 MAX_ENTRIES = 2_000_000
+MAX_NAMES = 1 << 29  # bytes of all names in a layer, with their directories
 MAX_XATTRS = 1 << 16  # bytes of names and values on one inode
 _MAX_TIME = (1 << 32) - 1
 _WHITEOUT = b".wh."
@@ -81,6 +82,7 @@ class LayerFilter:
         self._limit = limit
         self._resolve = resolve
         self._nodes: dict[bytes, _Node] = {b"": _Node(True, -1)}
+        self._names = 0  # bytes in the names of all nodes
         self._first: dict[int, bytes] = {}  # an inode's name in the output
         self._whiteouts: set[bytes] = set()
         self._hidden: set[bytes] = set()  # as in LayerInfo
@@ -200,20 +202,23 @@ class LayerFilter:
         if path in self._nodes:
             return path
         real, left, links = b"", path.split(b"/")[::-1], 0
+        hidden = False  # whether the layers below cannot be seen at ``real``
         while left:
             part = left.pop()
             if part in (b"", b"."):
                 continue
             if part == b"..":
                 real = real.rpartition(b"/")[0]
+                hidden = hides(self._hidden, real)
                 continue
             at = join(real, part)
-            target = self._link_below(at)
+            hidden = hidden or hides_here(self._hidden, at)
+            target = None if hidden else self._link_below(at)
             if target is None:
                 real = at
                 continue
             links += 1
-            if links > _MAX_LINKS:
+            if links > _MAX_LINKS or len(left) > MAX_PATH:
                 raise MalformedError(f"{show(path)} leads through too many links")
             if target.startswith(b"/"):
                 real = b""
@@ -221,7 +226,7 @@ class LayerFilter:
         return clean(real)
 
     def _link_below(self, path: bytes) -> bytes | None:
-        if path in self._nodes or hides(self._hidden, path):
+        if path in self._nodes:
             return None
         if path not in self._followed:
             found = self._resolve(path)
@@ -242,7 +247,7 @@ class LayerFilter:
         if node is None:
             above = path.rpartition(b"/")[0]
             self._parent_of_new(above)
-            node = self._nodes[path] = _Node(True, -1)
+            node = self._add(path, _Node(True, -1))
         elif not node.directory:
             raise MalformedError(f"{show(path)} is no directory, but has entries below it")
         return node
@@ -256,10 +261,15 @@ class LayerFilter:
             raise MalformedError(f"{show(above)} is no directory, but has entries below it")
         for path in reversed(missing):
             node.children += 1
-            node = self._nodes[path] = _Node(True, -1)
+            node = self._add(path, _Node(True, -1))
         node.children += 1
-        if len(self._nodes) > 2 * MAX_ENTRIES:
-            raise MalformedError("a layer implies too many directories")
+
+    def _add(self, path: bytes, node: _Node) -> _Node:
+        self._names += len(path)
+        if len(self._nodes) > 2 * MAX_ENTRIES or self._names > MAX_NAMES:
+            raise MalformedError("a layer has or implies too many names")
+        self._nodes[path] = node
+        return node
 
     def _place(self, number: int, path: bytes, entry: Entry) -> bool:
         """Put an entry into the tree; whether this changes what may have been written."""
@@ -270,7 +280,7 @@ class LayerFilter:
                 old.info = info
                 return False
             self._count(path, old)
-            self._nodes[path] = _Node(True, -1, info=info)
+            self._add(path, _Node(True, -1, info=info))
             return old is not None
         if old is not None and old.directory and (old.children or not path):
             raise MalformedError(f"{show(path)} is a directory first, and then is not")
@@ -281,7 +291,7 @@ class LayerFilter:
             if old is not None and old.inode == number:
                 return True  # a link to itself: writing it again would be an error
         self._count(path, old)
-        self._nodes[path] = _Node(False, number, target=target)
+        self._add(path, _Node(False, number, target=target))
         if entry.type == tar.LINK:
             entry.linkname = self._first[number]
         else:

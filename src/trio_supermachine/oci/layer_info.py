@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import attrs
 
@@ -53,15 +53,18 @@ class LayerInfo:
         return hides(self.hidden, path)
 
 
-def hides(hidden: Container[bytes], path: bytes) -> bool:
+def hides(hidden: Collection[bytes], path: bytes) -> bool:
     """Whether whiteouts and opaque directories, as in :class:`LayerInfo`, hide ``path``."""
-    if path in hidden:
-        return True
-    while path:
-        path = path.rpartition(b"/")[0]
-        if path + b"/" in hidden or (path and path in hidden):
+    while hidden and path:
+        if hides_here(hidden, path):
             return True
+        path = path.rpartition(b"/")[0]
     return False
+
+
+def hides_here(hidden: Collection[bytes], path: bytes) -> bool:
+    """The same, of nothing but ``path`` itself and the directory that it is in."""
+    return path in hidden or path.rpartition(b"/")[0] + b"/" in hidden
 
 
 #: What the layers below have where a directory is implied.

@@ -6,6 +6,7 @@ from .malformed import MalformedError
 
 MAX_PATH = 4096
 MAX_NAME = 255
+MAX_DEPTH = 512  # directories above each other; each that is implied costs work and memory
 
 
 def clean(name: bytes) -> bytes:
@@ -13,7 +14,7 @@ def clean(name: bytes) -> bytes:
 
     A name that begins with a slash is one below the layer's root too, as for other tools.
 
-    :raises MalformedError: it has a ``..``, a NUL, or is too long.
+    :raises MalformedError: it has a ``..``, a NUL, or is too long or too deep.
     """
     if b"\0" in name:
         raise MalformedError(f"the name {show(name)} has a NUL")
@@ -24,7 +25,7 @@ def clean(name: bytes) -> bytes:
         if len(part) > MAX_NAME:
             raise MalformedError(f"the name {show(name)} is too long")
     path = b"/".join(parts)
-    if len(path) >= MAX_PATH:
+    if len(path) >= MAX_PATH or len(parts) > MAX_DEPTH:
         raise MalformedError(f"the name {show(name)} is too long")
     return path
 
