@@ -83,14 +83,16 @@ class Image:
 
         From a registry it is pulled into the data directory (:doc:`images`), where a pull that was
         broken off goes on the next time. Its layers become read-only file systems there, once for
-        all programs, while they are downloaded; digests are verified. The first call for an image boots it with 256 MiB and one CPU, waits
-        until its workload is ready (see :meth:`OciImageBuilder.with_snapshot`) and captures it;
-        later calls find that snapshot. :meth:`builder` bakes with other settings. Cancelling
-        ends the work and leaves nothing half-made.
+        all programs, while they are downloaded; digests are verified. The first call for an image
+        boots it with 256 MiB and one CPU, waits until its workload is ready (see
+        :meth:`OciImageBuilder.with_snapshot`) and captures it; later calls find that snapshot.
+        :meth:`builder` bakes with other settings. Cancelling ends the work and leaves nothing
+        half-made.
 
         :param ref: a name in a registry, as Docker writes them
-            (``[docker://][HOST[:PORT]/]NAME[:TAG][@DIGEST]``), ``oci:DIR[:TAG]``, ``oci-archive:FILE[:TAG]``,
-            ``docker-archive:FILE[:NAME]``, ``rootfs:DIR`` or ``builtin:busybox``.
+            (``[docker://][HOST[:PORT]/]NAME[:TAG][@DIGEST]``), ``oci:DIR[:TAG]``,
+            ``oci-archive:FILE[:TAG]``, ``docker-archive:FILE[:NAME]``, ``rootfs:DIR`` or
+            ``builtin:busybox``.
         :param pull: when to ask a registry.
         :param platform: such as ``"linux/arm64"``; ``None`` is Linux on this machine's
             architecture.
