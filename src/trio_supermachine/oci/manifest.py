@@ -119,6 +119,8 @@ class _Search:
                 found = yield from self.find(below, depth + 1)
             elif descriptor.media_type in MANIFESTS:
                 found = yield from self._take(descriptor)
+            else:
+                self.offered[f"something of the media type {descriptor.media_type}"] = None
             if found is not None:
                 return found
         return None
