@@ -197,6 +197,12 @@ class TestStoring:
         document = json.loads((places / "config.json").read_text())
         assert list(document["auths"]) == ["https://index.docker.io/v1/"]
 
+    async def test_any_name_of_docker_hub_will_do(self) -> None:
+        await store_credentials("index.docker.io", ME)
+        assert await find_credentials("docker.io/library/alpine") == ME
+        assert await erase_credentials("registry-1.docker.io")
+        assert await find_credentials("docker.io") is None
+
     async def test_identity_tokens_too(self) -> None:
         await store_credentials("r.example", Credentials(identity_token="token"))
         assert await find_credentials("r.example") == Credentials(identity_token="token")

@@ -9,7 +9,7 @@ import trio
 
 from ...errors import ConfigError
 from ...hostfiles import home, locked
-from .auth_files import AuthFile, auth_files
+from .auth_files import AuthFile, auth_files, normalise_key
 from .helpers import ask_helper, forget_in_helper, tell_helper
 
 
@@ -28,7 +28,7 @@ _TOKEN_NAME = "<token>"
 
 def keys_of(registry: str) -> list[str]:
     """The keys under which credentials of ``HOST[:PORT][/PATH]`` may be, the best first."""
-    host, _, path = registry.partition("/")
+    host, _, path = normalise_key(registry).partition("/")
     parts = path.split("/") if path else []
     return ["/".join([host, *parts[:count]]) for count in range(len(parts), -1, -1)]
 
@@ -68,6 +68,7 @@ async def store_credentials(registry: str, credentials: Credentials) -> Path | s
 
     :raises ConfigError: the file is malformed or cannot be written, or the helper fails.
     """
+    registry = normalise_key(registry)
     async with locked(home() / "credentials.lock"):
         path = auth_files()[0]
         file = await trio.to_thread.run_sync(AuthFile.read, path)
@@ -88,6 +89,7 @@ async def erase_credentials(registry: str) -> bool:
 
     :raises ConfigError: a file is malformed or cannot be written, or a helper fails.
     """
+    registry = normalise_key(registry)
     found = False
     failed: ConfigError | None = None
     async with locked(home() / "credentials.lock"):
