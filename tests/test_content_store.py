@@ -1,5 +1,6 @@
 """The content store: what names stand for, what is kept, and what damage does."""
 
+# ruff: noqa: ASYNC221 (programs and files are what these tests look at)
 from __future__ import annotations
 
 import hashlib
@@ -14,16 +15,22 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trio_supermachine import ConfigError, SupermachineError
+from trio_supermachine import ConfigError, ImageNotFound, SupermachineError
 from trio_supermachine.images.arrival import Arrival
+from trio_supermachine.images.bakes import BakeStore
 from trio_supermachine.images.content import ContentStore
 from trio_supermachine.images.limits import max_image, max_layer
-from trio_supermachine.images.records import named_in, read_records, write_index
+from trio_supermachine.images.listing import has_moved
+from trio_supermachine.images.prune import prune, remove
+from trio_supermachine.images.records import Record, named_in, read_records, write_index
 from trio_supermachine.oci.decompress import Blob, BlobStream, opened
 from trio_supermachine.oci.documents import INDEXES, MANIFESTS, Descriptor
 from trio_supermachine.oci.malformed import MalformedError
+from trio_supermachine.oci.platform import Platform
+from trio_supermachine.snapshots import finish_full, new_snapshot
 
-from .image_files import digest_of
+from .image_files import Layout, digest_of, make_tar, member
+from .snapshot_files import MIB, draft, write_sparse
 
 
 @pytest.fixture
@@ -186,9 +193,7 @@ def test_an_index_keeps_its_records(names: list[str]) -> None:
         assert found.name == name
 
 
-def _record(name: str, top: Descriptor):  # type: ignore[no-untyped-def]
-    from trio_supermachine.images.records import Record
-
+def _record(name: str, top: Descriptor) -> Record:
     return Record(name=name, top=top, resolved_at=1.5)
 
 
@@ -203,8 +208,6 @@ def test_a_damaged_index_says_what_to_do(store: ContentStore, text: str) -> None
 async def test_the_store_is_a_layout_that_other_tools_read(
     store: ContentStore, tmp_path: Path
 ) -> None:
-    from .image_files import Layout, make_tar, member
-
     layout = Layout(tmp_path / "layout")
     described = layout.manifest([make_tar([member("a")])])
     layout.write(described)
@@ -277,3 +280,81 @@ def test_the_limit_of_an_image_follows_that_of_a_layer(monkeypatch: pytest.Monke
     assert (max_layer(), max_image()) == (1000, 4000)
     monkeypatch.delenv("TRIO_SUPERMACHINE_MAX_LAYER")
     assert max_layer() == 64 << 30
+
+
+async def bake_of(reference: str, digest: str) -> str:
+    """A bake that says that it was made of this image; its fingerprint."""
+    store = BakeStore()
+    fingerprint = hashlib.sha256((reference + digest).encode()).hexdigest()
+    async with store.making(fingerprint), new_snapshot(store.place(fingerprint)) as directory:
+        (directory / "restore.snap").write_bytes(b"state")
+        write_sparse(directory / "memory.bin", bytes(MIB))
+        described = draft(layers=(), image_reference=reference, image_digest=digest)
+        await finish_full(directory, described)
+    return fingerprint
+
+
+async def put_image(store: ContentStore, name: str, text: str) -> str:
+    """An image that was pulled under a name; the digest of its manifest."""
+    data = text.encode()
+    config = {
+        "os": "linux",
+        "architecture": Platform.parse(None).architecture,
+        "rootfs": {"type": "layers", "diff_ids": [digest_of(data)]},
+    }
+    described = []
+    for kind, blob in (("config.v1+json", json.dumps(config).encode()), ("layer.v1.tar", data)):
+        await store.put(blob)
+        media_type = f"application/vnd.oci.image.{kind}"
+        described.append({"mediaType": media_type, "digest": digest_of(blob), "size": len(blob)})
+    manifest = {"schemaVersion": 2, "config": described[0], "layers": [described[1]]}
+    document = json.dumps(manifest).encode()
+    top = Descriptor(media_type=MANIFESTS[0], digest=digest_of(document), size=len(document))
+    await store.put(document)
+    await store.set_record(name, top)
+    return top.digest
+
+
+async def test_a_bake_knows_when_its_name_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(tmp_path))
+    store = ContentStore()
+    name = "docker.io/library/app:1"
+    old = await put_image(store, name, "old")
+    await bake_of("app:1", old)
+    await bake_of(f"app@{old}", old)
+    await bake_of("oci:/app:1", old)
+    await bake_of("other:1", old)
+    assert not any(has_moved(bake, store) for bake in await BakeStore().list())
+    await put_image(store, name, "new")
+    moved = [bake for bake in await BakeStore().list() if has_moved(bake, store)]
+    assert [bake.metadata and bake.metadata.image_reference for bake in moved] == ["app:1"]
+
+
+async def test_a_reference_in_any_form_removes_image_and_bakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(tmp_path))
+    store = ContentStore()
+    digest = await put_image(store, "docker.io/library/app:1", "one")
+    await put_image(store, "docker.io/library/app:2", "two")
+    gone = {await bake_of("app:1", digest), await bake_of("docker://docker.io/app:1", digest)}
+    kept = await bake_of("app:2", digest)
+    with pytest.raises(ImageNotFound):
+        await remove(["app:1", "app:3"])
+    assert len(store.records()) == 2
+    removed = await remove(["library/app:1"])
+    assert removed.names == ("docker.io/library/app:1",)
+    assert {bake.fingerprint for bake in removed.bakes} == gone
+    assert len(removed.blobs) == 3
+    assert [bake.fingerprint for bake in await BakeStore().list()] == [kept]
+    pruned = await prune()
+    assert not pruned.names
+    assert not pruned.blobs
+    assert [record.name for record in store.records()] == ["docker.io/library/app:2"]
+    dry = await prune(everything=True, dry_run=True)
+    pruned = await prune(everything=True)
+    assert pruned.names == dry.names == ("docker.io/library/app:2",)
+    assert pruned.blobs == dry.blobs
+    assert not store.records()

@@ -102,12 +102,22 @@ async def _pull(
 
 
 def _one_at_a_time(progress: ProgressCallback) -> ProgressCallback:
-    """Downloads and conversions go on side by side, but no caller expects that of its callback."""
+    """Downloads and conversions go on side by side, but no caller expects that of its callback,
+    nor to be called again after an error, which ends both.
+    """
     lock = trio.Lock()
+    failed = False
 
     async def tell(step: Progress) -> None:
+        nonlocal failed
         async with lock:
-            await progress(step)
+            if failed:
+                return
+            try:
+                await progress(step)
+            except Exception:
+                failed = True
+                raise
 
     return tell
 
