@@ -366,9 +366,9 @@ class Vm:
         )
 
     async def stop(self, grace: float = 5.0) -> None:
-        """Shut the guest down in order: stop signals, ``grace`` seconds, sync, power off.
+        """Shut the guest down in order: stop signals, at most ``grace`` seconds, sync, the end.
 
-        A guest that has not powered off by then is killed, and so is one whose agent does not
+        A guest that has not got as far by then is killed, and so is one whose agent does not
         answer. When this returns the machine has ended. The block goes on, but calls to the
         guest raise :exc:`VmExited`. Cancelled, it kills the machine.
         """
@@ -378,7 +378,9 @@ class Vm:
         try:
             with trio.move_on_after(grace + _POWER_OFF):
                 with suppress(OSError, VmExited, ExecEof):
-                    await self._client.call(wire.shutdown(round(grace * 1000)))
+                    answer = await self._client.call(wire.shutdown(round(grace * 1000)))
+                    if answer.payload == wire.ALL_IS_WRITTEN:
+                        self._machine.kill("shutdown")
                 await self._machine.wait_exit()
         finally:
             self._machine.kill()

@@ -397,6 +397,10 @@ def write_file(path: str | bytes, mode: int) -> bytes:
     return frame(FrameType.WRITE_FILE, string(path) + _U32.pack(mode))
 
 
+#: What answers SHUTDOWN with OK: all has been written, and the machine may be ended at once.
+ALL_IS_WRITTEN: Final = _U64.pack(1)
+
+
 def shutdown(grace_ms: int) -> bytes:
     return frame(FrameType.SHUTDOWN, _U32.pack(grace_ms))
 

@@ -48,8 +48,7 @@ static bool control_frame(struct session *session, enum frame_type type, uint8_t
     case SHUTDOWN: {
         uint32_t grace_ms = read_u32(payload);
         if (!read_whole(payload)) return false;
-        answer(session, 0, 0);
-        shut_down(grace_ms, stop_signal);
+        shut_down(session, grace_ms, stop_signal);
         return true;
     }
     case FREEZE:
@@ -80,6 +79,7 @@ static void control_gone(struct session *session) {
     workload_forget(session);
     freezer_forget(session);
     listeners_forget(session);
+    shut_down_forget(session);
 }
 
 const struct action control_action = {

@@ -3,40 +3,67 @@
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/reboot.h>
 #include <sys/syscall.h>
+#include <termios.h>
 #include <unistd.h>
 
 #include "exec.h"
 #include "freezer.h"
 #include "loop.h"
+#include "session.h"
 #include "workload.h"
+
+/* Until the machine powers off by itself, if the host does not end it. */
+#define FOR_THE_HOST_MS 100
 
 bool machine_is_ours = true;
 
 static bool shutting_down;
+static struct session *asked; /* for the shutdown; NULL: nobody waits for its answer */
 static int workload_stop_signal;
 static unsigned waited_for;
 static struct timer grace;
 
-_Noreturn void power_off(void) {
+static void end_and_write_all(void) {
     workload_kill();
     exec_kill_all();
+    if (!machine_is_ours) return;
+    int console = open("/dev/console", O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    if (console >= 0) {
+        tcdrain(console);
+        close(console);
+    }
+    sync();
+}
+
+_Noreturn void power_off(void) {
+    end_and_write_all();
     if (machine_is_ours) {
-        sync();
         reboot(RB_POWER_OFF);
         reboot(RB_AUTOBOOT);
     }
     _exit(0);
 }
 
-static void grace_over(struct timer *timer) {
+static void power_off_by(struct timer *timer) {
     (void)timer;
     power_off();
+}
+
+/* A kernel takes its time to power off, and has nothing to do that anyone would miss: the host is
+ * told that all is written, and ends the machine. */
+static void leave(void) {
+    if (!asked) power_off();
+    end_and_write_all();
+    session_send_ok(asked, ALL_IS_WRITTEN);
+    session_finish(asked);
+    timer_set(&grace, now_ns() + FOR_THE_HOST_MS * NS_PER_MS, power_off_by);
 }
 
 /* Whether it is a program that runs: neither a thread of the kernel nor a zombie. */
@@ -70,9 +97,11 @@ static void wait_for(pid_t pid) {
 }
 
 static void wait_for_all(int signal_all) {
-    if (!machine_is_ours) power_off();
-    DIR *processes = opendir("/proc");
-    if (!processes) power_off();
+    DIR *processes = machine_is_ours ? opendir("/proc") : NULL;
+    if (!processes) {
+        leave();
+        return;
+    }
     struct dirent *entry;
     while ((entry = readdir(processes))) {
         if (!isdigit((unsigned char)*entry->d_name)) continue;
@@ -82,7 +111,7 @@ static void wait_for_all(int signal_all) {
         wait_for(pid);
     }
     closedir(processes);
-    if (!waited_for) power_off();
+    if (!waited_for) leave();
 }
 
 static void begin(struct timer *timer) {
@@ -90,18 +119,34 @@ static void begin(struct timer *timer) {
     freezer_thaw(); /* a frozen program cannot end as it would */
     if (!machine_is_ours) {
         workload_signal(workload_stop_signal);
-        if (!workload_pid()) power_off();
-        wait_for(workload_pid());
+        if (workload_pid())
+            wait_for(workload_pid());
+        else
+            leave();
         return;
     }
     wait_for_all(SIGTERM);
 }
 
-void shut_down(uint32_t grace_ms, int stop_signal) {
+static void grace_over(struct timer *timer) {
+    (void)timer;
+    leave();
+}
+
+void shut_down(struct session *session, uint32_t grace_ms, int stop_signal) {
     static struct timer now;
-    if (shutting_down) return;
+    if (shutting_down) {
+        session_send_ok(session, 0);
+        session_finish(session);
+        return;
+    }
     shutting_down = true;
+    asked = session;
     workload_stop_signal = stop_signal;
     timer_set(&grace, now_ns() + grace_ms * NS_PER_MS, grace_over);
-    timer_set(&now, 1, begin); /* in the next turn: the answer goes first */
+    timer_set(&now, 1, begin); /* in a turn of its own: this one may be handling what ends */
+}
+
+void shut_down_forget(struct session *session) {
+    if (asked == session) asked = NULL;
 }

@@ -3,11 +3,15 @@
 
 #include "util.h"
 
+struct session;
+
 /* In tests there is no machine to power off: the process kills what it started, and exits. */
 extern bool machine_is_ours;
 
 _Noreturn void power_off(void);
 
-/* The stop signal to the workload, SIGTERM to everything else; power_off when all have ended,
- * at the latest after this time. Once is enough. */
-void shut_down(uint32_t grace_ms, int stop_signal);
+/* The stop signal to the workload, SIGTERM to everything else; when all have ended, at the latest
+ * after this time, OK with ALL_IS_WRITTEN, and soon after it power_off. Once is enough: another
+ * session's OK comes at once. */
+void shut_down(struct session *session, uint32_t grace_ms, int stop_signal);
+void shut_down_forget(struct session *session);

@@ -41,6 +41,8 @@ enum frame_type {
     AWAIT_LISTENER = 39,
 };
 
+#define ALL_IS_WRITTEN 1 /* what answers SHUTDOWN with OK */
+
 /* A payload being read. Anything that does not fit sets `bad`, and reads as zeros from then on. */
 struct reader {
     uint8_t *at;

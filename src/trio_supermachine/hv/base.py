@@ -177,8 +177,10 @@ class Machine(ABC):
         """Wait until the machine has ended by itself or by :meth:`kill`; any number of waiters."""
 
     @abstractmethod
-    def kill(self) -> None:
-        """End the machine at once. Plain and idempotent; :meth:`wait_exit` tells when it is."""
+    def kill(self, reason: ExitReason = "stopped") -> None:
+        """End the machine at once. Plain and idempotent; :meth:`wait_exit` tells when it is, and
+        with this reason unless it had another by itself.
+        """
 
 
 class Engine(ABC):

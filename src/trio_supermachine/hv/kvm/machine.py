@@ -207,8 +207,8 @@ class KvmMachine(Machine):
         assert self._exit is not None
         return self._exit
 
-    def kill(self) -> None:
-        self._end(MachineExit(reason="stopped"))
+    def kill(self, reason: ExitReason = "stopped") -> None:
+        self._end(MachineExit(reason=reason))
 
     def _check_alive(self) -> None:
         if self._cause is not None:

@@ -78,7 +78,7 @@ class QemuMachine(Machine):
         self._mux = VsockMux(SocketCarrier(vsock))
         if restore is not None:
             self._mux.reset_peer()
-        self._stopped = False
+        self._killed_for: ExitReason | None = None
         self._cause: str | None = None
         self._fault: str | None = None
         self._exit: MachineExit | None = None
@@ -177,9 +177,9 @@ class QemuMachine(Machine):
         assert self._exit is not None
         return self._exit
 
-    def kill(self) -> None:
+    def kill(self, reason: ExitReason = "stopped") -> None:
         if self._exit is None:
-            self._stopped = True
+            self._killed_for = self._killed_for or reason
             self._process.kill()
 
     async def _or_exited(self, operation: Callable[..., Awaitable[_T]], *args: object) -> _T:
@@ -294,8 +294,8 @@ class QemuMachine(Machine):
             )
         if self._fault is not None:
             return MachineExit(reason="failed", detail=self._fault)
-        if self._stopped:
-            return MachineExit(reason="stopped")
+        if self._killed_for is not None:
+            return MachineExit(reason=self._killed_for)
         if status is not None and status < 0:
             return MachineExit(reason="killed", detail=f"QEMU was killed by signal {-status}")
         detail = self._process.stderr_tail or f"QEMU left with status {status}"
