@@ -362,6 +362,20 @@ class TestTime:
             with pytest.raises(RegistryError, match="next to nothing"):
                 await manifest(server, settings=RegistrySettings(attempts=2))
 
+    async def test_a_trickle_into_the_last_moment_is_as_good_as_silence(
+        self, idle_clock: trio.testing.MockClock
+    ) -> None:
+        async def trickle(request: Request, stream: trio.abc.Stream) -> None:
+            await stream.send_all(reply("200 OK", {"Content-Length": str(len(DATA))}))
+            await trio.sleep(1)
+            await stream.send_all(DATA[:1])
+            idle_clock.jump(31)  # the byte is there, and so is the end of the time for it
+            await trio.sleep_forever()
+
+        async with hostile_server(trickle) as server:
+            with pytest.raises(RegistryError, match="next to nothing"):
+                await blob(server, settings=RegistrySettings(attempts=2))
+
     async def test_a_trickle_of_headers_is_as_good_as_silence(
         self, idle_clock: trio.testing.MockClock
     ) -> None:

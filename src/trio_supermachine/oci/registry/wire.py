@@ -65,7 +65,8 @@ class Answer:
         :raises Transient: the connection is lost, or brings next to nothing.
         """
         began = trio.current_time()
-        with trio.move_on_after(self._patience) as scope, _translated(self.url):
+        # What came in the moment when its time was over has left less than none.
+        with trio.move_on_after(max(0.0, self._patience)) as scope, _translated(self.url):
             chunk = await anext(self._chunks, b"")
             self._got += len(chunk)
             if self._got >= ADVANCE:
