@@ -332,6 +332,20 @@ async def test_a_bake_knows_when_its_name_has_moved(
     assert [bake.metadata and bake.metadata.image_reference for bake in moved] == ["app:1"]
 
 
+async def test_a_name_that_stands_for_no_image_to_run_hides_no_bake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(tmp_path))
+    store = ContentStore()
+    chart = {"mediaType": "application/vnd.example.chart", "digest": digest_of(b""), "size": 0}
+    document = json.dumps({"schemaVersion": 2, "config": chart, "layers": [chart]}).encode()
+    await store.put(document)
+    top = Descriptor(media_type=MANIFESTS[0], digest=digest_of(document), size=len(document))
+    await store.set_record("docker.io/library/app:1", top)
+    await bake_of("app:1", digest_of(b"old"))
+    assert [has_moved(bake, store) for bake in await BakeStore().list()] == [False]
+
+
 async def test_a_reference_in_any_form_removes_image_and_bakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

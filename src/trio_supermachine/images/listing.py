@@ -7,7 +7,7 @@ from collections import Counter
 import attrs
 import trio
 
-from ..errors import ImageNotFound, ReferenceInvalid
+from ..errors import ImageNotFound, NotSupported, ReferenceInvalid
 from ..oci.malformed import MalformedError
 from ..oci.platform import Platform
 from ..oci.reference import Reference, Transport
@@ -67,6 +67,6 @@ def has_moved(bake: Bake, store: ContentStore) -> bool:
         if reference.transport is not Transport.DOCKER or reference.digest is not None:
             return False
         choice = find_pulled(store, reference, Platform.parse(None))
-    except (ReferenceInvalid, ImageNotFound, MalformedError):
+    except (ReferenceInvalid, ImageNotFound, NotSupported, MalformedError):
         return False
     return choice is not None and choice.manifest.digest != bake.metadata.image_digest

@@ -129,6 +129,7 @@ def find_pulled(store: ContentStore, reference: Reference, platform: Platform) -
 
     :raises ImageNotFound: the name stands for an image without this platform.
     :raises MalformedError: a document is damaged.
+    :raises NotSupported: it is no image of layers.
     """
     top = _recorded(store, reference)
     search = choose([] if top is None else [top], reference, platform)
