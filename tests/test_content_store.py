@@ -258,6 +258,20 @@ async def test_the_lease_of_a_killed_program_keeps_nothing(store: ContentStore) 
     assert not lease.exists()
 
 
+async def test_what_a_killed_program_left_of_a_document_goes(store: ContentStore) -> None:
+    kept = await store.put(b"kept")
+    strays = [store.root / ".tmp-index", store.path(kept).with_name(".tmp-document")]
+    async with store.lease() as lease:
+        await lease.keep(kept)
+        for stray in strays:
+            stray.write_bytes(b"half")
+        await store.collect(dry_run=True)
+        assert all(stray.exists() for stray in strays)
+        await store.collect()
+        assert not any(stray.exists() for stray in strays)
+        assert await store.verify(kept)
+
+
 @given(st.binary(max_size=200) | st.recursive(st.none() | st.integers() | st.text(), lambda inner:
     st.lists(inner) | st.dictionaries(
         st.sampled_from(["manifests", "layers", "config", "digest", "mediaType"]), inner),

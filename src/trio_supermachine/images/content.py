@@ -8,7 +8,7 @@ It is an OCI image layout below ``content`` in the data directory, shared by all
 - ``leases/``: a file for each program at work, with the digests that it needs.
 
 Blobs are published by a rename when their digest has been checked. ``lock`` is held for moments:
-to change the index or a lease, and by whoever removes what no record and no lease needs.
+to write the index, a lease or a document, and by whoever removes what no record and no lease needs.
 Layers that are run are squashfs files of :mod:`.store`, which do not need these blobs any more.
 """
 
@@ -141,7 +141,8 @@ class ContentStore:
     async def put(self, data: bytes) -> str:
         """Put a document into the store, unless it is there; its digest."""
         digest = sha256(data)
-        await trio.to_thread.run_sync(self._put, self.path(digest), data)
+        async with self.locked():
+            await trio.to_thread.run_sync(self._put, self.path(digest), data)
         return digest
 
     def _put(self, path: Path, data: bytes) -> None:
@@ -291,7 +292,8 @@ class ContentStore:
         for lock in self.root.glob("locks/*"):
             with try_exclusive(lock):
                 pass  # its file goes with it
-        hostfiles.sweep(self.root)
+        for directory in (self.root, self.root / "blobs/sha256"):
+            hostfiles.sweep(directory)
 
     def below(self, top: Descriptor) -> Mapping[str, int]:
         """The digests of all that ``top`` needs and that is here, itself too, with their sizes."""
