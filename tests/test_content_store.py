@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -386,3 +387,21 @@ async def test_a_reference_in_any_form_removes_image_and_bakes(
     assert pruned.names == dry.names == ("docker.io/library/app:2",)
     assert pruned.blobs == dry.blobs
     assert not store.records()
+
+
+async def test_an_image_that_is_pulled_again_while_it_is_removed_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(tmp_path))
+    store = ContentStore()
+    await put_image(store, "docker.io/library/app:1", "one")
+    real = ContentStore.remove_records
+
+    async def remove_records(store: ContentStore, names: Iterable[str]) -> None:
+        await real(store, names)
+        await put_image(store, "docker.io/library/app:1", "one")  # another program's pull
+
+    monkeypatch.setattr(ContentStore, "remove_records", remove_records)
+    assert not (await remove(["app:1"])).blobs
+    (record,) = store.records()
+    assert len(store.below(record.top)) == 3

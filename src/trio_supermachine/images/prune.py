@@ -164,7 +164,8 @@ async def _forget(removed: Removed, names: Sequence[str], *, dry_run: bool) -> R
     content = ContentStore()
     if names and not dry_run:
         await content.remove_records(names)
-    collected = await content.collect(dry_run=dry_run, without=names)
+    # Who pulls one of these anew meanwhile gives it a name again, and keeps what it stands for.
+    collected = await content.collect(dry_run=dry_run, without=names if dry_run else ())
     return attrs.evolve(
         removed, names=tuple(names), blobs=collected.digests, size=removed.size + collected.size
     )
