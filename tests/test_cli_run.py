@@ -214,9 +214,7 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopping_signal_leaves_nothing_behind(
-    signum: signal.Signals, engine_name: str
-) -> None:
+def test_a_stopping_signal_leaves_nothing_behind(signum: signal.Signals, engine_name: str) -> None:
     with start(BUSYBOX, "sh", "-c", "echo started; sleep 1000") as process:
         try:
             assert process.stdout is not None
