@@ -29,7 +29,8 @@ from trio_supermachine.oci.platform import Platform
 from trio_supermachine.oci.reference import Reference
 
 from .fault_proxy import Drop, FaultProxy, Flip, Trickle, fault_proxy
-from .image_files import Layout, make_tar, member, store_files, tree, unpack
+from .hostile_server import Request, hostile_server, reply
+from .image_files import Layout, digest_of, make_tar, member, store_files, tree, unpack
 from .registry_server import RegistryServer, _place, registry  # noqa: F401
 
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -342,6 +343,23 @@ async def test_offline_what_is_here_runs_and_the_rest_is_refused(
     assert facts(await prepare_image(reference)) == facts(image)
     with pytest.raises(SupermachineError, match="OFFLINE"):
         await prepare_image(reference, pull=PullPolicy.ALWAYS)
+
+
+async def test_a_registry_that_names_a_layer_as_an_image_has_nobody_read_it(home: Path) -> None:
+    digest = digest_of(b"a large layer")
+    path = ContentStore().path(digest)
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+    async def answer(request: Request, stream: trio.abc.Stream) -> None:
+        headers = {"Docker-Content-Digest": digest}
+        found = request.method == "HEAD"
+        await stream.send_all(reply("200 OK" if found else "404 Not Found", headers))
+
+    async with hostile_server(answer) as server:
+        with pytest.raises(ImageNotFound, match=digest):
+            await prepare_image(f"{server.host}/app:1")
 
 
 async def test_an_image_that_is_too_large_is_refused_before_its_layers(

@@ -184,11 +184,16 @@ def _recorded(store: ContentStore, reference: Reference) -> Descriptor | None:
     if reference.digest is None:
         record = store.record(name_of(reference))
         return None if record is None else record.top
+    data = _read(store, reference.digest)
+    return None if data is None else _described(data, reference.digest)
+
+
+def _read(store: ContentStore, digest: str) -> bytes | None:
+    """What the store has by this digest, not checked; ``None`` if it can be no document."""
     try:
-        path = store.path(reference.digest)
-        if path.stat().st_size > MAX_DOCUMENT:
-            return None
-        return _described(path.read_bytes(), reference.digest)
+        path = store.path(digest)
+        # A registry may well say the digest of some layer.
+        return None if path.stat().st_size > MAX_DOCUMENT else path.read_bytes()
     except FileNotFoundError:
         return None
 
@@ -215,11 +220,8 @@ def _stored(store: ContentStore, descriptor: Descriptor) -> bytes:
 async def _top(store: ContentStore, lease: Lease, registry: Registry, digest: str) -> Descriptor:
     """The index or manifest of this digest, in the store."""
     await lease.keep(digest)
-    try:
-        data = store.path(digest).read_bytes()
-    except FileNotFoundError:
-        data = b""
-    if sha256(data) != digest:
+    data = _read(store, digest)
+    if data is None or sha256(data) != digest:
         data = (await registry.manifest(digest)).data
         await store.put(data)
     return _described(data, digest)
