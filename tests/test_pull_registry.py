@@ -362,6 +362,26 @@ async def test_a_registry_that_names_a_layer_as_an_image_has_nobody_read_it(home
             await prepare_image(f"{server.host}/app:1")
 
 
+async def test_documents_that_were_damaged_here_come_again(
+    push: Callable[..., str], layout: Layout, home: Path
+) -> None:
+    reference = push(layer("a"))
+    image = await prepare_image(reference)
+    store = ContentStore()
+    documents = [path for path in (home / "content/blobs/sha256").iterdir()
+                 if path.stat().st_size < 100_000]  # fmt: skip
+    assert len(documents) == 2
+    for path in documents:
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b'"', b"'"))
+        with pytest.raises(ImageCorrupt):
+            await prepare_image(reference, pull=PullPolicy.NEVER)
+        assert facts(await prepare_image(reference)) == facts(image)
+        assert path.read_bytes() == data
+    assert len(store.records()) == 1
+    await verify(home)
+
+
 async def test_an_image_that_is_too_large_is_refused_before_its_layers(
     push: Callable[..., str], registry: RegistryServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

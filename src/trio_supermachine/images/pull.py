@@ -161,6 +161,10 @@ async def _in_store(
         if reference.digest is not None:
             raise  # what a digest stands for does not change
         choice, why = None, error.reason
+    except MalformedError:
+        if policy is PullPolicy.NEVER:
+            raise
+        return None  # what is damaged here comes again
     if choice is not None:
         wanted = [choice.manifest, *(layer for layer, _ in choice.layers)]
         top = _recorded(store, reference)
