@@ -96,7 +96,7 @@ def test_from_bake_to_rmi(home: Path, engine_name: str) -> None:
     removed = answer("prune", "--all", "--yes", "--json")
     assert removed["bakes"] == [other["fingerprint"]]
     assert len(removed["layers"]) == 1
-    assert answer("images", "--json") == {"images": [], "size": 0}
+    assert answer("images", "--json") == {"images": [], "pulled": [], "size": 0}
 
     damaged = cli("snapshot", "verify", path)
     assert damaged.returncode == 125
