@@ -187,6 +187,23 @@ async def test_a_digest_that_is_here_never_needs_the_network(
         assert len(proxy.requests) == asked
 
 
+async def test_a_digest_that_is_here_is_a_name_of_its_own_once_it_is_asked_for(
+    push: Callable[..., str], home: Path
+) -> None:
+    reference = push(layer("a"))
+    image = await prepare_image(reference)
+    store = ContentStore()
+    (name,) = (record.name for record in store.records())
+    pinned = name.rpartition(":")[0] + "@" + image.digest
+    await prepare_image(pinned)
+    assert {record.name for record in store.records()} == {name, pinned}
+    await store.remove_records([name])
+    assert not (await store.collect()).digests
+    assert facts(await prepare_image(pinned, pull=PullPolicy.NEVER)) == facts(image)
+    await store.remove_records([pinned])
+    assert len((await store.collect()).digests) == 3
+
+
 async def test_the_variant_for_a_platform_is_taken_and_a_foreign_one_not_run(
     registry: RegistryServer, layout: Layout, home: Path
 ) -> None:

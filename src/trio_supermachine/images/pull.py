@@ -74,6 +74,7 @@ async def pulled(
                 if to_run:
                     refuse_foreign(reference, platform)
                 yield on_disk(store, choice, checked=True)
+                await _note_digest(store, reference)
                 return
         # The network's modules take longer to load than all of the above.
         from ..oci.registry import open_registry
@@ -144,6 +145,14 @@ def find_pulled(store: ContentStore, reference: Reference, platform: Platform) -
     except StopIteration as stop:
         found: Choice = stop.value
         return found
+
+
+async def _note_digest(store: ContentStore, reference: Reference) -> None:
+    """Record a digest that is here for another name's sake, so that it stays for its own."""
+    if reference.digest is not None and store.record(name_of(reference)) is None:
+        top = _recorded(store, reference)
+        if top is not None:
+            await store.set_record(name_of(reference), top)
 
 
 async def _in_store(
