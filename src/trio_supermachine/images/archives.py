@@ -120,7 +120,7 @@ def _save(
 
 
 def _write(store: ContentStore, file: BinaryIO, records: list[Record], digests: list[str]) -> None:
-    with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         layout = b'{"imageLayoutVersion": "1.0.0"}'
         index = write_index(records).encode()
         for name, data in (("oci-layout", layout), ("index.json", index)):

@@ -1,0 +1,63 @@
+"""Archives of the content store: what goes out comes in again, whatever it is called."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from trio_supermachine.images.archives import load, save
+from trio_supermachine.images.content import ContentStore
+from trio_supermachine.oci.documents import MANIFESTS, Descriptor
+
+from .image_files import digest_of
+
+NAME = "example.com/app:1"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ContentStore:
+    return ContentStore(tmp_path / "home")
+
+
+async def put_image(store: ContentStore, digest: str, size: int) -> None:
+    """Let a name stand for an image with one layer."""
+    config = await store.put(b"{}")
+    document = {
+        "schemaVersion": 2,
+        "config": {"digest": config, "size": 2},
+        "layers": [{"digest": digest, "size": size}],
+    }
+    data = json.dumps(document).encode()
+    top = Descriptor(media_type=MANIFESTS[0], digest=await store.put(data), size=len(data))
+    await store.set_record(NAME, top)
+
+
+class Enough(Exception):
+    """The beginning of an archive has been written."""
+
+
+class Beginning(io.BytesIO):
+    """Takes no more than the beginning of a file."""
+
+    def write(self, data: object, /) -> int:
+        if self.tell() > 1 << 16:
+            raise Enough
+        return super().write(data)  # type: ignore[arg-type]
+
+
+async def test_a_layer_may_be_larger_than_old_tar_files_have_room_for(store: ContentStore) -> None:
+    digest, size = digest_of(b"large"), 9 << 30
+    await put_image(store, digest, size)
+    with store.path(digest).open("wb") as file:
+        file.truncate(size)
+    out = Beginning()
+    with pytest.raises(Enough):
+        await save(out, [NAME], store=store)
+    out.seek(0)
+    with tarfile.open(fileobj=out) as archive:
+        sizes = {m.name: m.size for m in (archive.next() for _ in range(5)) if m is not None}
+    assert sizes["blobs/" + digest.replace(":", "/")] == size
