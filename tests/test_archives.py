@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from trio_supermachine import ImageNotFound
 from trio_supermachine.images.archives import load, save
 from trio_supermachine.images.content import ContentStore
 from trio_supermachine.oci.documents import MANIFESTS, Descriptor
 
-from .image_files import digest_of
+from .image_files import Layout, digest_of, make_tar, member
 
 NAME = "example.com/app:1"
 
@@ -21,6 +23,17 @@ NAME = "example.com/app:1"
 @pytest.fixture
 def store(tmp_path: Path) -> ContentStore:
     return ContentStore(tmp_path / "home")
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "layout")
+
+
+def archive_of(layout: Layout) -> Path:
+    file = layout.path.with_suffix(".tar")
+    subprocess.run(["tar", "-cf", file, "-C", layout.path, "."], check=True)
+    return file
 
 
 async def put_image(store: ContentStore, digest: str, size: int) -> None:
@@ -61,3 +74,29 @@ async def test_a_layer_may_be_larger_than_old_tar_files_have_room_for(store: Con
     with tarfile.open(fileobj=out) as archive:
         sizes = {m.name: m.size for m in (archive.next() for _ in range(5)) if m is not None}
     assert sizes["blobs/" + digest.replace(":", "/")] == size
+
+
+async def test_a_name_with_a_digest_comes_back(
+    store: ContentStore, layout: Layout, tmp_path: Path
+) -> None:
+    described = layout.manifest([make_tar([member("a")])])
+    pinned = f"example.com/app@{described['digest']}"
+    described.update(layout.tagged(pinned))
+    layout.write(described)
+    assert await load(archive_of(layout), store=store) == (pinned,)
+    again = tmp_path / "again.tar"
+    await save(again, [pinned], store=store)
+    other = ContentStore(tmp_path / "other")
+    assert await load(again, store=other) == (pinned,)
+    assert other.records()[0].top.digest == described["digest"]
+
+
+async def test_a_name_with_the_digest_of_another_is_refused(
+    store: ContentStore, layout: Layout
+) -> None:
+    described = layout.manifest([make_tar([member("a")])])
+    described.update(layout.tagged(f"example.com/app@{digest_of(b'another')}"))
+    layout.write(described)
+    with pytest.raises(ImageNotFound, match="--name"):
+        await load(archive_of(layout), store=store)
+    assert not store.records()

@@ -193,9 +193,10 @@ def _opened(path: Path) -> Archive:
     return Archive(path.absolute())
 
 
-def _proper(name: str) -> Reference:
+def _proper(name: str, digest: str | None = None) -> Reference:
+    """A name for an image to load, which may have no digest but the image's."""
     reference = Reference.parse(name)
-    if reference.transport is not Transport.DOCKER or reference.digest is not None:
+    if reference.transport is not Transport.DOCKER or reference.digest not in (None, digest):
         raise ReferenceInvalid(name, "this must be a name like example.com/app:1.0")
     return reference
 
@@ -218,7 +219,7 @@ def _named(
             )
         for text in names:
             try:
-                yield name_of(_proper(text)), top
+                yield name_of(_proper(text, top.digest)), top
             except ReferenceInvalid as error:
                 raise ImageNotFound(
                     str(reference),
