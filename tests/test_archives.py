@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_supermachine import ImageNotFound
+from trio_supermachine import ImageNotFound, NotSupported
 from trio_supermachine.images.archives import load, save
 from trio_supermachine.images.content import ContentStore
 from trio_supermachine.oci.documents import MANIFESTS, Descriptor
@@ -100,3 +100,10 @@ async def test_a_name_with_the_digest_of_another_is_refused(
     with pytest.raises(ImageNotFound, match="--name"):
         await load(archive_of(layout), store=store)
     assert not store.records()
+
+
+async def test_what_is_no_image_is_named(store: ContentStore, layout: Layout) -> None:
+    described = layout.blob(b"{}", "application/vnd.example.chart", **layout.tagged(NAME))
+    layout.write(described)
+    with pytest.raises(NotSupported, match=r"vnd\.example\.chart"):
+        await load(archive_of(layout), store=store)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 import trio
 
 from .. import hostfiles
-from ..errors import ImageCorrupt, ImageNotFound, ReferenceInvalid
+from ..errors import ImageCorrupt, ImageNotFound, NotSupported, ReferenceInvalid
 from ..oci.blobs import MAX_DOCUMENT, Archive, read_bytes, sha256
 from ..oci.decompress import CHUNK, Blob, open_layer, opened
 from ..oci.documents import CONFIGS, INDEXES, MANIFESTS, Descriptor, read_configuration
@@ -165,6 +165,7 @@ async def load(
     :param name: for an archive of one image: its name, in place of its own.
     :raises ImageNotFound: it is no such archive, or has an image without a name.
     :raises ImageCorrupt: it is damaged, or lies about a digest.
+    :raises NotSupported: it has something else than images.
     :raises DiskFull: there is no room for it.
     """
     store = store or ContentStore()
@@ -249,8 +250,14 @@ class _Loader:
         """The images of an OCI layout."""
         images = []
         for top in read_tops(self._archive, self._reference):
+            if top.media_type not in (*INDEXES, *MANIFESTS):
+                raise NotSupported(
+                    "artifacts",
+                    f"{self._reference} has something of the media type {top.media_type}, which"
+                    " is no image; make an archive of images alone",
+                )
             if not await self._document(top):
-                raise MalformedError(f"the blob {top.digest} is missing")
+                raise MalformedError(f"{top.digest} is missing, or every image that it names")
             # containers/image writes a mere tag where a layout has one image.
             stated = top.annotations.get(CONTAINERD_NAME) or top.annotations.get(REF_NAME)
             full = stated is not None and (":" in stated or "/" in stated)
