@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_supermachine import ImageNotFound, NotSupported
+from trio_supermachine import ConfigError, ImageNotFound, NotSupported
 from trio_supermachine.images.archives import load, save
 from trio_supermachine.images.content import ContentStore
 from trio_supermachine.oci.documents import MANIFESTS, Descriptor
@@ -107,3 +107,12 @@ async def test_what_is_no_image_is_named(store: ContentStore, layout: Layout) ->
     layout.write(described)
     with pytest.raises(NotSupported, match=r"vnd\.example\.chart"):
         await load(archive_of(layout), store=store)
+
+
+async def test_a_device_is_not_replaced_by_an_archive(store: ContentStore, tmp_path: Path) -> None:
+    await put_image(store, await store.put(b"layer"), 5)
+    device = tmp_path / "device"
+    device.symlink_to("/dev/null")
+    with pytest.raises(ConfigError, match="device"):
+        await save(device, [NAME], store=store)
+    assert device.is_char_device()

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 import trio
 
 from .. import hostfiles
-from ..errors import ImageCorrupt, ImageNotFound, NotSupported, ReferenceInvalid
+from ..errors import ConfigError, ImageCorrupt, ImageNotFound, NotSupported, ReferenceInvalid
 from ..oci.blobs import MAX_DOCUMENT, Archive, read_bytes, sha256
 from ..oci.decompress import CHUNK, Blob, open_layer, opened
 from ..oci.documents import CONFIGS, INDEXES, MANIFESTS, Descriptor, read_configuration
@@ -49,6 +49,7 @@ async def save(
     complete; cancellation leaves none.
 
     :param dest: a path, or a file to write to.
+    :raises ConfigError: the path is that of a directory or a device.
     :raises ImageNotFound: one is not in the store.
     :raises DiskFull: there is no room for the archive.
     """
@@ -112,6 +113,8 @@ def _save(
     store: ContentStore, dest: Path | BinaryIO, records: list[Record], digests: list[str]
 ) -> None:
     if isinstance(dest, Path):
+        if dest.exists() and not dest.is_file():
+            raise ConfigError(f"{dest} is not a regular file, and is not replaced; give another")
         with full_disk(dest), hostfiles.new_file(dest.absolute()) as new, new.open("wb") as file:
             _write(store, file, records, digests)
             new.chmod(0o644)
