@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -377,6 +378,26 @@ async def test_a_registry_that_names_a_layer_as_an_image_has_nobody_read_it(home
     async with hostile_server(answer) as server:
         with pytest.raises(ImageNotFound, match=digest):
             await prepare_image(f"{server.host}/app:1")
+
+
+async def test_a_layer_that_has_two_sizes_is_not_waited_for(layout: Layout, home: Path) -> None:
+    def lie(manifest: dict[str, Any]) -> None:
+        manifest["layers"][0]["size"] += 1
+
+    tar = layer("a")
+    described = layout.manifest([tar, tar], change_manifest=lie)
+
+    async def answer(request: Request, stream: trio.abc.Stream) -> None:
+        name = request.target.rpartition("/")[2]
+        digest = name if ":" in name else described["digest"]
+        data = layout.file_of(digest).read_bytes()
+        headers = {"Docker-Content-Digest": digest, "Content-Length": str(len(data))}
+        await stream.send_all(reply("200 OK", headers, data if request.method == "GET" else b""))
+
+    async with hostile_server(answer) as server:
+        with trio.fail_after(20), pytest.raises(ImageCorrupt, match="two sizes"):
+            await prepare_image(f"{server.host}/app:1")
+    await verify(home)
 
 
 async def test_documents_that_were_damaged_here_come_again(

@@ -156,6 +156,8 @@ def read_manifest(data: bytes) -> Manifest:
             )
     if not layers:
         raise MalformedError("the image has no layers")
+    if len({layer.digest for layer in layers}) != len({(x.digest, x.size) for x in layers}):
+        raise MalformedError("the image has a layer of two sizes")
     return Manifest(config=config, layers=layers)
 
 
