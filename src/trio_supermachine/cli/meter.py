@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-#: Phases of which there are many at once, and which are told on terminals only.
-_TERMINAL_ONLY: Final = ("download", "load")
+#: Phases of layers, of which there are many, and which are told on terminals only.
+_TERMINAL_ONLY: Final = ("download", "load", "convert", "verify")
 _WIDTH: Final = 24  # of what an item is called; of a digest that is enough
 
 
