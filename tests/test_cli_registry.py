@@ -1,20 +1,24 @@
 """``pull``, ``inspect``, ``save``, ``load``, ``rmi``, ``login`` on the command line, really."""
-# ruff: noqa: F811 (fixtures are imported)
+# ruff: noqa: ASYNC110, ASYNC240, F811 (files, and fixtures that are imported)
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pexpect
 import pytest
+import trio
 
+from .fault_proxy import Stall, fault_proxy
 from .image_files import Layout, make_tar, member
 from .registry_server import (  # noqa: F401
     PASSWORD,
@@ -24,7 +28,7 @@ from .registry_server import (  # noqa: F401
     basic_registry,
     registry,
 )
-from .test_pull_registry import home, layer, layout, push  # noqa: F401
+from .test_pull_registry import home, layer, layout, push, through  # noqa: F401
 
 PROGRAM = [sys.executable, "-m", "trio_supermachine.cli"]
 
@@ -206,3 +210,37 @@ def test_a_login_that_the_registry_takes_is_kept_until_the_logout(
     assert list(kept["auths"]) == [basic_registry.host]
     said("logout", basic_registry.host)
     assert cli("pull", reference).returncode != 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_a_pull_that_a_signal_ends_says_nothing_and_goes_on_later(
+    push: Callable[..., str], registry: RegistryServer, home: Path, signum: signal.Signals
+) -> None:
+    reference = push(layer("a", 3_000_000))
+    # The configuration is too short for its fault; the layer is not.
+    faults = [Stall(on="/blobs/", after=900_000)] * 2
+    async with fault_proxy(registry.address, faults) as proxy:
+        name = through(proxy, reference)
+        async with trio.open_nursery() as nursery:
+            start = partial(
+                trio.run_process,
+                [*PROGRAM, "pull", name],
+                check=False,
+                capture_stderr=True,
+            )
+            process = await nursery.start(start)
+            with trio.fail_after(60):
+                while not any(f.stat().st_size > 500_000 for f in home.glob("content/partial/*")):
+                    await trio.sleep(0.02)
+            process.send_signal(signum)
+            with trio.fail_after(10):
+                assert await process.wait() == 128 + signum
+        assert not list(home.glob("content/leases/*"))
+        (begun,) = home.glob("content/partial/*")
+        assert begun.stat().st_size > 500_000
+        proxy.plan.clear()
+        done = await trio.run_process(
+            [*PROGRAM, "pull", name], capture_stdout=True, capture_stderr=True
+        )
+    assert done.stdout.startswith(b"sha256:")
+    assert done.stderr == b""

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
     """The entry point of the program ``trio-supermachine``."""
-    _open_standard_files()
     try:
-        import click  # noqa: F401
-    except ModuleNotFoundError:
-        sys.exit(
-            "trio-supermachine: error: the command line needs click; to get it:"
-            " pip install 'trio-supermachine[cli]'"
-        )
-    from .app import run_app
+        _open_standard_files()
+        try:
+            import click  # noqa: F401
+        except ModuleNotFoundError:
+            sys.exit(
+                "trio-supermachine: error: the command line needs click; to get it:"
+                " pip install 'trio-supermachine[cli]'"
+            )
+        from .app import run_app
 
-    sys.exit(run_app(sys.argv[1:]))
+        code = run_app(sys.argv[1:])
+    except KeyboardInterrupt:  # Ctrl-C while all this is loaded, which takes a moment
+        code = 128 + signal.SIGINT
+    sys.exit(code)
 
 
 def _open_standard_files() -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 import click
-import trio
 
 from .. import _version
 from ..config import EngineName, VmConfig
@@ -18,6 +17,7 @@ from ..trace import CATEGORIES, VARIABLE
 from . import options
 from .failures import OWN_ERROR, SIGNALLED, CommandNotStarted, complain, report
 from .images import bake_command, images_command, prune_command, rmi_command, snapshot_group
+from .interrupts import Interrupted, run_until_signal
 from .kernel import kernel_group
 from .login import login_command, logout_command
 from .run import RunOptions, run
@@ -44,6 +44,8 @@ def run_app(arguments: Sequence[str]) -> int:
         return OWN_ERROR if name.endswith(" run") else _USAGE
     except (click.Abort, KeyboardInterrupt):  # Ctrl-C before anything was started
         return SIGNALLED + _SIGINT
+    except Interrupted as exc:
+        return SIGNALLED + exc.signum
     except CommandNotStarted as exc:
         report(exc)
         return exc.exit_code
@@ -165,7 +167,7 @@ def run_command(
         interactive=interactive,
         tty=tty,
     )
-    return trio.run(partial(run, options))
+    return run_until_signal(partial(run, options))
 
 
 @app.command("doctor")
@@ -174,7 +176,7 @@ def doctor_command(as_json: bool) -> int:
     """Tell whether this host can start VMs, and what to install if it cannot."""
     from .doctor import examine  # which reads what is installed: 30 ms that no other command needs
 
-    diagnosis = trio.run(examine)
+    diagnosis = run_until_signal(examine)
     if as_json:
         click.echo(json.dumps(diagnosis.as_json(), indent=2))
     else:

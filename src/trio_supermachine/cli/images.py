@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import attrs
 import click
-import trio
 
 from ..config import EngineName
 from ..images.bakes import Bake, BakeStore
@@ -24,6 +23,7 @@ from ..snapshots import Metadata, open_snapshot, read_metadata, verify_snapshot
 from ..vm import Vm
 from . import options
 from .failures import printable
+from .interrupts import run_until_signal
 from .meter import Meter
 from .tables import age_text, print_table, size_text
 
@@ -83,7 +83,7 @@ def bake_command(image: str, as_json: bool, progress: bool, **options: Any) -> N
     it from then on. A bake that was done before costs nothing. Without a warm-up the capture
     waits for a listener if the image serves a TCP port, else for up to a second.
     """
-    baked = trio.run(partial(_bake, image, progress=progress, **options))
+    baked = run_until_signal(partial(_bake, image, progress=progress, **options))
     click.echo(json.dumps(_describe(baked), indent=2) if as_json else baked.fingerprint)
 
 
@@ -164,8 +164,8 @@ def images_command(as_json: bool) -> None:
     an image's files as they are run, which bakes of the same image share. The total has each
     once. An image that is marked as moved is baked from what its name stood for before.
     """
-    pulled, pulled_size = trio.run(list_pulled)
-    bakes = trio.run(BakeStore().list)
+    pulled, pulled_size = run_until_signal(list_pulled)
+    bakes = run_until_signal(BakeStore().list)
     content = ContentStore()
     moved = {bake.fingerprint for bake in bakes if has_moved(bake, content)}
     total = sum(bake.size for bake in bakes) + _layers_size(bakes) + pulled_size
@@ -223,7 +223,7 @@ def rmi_command(images: tuple[str, ...], as_json: bool) -> int:
     what was pulled by it, and for all bakes of it. Layers that nothing else needs go too. VMs that
     run go on.
     """
-    return _tell(trio.run(remove, images), as_json=as_json)
+    return _tell(run_until_signal(remove, images), as_json=as_json)
 
 
 @click.command("prune")
@@ -254,7 +254,7 @@ def prune_command(everything: bool, dry_run: bool, yes: bool, as_json: bool) -> 
             raise click.UsageError("there is no terminal to ask on; give --yes or --dry-run")
         if not click.confirm(f"Remove {which}, and layers that no bake needs?", err=True):
             return 1
-    removed = trio.run(partial(prune, everything=everything, dry_run=dry_run))
+    removed = run_until_signal(partial(prune, everything=everything, dry_run=dry_run))
     return _tell(removed, as_json=as_json, dry_run=dry_run)
 
 
@@ -297,7 +297,7 @@ def snapshot_group() -> None:
 @click.argument("path", type=click.Path())
 def info_command(path: str, as_json: bool) -> None:
     """Tell what a snapshot says of itself."""
-    metadata = trio.run(read_metadata, path)
+    metadata = run_until_signal(read_metadata, path)
     document = _facts(metadata)
     if as_json:
         click.echo(json.dumps(document, indent=2))
@@ -312,7 +312,7 @@ def info_command(path: str, as_json: bool) -> None:
 @click.argument("path", type=click.Path())
 def verify_command(path: str, quick: bool) -> None:
     """Read a snapshot with its bases and layers in full, and tell whether it is sound."""
-    snapshot = trio.run(open_snapshot if quick else verify_snapshot, path)
+    snapshot = run_until_signal(open_snapshot if quick else verify_snapshot, path)
     click.echo(f"{snapshot.directory}: sound ({snapshot.identity})")
 
 

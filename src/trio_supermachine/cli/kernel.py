@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import click
-import trio
 
 from ..kernels import (
     CachedKernel,
@@ -16,6 +15,7 @@ from ..kernels import (
     list_kernels,
     preferred_kernel,
 )
+from .interrupts import run_until_signal
 from .meter import Meter
 
 
@@ -48,7 +48,7 @@ def build_command(jobs: int | None, as_json: bool) -> None:
     behind. It needs gcc, make, flex, bison, bc, xz-utils and libelf-dev, and never installs them.
     """
     with Meter() as meter:
-        kernel = trio.run(partial(build_small_kernel, jobs=jobs, progress=meter.show))
+        kernel = run_until_signal(partial(build_small_kernel, jobs=jobs, progress=meter.show))
     _print_one(kernel, as_json=as_json)
 
 
@@ -57,7 +57,7 @@ def build_command(jobs: int | None, as_json: bool) -> None:
 def fetch_command(as_json: bool) -> None:
     """Fetch Debian's cloud kernel, unless one is here, as the first start would."""
     with Meter() as meter:
-        kernel = trio.run(partial(fetch_stock_kernel, progress=meter.show))
+        kernel = run_until_signal(partial(fetch_stock_kernel, progress=meter.show))
     _print_one(kernel, as_json=as_json)
 
 
@@ -65,10 +65,10 @@ def fetch_command(as_json: bool) -> None:
 @_as_json
 def list_command(as_json: bool) -> None:
     """List the prepared kernels; the one that a start takes is marked with a star."""
-    kernels = trio.run(list_kernels)
+    kernels = run_until_signal(list_kernels)
     if not kernels and not as_json:
         click.echo("no kernel yet: the first start fetches one", err=True)
-    preferred = trio.run(preferred_kernel)
+    preferred = run_until_signal(preferred_kernel)
     if as_json:
         click.echo(json.dumps([_describe(kernel, preferred) for kernel in kernels], indent=2))
     else:
@@ -77,7 +77,7 @@ def list_command(as_json: bool) -> None:
 
 
 def _print_one(kernel: CachedKernel, *, as_json: bool) -> None:
-    preferred = trio.run(preferred_kernel)
+    preferred = run_until_signal(preferred_kernel)
     if as_json:
         click.echo(json.dumps(_describe(kernel, preferred), indent=2))
     else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import click
-import trio
 
 from ..errors import ConfigError
+from .interrupts import run_until_signal
 
 _MAX_PASSWORD = 1 << 16
 _registry = click.argument("registry", default="docker.io")
@@ -35,7 +35,7 @@ def login_command(registry: str, username: str | None, password_stdin: bool) -> 
         password = click.prompt("Password", hide_input=True, err=True)
     if not password:
         raise click.UsageError("the password is empty")
-    where = trio.run(_login, registry, username, password)
+    where = run_until_signal(_login, registry, username, password)
     click.echo(f"kept in {where}", err=True)
 
 
@@ -51,7 +51,7 @@ async def _login(registry: str, username: str, password: str) -> str:
 @_registry
 def logout_command(registry: str) -> None:
     """Forget the name and password for REGISTRY."""
-    if not trio.run(_logout, registry):
+    if not run_until_signal(_logout, registry):
         raise ConfigError(f"there are no credentials for {registry!r} here")
 
 

@@ -26,7 +26,6 @@ from .hostio import Output, RawTerminal, forward_input, terminal_size
 from .meter import Meter
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
-_STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _JOB_CONTROL: Final = (signal.SIGTSTP, signal.SIGCONT)
 
 
@@ -52,28 +51,10 @@ class RunOptions:
 async def run(options: RunOptions) -> int:
     """Run the command and give the exit code for this program.
 
-    A signal that asks this program to end kills the command and the VM first.
+    Cancelling it kills the command and the VM.
     """
     if options.tty and options.interactive and not os.isatty(_STDIN):
         raise ConfigError("-t with -i needs a terminal as stdin; leave -t out")
-    stopped_by = 0
-    exit_code = 0
-
-    async def watch_signals() -> None:
-        nonlocal stopped_by
-        async for signum in signals:
-            stopped_by = signum
-            nursery.cancel_scope.cancel()
-
-    with trio.open_signal_receiver(*_STOPPING) as signals:
-        async with open_flat_nursery() as nursery:
-            nursery.start_soon(watch_signals)
-            exit_code = await _run_image(options)
-            nursery.cancel_scope.cancel()
-    return SIGNALLED + stopped_by if stopped_by else exit_code
-
-
-async def _run_image(options: RunOptions) -> int:
     with Meter() as meter:
         image, argv = await _prepare(options, _silent if options.quiet else meter.show)
     async with Vm.start(image, options.config, workload=False) as vm:

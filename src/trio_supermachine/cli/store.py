@@ -23,6 +23,7 @@ from ..oci.platform import Platform
 from ..oci.progress import Progress, ProgressCallback
 from ..oci.reference import Reference, Transport
 from . import options
+from .interrupts import run_until_signal
 from .meter import Meter
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -49,7 +50,7 @@ def pull_command(image: str, platform: str | None, pull: str, quiet: bool, as_js
     not downloaded again, and what was broken off goes on where it was. An image for a platform
     that no guest here can have is kept as it is.
     """
-    document = trio.run(partial(_pull, image, platform, PullPolicy(pull), quiet=quiet))
+    document = run_until_signal(partial(_pull, image, platform, PullPolicy(pull), quiet=quiet))
     click.echo(json.dumps(document, indent=2) if as_json else document["digest"])
 
 
@@ -166,10 +167,10 @@ def save_command(file: str, images: tuple[str, ...], as_json: bool) -> None:
     if file == "-":
         if sys.stdout.isatty():
             raise click.UsageError("an archive is not written to a terminal; give a file")
-        trio.run(save, sys.stdout.buffer, images)
+        run_until_signal(save, sys.stdout.buffer, images)
         sys.stdout.buffer.flush()
         return
-    records = trio.run(save, Path(file), images)
+    records = run_until_signal(save, Path(file), images)
     if as_json:
         described = {record.name: record.top.digest for record in records}
         click.echo(json.dumps({"file": file, "images": described}, indent=2))
@@ -182,7 +183,7 @@ def save_command(file: str, images: tuple[str, ...], as_json: bool) -> None:
 @click.argument("file", type=click.Path())
 def load_command(file: str, name: str | None, quiet: bool, as_json: bool) -> None:
     """Take the images of an OCI or docker archive into the store, and print their names."""
-    names = trio.run(_load, Path(file), name, quiet)
+    names = run_until_signal(_load, Path(file), name, quiet)
     if as_json:
         store = ContentStore()
         found = {each: record.top.digest for each in names if (record := store.record(each))}
