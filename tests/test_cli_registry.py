@@ -244,3 +244,15 @@ async def test_a_pull_that_a_signal_ends_says_nothing_and_goes_on_later(
         )
     assert done.stdout.startswith(b"sha256:")
     assert done.stderr == b""
+
+
+def test_a_pull_for_another_platform_is_kept_to_be_looked_at(push: Callable[..., str]) -> None:
+    foreign = push(layer("a"), change_config=lambda document: document.update(os="windows"))
+    refused = cli("run", "--platform", "windows/amd64", foreign, "true")
+    assert refused.returncode == 125
+    assert "pull --platform windows/amd64" in refused.stderr
+    digest = said("pull", "--platform", "windows/amd64", foreign).strip()
+    assert answer("inspect", "--platform", "windows/amd64", foreign)["digest"] == digest
+    absent = cli("pull", foreign)
+    assert absent.returncode == 125
+    assert "none for linux/amd64, but windows/amd64" in absent.stderr

@@ -17,7 +17,7 @@ from ..images.archives import load, save
 from ..images.content import ContentStore
 from ..images.image import PullPolicy
 from ..images.prepare import find_local, prepare_image
-from ..images.pull import find_pulled, name_of, pulled, refuse_foreign
+from ..images.pull import find_pulled, name_of, pulled
 from ..oci.malformed import MalformedError
 from ..oci.platform import Platform
 from ..oci.progress import Progress, ProgressCallback
@@ -61,8 +61,8 @@ async def _pull(
     wanted = Platform.parse(platform)
     with Meter() as meter:
         progress = _silent if quiet else meter.show
-        if wanted.architecture == Platform.parse(None).architecture:
-            refuse_foreign(reference, wanted)
+        here = Platform.parse(None)
+        if (wanted.os, wanted.architecture) == (here.os, here.architecture):
             await prepare_image(image, pull=policy, platform=platform, progress=progress)
         else:
             await _fetch(reference, wanted, policy, progress)
