@@ -107,6 +107,23 @@ def test_a_saved_image_is_the_same_when_it_is_loaded(
         assert members == {m.name for m in second}
 
 
+def test_an_archive_goes_where_it_should(push: Callable[..., str], tmp_path: Path) -> None:
+    said("pull", "-q", reference := push(layer("a")))
+    file, pipe, link = tmp_path / "a.tar", tmp_path / "pipe", tmp_path / "link"
+    link.symlink_to(file)
+    said("save", str(link), reference)
+    assert link.is_symlink()
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cmp", pipe, file]) as reader:
+        said("save", str(pipe), reference)
+    assert reader.returncode == 0
+    assert pipe.is_fifo()
+    absent = cli("save", str(tmp_path / "absent/a.tar"), reference)
+    assert absent.returncode == 2
+    assert "no directory" in absent.stderr
+    assert not (tmp_path / "absent").exists()
+
+
 def test_a_docker_archive_is_loaded_under_its_name(layout: Layout, tmp_path: Path) -> None:
     data = layer("a")
     layout.write(layout.manifest([data]))

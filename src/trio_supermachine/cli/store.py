@@ -170,7 +170,14 @@ def save_command(file: str, images: tuple[str, ...], as_json: bool) -> None:
         run_until_signal(save, sys.stdout.buffer, images)
         sys.stdout.buffer.flush()
         return
-    records = run_until_signal(save, Path(file), images)
+    path = Path(file).resolve()
+    if not path.parent.is_dir():
+        raise click.UsageError(f"there is no directory {path.parent}")
+    if path.exists() and not path.is_file():  # a pipe or a device, which a file must not replace
+        with path.open("wb") as stream:
+            records = run_until_signal(save, stream, images)
+    else:
+        records = run_until_signal(save, path, images)
     if as_json:
         described = {record.name: record.top.digest for record in records}
         click.echo(json.dumps({"file": file, "images": described}, indent=2))
