@@ -88,8 +88,9 @@ class BlobStream:
         if answer.status == 416:
             raise self._corrupt(f"the registry has less than {self._size} bytes of it")
         if answer.status not in (200, 206):
-            known = host.authorizer.has_credentials
-            raise await failure_of(answer, f"the blob {self._digest}", known=known)
+            registry, known = host.endpoint.name, host.authorizer.has_credentials
+            what = f"the blob {self._digest}"
+            raise await failure_of(answer, what, registry=registry, known=known)
         try:
             self._skip = bytes_to_skip(
                 answer.status,

@@ -13,24 +13,33 @@ from .wire import Answer, authority
 _MAX_BODY: Final = 8 << 10  # bytes of an error's body that are looked at
 
 
-async def failure_of(answer: Answer, what: str, *, known: bool) -> RegistryError | Transient:
-    """The exception for an answer that refuses ``what``; ``known``: we have credentials for it."""
+async def failure_of(
+    answer: Answer, what: str, *, registry: str, known: bool
+) -> RegistryError | Transient:
+    """The exception for an answer that refuses ``what``.
+
+    :param registry: the name to log in to.
+    :param known: we have credentials for it.
+    """
     host = authority(answer.url)
     said = await said_by(answer)
     begin = f"{host} answered {answer.reason} for {what}" + (f" ({said})" if said else "")
     error = RegistryError(
-        f"{begin}; {_remedy(answer.status, host, known)}", registry=host, status=answer.status
+        f"{begin}; {_remedy(answer.status, host, registry, known)}",
+        registry=host,
+        status=answer.status,
     )
     if answer.status in (408, 429) or answer.status >= 500:
         return Transient(error, answer.retry_after)
     return error
 
 
-def _remedy(status: int, host: str, known: bool) -> str:
+def _remedy(status: int, host: str, registry: str, known: bool) -> str:
+    login = f"trio-supermachine login {registry}"
     if status in (401, 403) and known:
-        return "the credentials for it are wrong, or do not suffice: `trio-supermachine login`"
+        return f"the credentials for it are wrong, or do not suffice; {login} takes others"
     if status in (401, 403):
-        return "it may need credentials (`trio-supermachine login`), or not exist"
+        return f"it may need credentials, which {login} takes, or not exist"
     if status == 429:
         return "try later; registries allow more to those who log in"
     if status == 408 or status >= 500:

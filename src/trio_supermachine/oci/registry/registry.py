@@ -149,12 +149,13 @@ class Registry:
         return await host.request(method, path, {"Accept": _ACCEPT})
 
     async def _fail(self, answer: Answer, host: Host, name: str) -> NoReturn:
+        wanted = f"{host.endpoint.path}{'@' if ':' in name else ':'}{name}"
         if answer.status == 404:
             said = await said_by(answer)
-            reason = f"{host.endpoint.name} does not have {name}"
-            raise ImageNotFound(self._reference, f"{reason} ({said})" if said else reason)
-        known = host.authorizer.has_credentials
-        raise await failure_of(answer, f"{host.endpoint.path} {name}", known=known)
+            reason = f"{host.endpoint.name} does not have {wanted}" + (f" ({said})" if said else "")
+            raise ImageNotFound(self._reference, f"{reason}; check the reference")
+        registry, known = host.endpoint.name, host.authorizer.has_credentials
+        raise await failure_of(answer, wanted, registry=registry, known=known)
 
     def _checked(self, data: bytes, name: str, stated: str) -> str:
         """The digest of a document: that by which it was asked for, or sha256."""
@@ -225,7 +226,7 @@ async def check_credentials(
         answer = await host.request("GET", "", {})
         try:
             if answer.status != 200:
-                raise await failure_of(answer, "the credentials", known=True)
+                raise await failure_of(answer, "the credentials", registry=place.name, known=True)
         finally:
             await answer.aclose()
 

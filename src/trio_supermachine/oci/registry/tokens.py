@@ -153,7 +153,10 @@ class Authorizer:
         try:
             if answer.status != 200:
                 raise await failure_of(
-                    answer, f"a token for {self._host}", known=self.has_credentials
+                    answer,
+                    f"a token for {self._host}",
+                    registry=self._host,
+                    known=self.has_credentials,
                 )
             return self._parse(await answer.read(_MAX_ANSWER), url)
         finally:
