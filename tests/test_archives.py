@@ -109,6 +109,16 @@ async def test_what_is_no_image_is_named(store: ContentStore, layout: Layout) ->
         await load(archive_of(layout), store=store)
 
 
+async def test_an_archive_without_an_image_is_not_loaded_in_silence(
+    store: ContentStore, layout: Layout
+) -> None:
+    layout.path.mkdir()
+    layout.write()
+    for name in (None, NAME):
+        with pytest.raises(ImageNotFound, match="no image"):
+            await load(archive_of(layout), name=name, store=store)
+
+
 async def test_a_device_is_not_replaced_by_an_archive(store: ContentStore, tmp_path: Path) -> None:
     await put_image(store, await store.put(b"layer"), 5)
     device = tmp_path / "device"

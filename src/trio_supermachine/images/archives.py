@@ -211,6 +211,8 @@ _Image = tuple[Descriptor, list[str]]  # what a name stands for, and the names
 def _named(
     images: list[_Image], reference: Reference, name: str | None
 ) -> Iterator[tuple[str, Descriptor]]:
+    if not images:
+        raise ImageNotFound(str(reference), "it has no image")
     if name is not None:
         if len({top.digest for top, _ in images}) != 1:
             raise ImageNotFound(str(reference), f"it has {len(images)} images; leave the name out")
