@@ -59,6 +59,20 @@ def test_what_is_no_reference_is_refused(text: str) -> None:
         Reference.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("/srv/image", "oci:DIR"),
+        ("./image", "oci:DIR"),
+        ("../image.tar", "oci-archive:FILE"),
+        ("https://registry.test/a:1", "without https://"),
+    ],
+)
+def test_what_people_write_instead_is_told_better(text: str, remedy: str) -> None:
+    with pytest.raises(ReferenceInvalid, match=remedy):
+        Reference.parse(text)
+
+
 @given(st.text(max_size=80) | st.text("abA01:/@._-[]", max_size=40))
 def test_any_text_parses_or_is_refused_and_means_the_same_when_written_out(text: str) -> None:
     try:

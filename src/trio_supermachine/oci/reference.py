@@ -147,6 +147,10 @@ def _docker(text: str, name: str) -> Reference:
     if _IDENTIFIER.fullmatch(name):
         raise ReferenceInvalid(text, "it is an image identifier, not a name")
     domain, slash, rest = name.partition("/")
+    if slash and domain in ("", ".", ".."):
+        raise ReferenceInvalid(text, "a path is written as oci:DIR, rootfs:DIR or oci-archive:FILE")
+    if domain in ("http:", "https:"):
+        raise ReferenceInvalid(text, f"names of images begin with a host, without {domain}//")
     if not slash or not (
         "." in domain or ":" in domain or domain == "localhost" or domain != domain.lower()
     ):
