@@ -251,6 +251,15 @@ async def test_damage_of_every_blob_is_found(layout: Layout, home: Path) -> None
     await prepare_image(reference)
 
 
+async def test_links_in_a_circle_are_a_corrupt_image(layout: Layout) -> None:
+    reference = layout.write(layout.manifest([HELLO]))
+    index = layout.path / "index.json"
+    index.unlink()
+    index.symlink_to("index.json")
+    with pytest.raises(ImageCorrupt, match="index.json"):
+        await prepare_image(reference)
+
+
 async def test_a_lie_about_the_diff_id_is_found(layout: Layout, home: Path) -> None:
     def lie(document: dict[str, object]) -> None:
         document["rootfs"] = {"type": "layers", "diff_ids": ["sha256:" + "0" * 64]}

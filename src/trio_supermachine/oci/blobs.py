@@ -44,6 +44,8 @@ class Directory:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:  # such as links in a circle
+            raise MalformedError(f"{path} cannot be opened: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):
             raise MalformedError(f"{path} is not a regular file")
         return Blob(path, 0, status.st_size)
