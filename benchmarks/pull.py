@@ -127,6 +127,8 @@ def registry(place: Path) -> Iterator[str]:
                     socket.create_connection((name, int(port))).close()
                     break
                 except ConnectionRefusedError:
+                    if server.poll() is not None:
+                        raise
                     time.sleep(0.02)
             yield host
         finally:
