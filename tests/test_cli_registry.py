@@ -68,16 +68,24 @@ def test_from_pull_to_rmi(push: Callable[..., str], home: Path) -> None:
     assert (inspected["name"], inspected["digest"]) == (name, digest)
     assert all(each["here"] for each in inspected["layers"])
     said("pull", "-q", two)
-    listed = answer("images", "--json")["pulled"]
+    document = answer("images", "--json")
+    listed = document["pulled"]
+    blobs = sum(path.stat().st_size for path in home.glob("content/blobs/sha256/*"))
+    squashfs = sum(path.stat().st_size for path in home.glob("layers/*/*.squashfs"))
+    assert squashfs > 500_000
+    assert blobs + squashfs <= document["size"] < 1.2 * (blobs + squashfs)
     assert [image["name"] for image in listed] == [name, two.removeprefix("docker://")]
     for image in listed:
         assert 250_000 < image["own_size"] < image["size"] - 250_000
     table = said("images")
     assert name in table
     assert digest[7:19] in table
+    assert len(list(home.glob("layers/*/*.squashfs"))) == 3
     removed = json.loads(said("rmi", "--json", one))
     assert removed["pulled"] == [name]
     assert len(removed["blobs"]) == 3
+    assert len(removed["layers"]) == 1  # the other one has two, too
+    assert len(list(home.glob("layers/*/*.squashfs"))) == 2
     assert cli("inspect", one).returncode != 0
     assert answer("inspect", two)["layers"][0] == inspected["layers"][0]
     assert answer("prune", "--all", "--yes", "--json")["pulled"] == [two.removeprefix("docker://")]

@@ -17,7 +17,7 @@ from ..images.bakes import Bake, BakeStore
 from ..images.content import ContentStore
 from ..images.image import Image, PullPolicy
 from ..images.listing import Pulled, has_moved, list_pulled
-from ..images.prune import KEPT_UNUSED, Removed, allocated_file, prune, remove
+from ..images.prune import KEPT_UNUSED, Removed, allocated_file, layers_size, prune, remove
 from ..resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
 from ..snapshots import Metadata, open_snapshot, read_metadata, verify_snapshot
 from ..vm import Vm
@@ -162,13 +162,14 @@ def images_command(as_json: bool) -> None:
 
     SIZE is what an image has here as it was downloaded, OWN what no other image shares. LAYERS are
     an image's files as they are run, which bakes of the same image share. The total has each
-    once. An image that is marked as moved is baked from what its name stood for before.
+    once, and the files of images that were not baked, too. An image that is marked as moved is
+    baked from what its name stood for before.
     """
     pulled, pulled_size = run_until_signal(list_pulled)
     bakes = run_until_signal(BakeStore().list)
     content = ContentStore()
     moved = {bake.fingerprint for bake in bakes if has_moved(bake, content)}
-    total = sum(bake.size for bake in bakes) + _layers_size(bakes) + pulled_size
+    total = sum(bake.size for bake in bakes) + layers_size() + pulled_size
     if as_json:
         document = {
             "pulled": [attrs.asdict(image) for image in pulled],

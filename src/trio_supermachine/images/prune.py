@@ -19,12 +19,14 @@ import trio
 
 from .. import hostfiles
 from ..errors import ImageNotFound, ReferenceInvalid, SnapshotIncompatible
+from ..oci.malformed import MalformedError
+from ..oci.platform import Platform
 from ..oci.reference import Reference, Transport
 from ..snapshots import Metadata
 from .bakes import Bake, BakeStore
 from .content import ContentStore
 from .locks import try_exclusive, unused
-from .pull import name_of
+from .pull import find_pulled, name_of
 from .store import ImageStore
 
 #: How long a bake without a name is kept after its last use, in seconds.
@@ -85,8 +87,8 @@ async def remove(wanted: Iterable[str]) -> Removed:
     """Remove what names, references or (the beginnings of) fingerprints stand for.
 
     A name that is one of several of its bake goes alone. The layers that only the removed bakes
-    needed go with them. A reference to a registry stands for what was pulled by it and for its
-    bakes; blobs that no other pulled image has go too.
+    and pulled images needed go with them. A reference to a registry stands for what was pulled by
+    it and for its bakes; blobs that no other pulled image has go too.
 
     :raises ImageNotFound: one stands for nothing, or for several fingerprints; then nothing is
         removed.
@@ -119,6 +121,9 @@ async def remove(wanted: Iterable[str]) -> Removed:
     layers = {
         _key(ref.path) for bake in going.values() if bake.metadata for ref in bake.metadata.layers
     }
+    stems = await trio.to_thread.run_sync(_stems, list(forgotten))
+    stems -= await trio.to_thread.run_sync(_stems, list(pulled.difference(forgotten)))
+    layers |= {_key(path) for path in _layers(None) if _stem(path) in stems}
     removed = await _remove(list(going.values()), layers, dry_run=False)
     return await _forget(removed, list(forgotten), dry_run=False) if forgotten else removed
 
@@ -157,6 +162,20 @@ def _pulled_name(text: str) -> str | None:
     except ReferenceInvalid:
         return None
     return name_of(reference) if reference.transport is Transport.DOCKER else None
+
+
+def _stems(names: Iterable[str]) -> set[str]:
+    """What the files of layers of pulled images begin with."""
+    content, platform = ContentStore(), Platform.parse(None)
+    found: set[str] = set()
+    for name in names:
+        try:
+            choice = find_pulled(content, Reference.parse(name), platform)
+        except (ImageNotFound, MalformedError):
+            continue  # none that runs here, or damaged: prune removes its layers
+        if choice is not None:
+            found.update(diff_id.partition(":")[2] for _, diff_id in choice.layers)
+    return found
 
 
 async def _forget(removed: Removed, names: Sequence[str], *, dry_run: bool) -> Removed:
@@ -240,6 +259,11 @@ def _is_damaged(bake: Bake) -> bool:
 def _layers(only: set[_Key] | None) -> list[Path]:
     found = sorted((hostfiles.home() / "layers").glob("*/*.squashfs"))
     return [path for path in found if only is None or _key(path) in only]
+
+
+def layers_size() -> int:
+    """The bytes that all layers take on the disk."""
+    return sum(allocated_file(layer) for layer in _layers(None))
 
 
 def _key(path: Path) -> _Key:
