@@ -215,6 +215,8 @@ class Agent:
                 view = view[self.sock.send(view, socket.MSG_DONTWAIT) :]
             except BlockingIOError:
                 self.take(0.01)
+            except BrokenPipeError:
+                return  # it has ended; what it sent before is still to be taken
 
     def take(self, timeout: float) -> None:
         self.sock.settimeout(timeout)
