@@ -1,0 +1,1 @@
+"""Networking without a network card: connections between host and guest, over vsock."""
