@@ -8,6 +8,7 @@
 #include "freezer.h"
 #include "image.h"
 #include "mount.h"
+#include "network.h"
 #include "power.h"
 #include "session.h"
 #include "unique.h"
@@ -63,6 +64,7 @@ static const char *set_up_machine(const struct setup *setup) {
     freezer_open();
     name_host(setup->hostname);
     set_machine_id(setup->machine_id);
+    network_open(lifeline_carrier);
     return NULL;
 }
 
