@@ -1,0 +1,374 @@
+"""What a guest may reach: values and decisions, without I/O."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from enum import Enum
+from ipaddress import ip_address, ip_network
+from typing import Any, Final, NamedTuple, final
+
+import attrs
+
+from .. import _validators as check
+from ..errors import ConfigError
+from .addresses import (
+    HOST_NAME,
+    Address,
+    Network,
+    contains,
+    is_host,
+    is_metadata,
+    is_never,
+    is_public,
+    unmapped_network,
+)
+
+DEFAULT_CONNECTIONS: Final = 512
+MAX_CONNECTIONS: Final = 2048
+MAX_PORT: Final = 65535
+
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+# The last label of what inet_aton(3) reads as an address: 127.1, 0x7f000001, 017700000001.
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+
+
+class PolicyKind(Enum):
+    """What a policy begins with; its value is how it is written."""
+
+    ALLOW_ALL = "allow_all"
+    DENY_ALL = "deny_all"
+    DENY_PRIVATE = "deny_private"
+    ALLOW = "allowlist"
+    DENY = "denylist"
+
+
+_WITH_LIST: Final = (PolicyKind.ALLOW, PolicyKind.DENY)
+
+
+class Decision(NamedTuple):
+    """Whether something is allowed, and why or why not, for people."""
+
+    allowed: bool
+    reason: str
+
+
+def is_host_name(name: str) -> bool:
+    """Whether this is a lower-case name of DNS that nothing takes for an address."""
+    labels = name.split(".")
+    return (
+        0 < len(name) <= 253
+        and all(_LABEL.fullmatch(label) for label in labels)
+        and not _NUMBER.fullmatch(labels[-1])
+    )
+
+
+def _listed(what: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, str):
+        raise ConfigError(f"{what} must be a sequence, not one value: {values!r}")
+    try:
+        return tuple(values)
+    except TypeError:
+        raise ConfigError(f"{what} must be a sequence, not {values!r}") from None
+
+
+def _host(value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"a host must be a name, not {value!r}")
+    name = value.lower().removesuffix(".")
+    if not is_host_name(name.removeprefix("*.")):
+        raise ConfigError(
+            f"a host must be a name such as example.org or *.example.org, not {value!r}"
+            " (addresses are cidrs; other scripts are written as xn--...)"
+        )
+    return name
+
+
+def _cidr(value: Any) -> Network:
+    try:
+        return unmapped_network(ip_network(value))
+    except (ValueError, TypeError) as exc:
+        raise ConfigError(f"a cidr must be a network such as 10.0.0.0/8, not {value!r}") from exc
+
+
+def _port(value: object) -> int:
+    return check.integer("a port", value, 1, MAX_PORT)
+
+
+def _hosts(values: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(_host, _listed("hosts", values))))
+
+
+def _cidrs(values: Any) -> tuple[Network, ...]:
+    return tuple(dict.fromkeys(map(_cidr, _listed("cidrs", values))))
+
+
+def _ports(values: Any) -> tuple[int, ...]:
+    return tuple(sorted({_port(value) for value in _listed("ports", values)}))
+
+
+@final
+@attrs.frozen(kw_only=True)
+class EgressPolicy:
+    """What one VM's guest may reach. Frozen; made by the class methods and by :meth:`parse`.
+
+    Whatever the policy, some things never go out: loopback and unspecified addresses,
+    multicast, broadcast, and the library's own range. The host's loopback is reached only by
+    :meth:`allow` with the host ``host.supermachine.internal``.
+
+    :raises ConfigError: a value makes no sense.
+    """
+
+    kind: PolicyKind = attrs.field(validator=attrs.validators.instance_of(PolicyKind))
+    #: Names, or ``*.name`` for all names below one.
+    hosts: tuple[str, ...] = attrs.field(default=(), converter=_hosts)
+    cidrs: tuple[Network, ...] = attrs.field(default=(), converter=_cidrs)
+    #: Ports of TCP and UDP; none means all of them.
+    ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
+    #: TCP connections and UDP flows that go out at once.
+    connections: int = attrs.field(default=DEFAULT_CONNECTIONS)
+    #: Bytes per second, of both directions and all connections together; ``None`` is no limit.
+    bytes_per_second: int | None = attrs.field(default=None)
+
+    @connections.validator
+    def _check_connections(self, field: object, value: object) -> None:
+        check.integer("connections", value, 0, MAX_CONNECTIONS)
+
+    @bytes_per_second.validator
+    def _check_rate(self, field: object, value: object) -> None:
+        if value is not None:
+            check.integer("bytes_per_second", value, 1)
+
+    def __attrs_post_init__(self) -> None:
+        has_list = bool(self.hosts or self.cidrs or self.ports)
+        if has_list != (self.kind in _WITH_LIST):
+            wanted = "nothing" if has_list else "a list of hosts, cidrs or ports"
+            raise ConfigError(f"{self.kind.value} takes {wanted}")
+
+    @classmethod
+    def allow_all(cls) -> EgressPolicy:
+        """Everything that the host can reach, but for its loopback."""
+        return cls(kind=PolicyKind.ALLOW_ALL)
+
+    @classmethod
+    def deny_all(cls) -> EgressPolicy:
+        """Nothing, and no names."""
+        return cls(kind=PolicyKind.DENY_ALL)
+
+    @classmethod
+    def deny_private(cls) -> EgressPolicy:
+        """The public Internet: no private address, and none that the host itself has."""
+        return cls(kind=PolicyKind.DENY_PRIVATE)
+
+    @classmethod
+    def allow(
+        cls,
+        hosts: Iterable[str] = (),
+        cidrs: Iterable[str | Network | Address] = (),
+        ports: Iterable[int] = (),
+    ) -> EgressPolicy:
+        """Only what is listed; with nothing listed, :meth:`deny_all`.
+
+        :param hosts: names (``*.name`` for those below it): the guest may look these up, and
+            connect to the addresses that it was told for them, if they are public or in ``cidrs``.
+            ``host.supermachine.internal`` is the host's loopback.
+        :param cidrs: networks that it may connect to, private ones too.
+        :param ports: only these ports of all that; alone, of public addresses and any name.
+        """
+        return cls._of_list(PolicyKind.ALLOW, PolicyKind.DENY_ALL, hosts, cidrs, ports)
+
+    @classmethod
+    def deny(
+        cls,
+        hosts: Iterable[str] = (),
+        cidrs: Iterable[str | Network | Address] = (),
+        ports: Iterable[int] = (),
+    ) -> EgressPolicy:
+        """Everything but what is listed, as :meth:`allow` lists it, private addresses included.
+
+        With nothing listed, :meth:`allow_all`.
+
+        :param hosts: names that it may not look up; with ``ports`` it may, but not connect to
+            these ports of the addresses that it was told.
+        :param ports: only these ports of the hosts and networks are refused; alone, of all
+            addresses.
+        """
+        return cls._of_list(PolicyKind.DENY, PolicyKind.ALLOW_ALL, hosts, cidrs, ports)
+
+    @classmethod
+    def _of_list(
+        cls, kind: PolicyKind, unlisted: PolicyKind, hosts: Any, cidrs: Any, ports: Any
+    ) -> EgressPolicy:
+        lists = _hosts(hosts), _cidrs(cidrs), _ports(ports)
+        if not any(lists):
+            return cls(kind=unlisted)
+        return cls(kind=kind, hosts=lists[0], cidrs=lists[1], ports=lists[2])
+
+    @classmethod
+    def parse(cls, text: str) -> EgressPolicy:
+        """Read what :class:`str` of a policy gives, its limits apart.
+
+        That is ``allow_all``, ``deny_all``, ``deny_private``, or ``allowlist:`` or ``denylist:``
+        and, separated by commas, networks, names of hosts, and ports written as ``:443``.
+
+        :raises ConfigError: it is nothing of this.
+        """
+        if not isinstance(text, str):
+            raise ConfigError(f"an egress policy must be text, not {text!r}")
+        word, colon, rest = text.strip().partition(":")
+        known = {kind.value: kind for kind in PolicyKind}
+        kind = known.get(word.strip())
+        if kind is None:
+            raise ConfigError(
+                f"egress policy {text!r}: it must begin with one of {', '.join(known)}"
+            )
+        if bool(rest.strip()) != (kind in _WITH_LIST) or (colon and kind not in _WITH_LIST):
+            wanted = "is followed by ':' and a list" if kind in _WITH_LIST else "stands alone"
+            raise ConfigError(f"egress policy {text!r}: {kind.value} {wanted}")
+        return _parse_list(text, kind, rest)
+
+    def with_limits(
+        self, connections: int = DEFAULT_CONNECTIONS, bytes_per_second: int | None = None
+    ) -> EgressPolicy:
+        """A copy with these limits: see the fields of the same names."""
+        return attrs.evolve(self, connections=connections, bytes_per_second=bytes_per_second)
+
+    def __str__(self) -> str:
+        if self.kind not in _WITH_LIST:
+            return str(self.kind.value)
+        ports = (f":{port}" for port in self.ports)
+        return f"{self.kind.value}:" + ",".join((*self.hosts, *map(str, self.cidrs), *ports))
+
+    # --- decisions ---
+
+    def decide_name(self, name: str) -> Decision:
+        """Whether the guest may look ``name`` up: lower case, without a dot at its end."""
+        if name == HOST_NAME:
+            if self._names_host:
+                return Decision(True, "the policy names it")
+            return Decision(False, "the policy does not name it")
+        match self.kind:
+            case PolicyKind.DENY_ALL:
+                return Decision(False, "the policy denies everything")
+            case PolicyKind.ALLOW if self.hosts or self.cidrs:
+                if self.lists_name(name):
+                    return Decision(True, "the policy allows this name")
+                return Decision(False, "the policy does not list this name")
+            case PolicyKind.DENY if not self.ports and self.lists_name(name):
+                return Decision(False, "the policy denies this name")
+        return Decision(True, "any name")
+
+    def decide_answer(self, address: Address, *, own: Callable[[Address], bool]) -> Decision:
+        """Whether the guest may be told ``address`` for a name that it may look up.
+
+        :param own: tells whether the host itself has an address.
+        """
+        if is_never(address):
+            return Decision(False, "a name must not lead to this address")
+        if is_metadata(address):
+            return Decision(False, "a name must not lead to a metadata or link-local address")
+        match self.kind:
+            case PolicyKind.DENY_ALL:
+                return Decision(False, "the policy denies everything")
+            case PolicyKind.DENY_PRIVATE:
+                return _public(address, own)
+            case PolicyKind.ALLOW if not contains(self.cidrs, address):
+                return _public(address, own)
+            case PolicyKind.DENY if not self.ports and contains(self.cidrs, address):
+                return Decision(False, "the policy denies this network")
+        return Decision(True, "the policy allows it")
+
+    def decide(
+        self, address: Address, port: int, *, listed: bool, own: Callable[[Address], bool]
+    ) -> Decision:
+        """Whether the guest may connect, or send, to ``port`` of ``address``.
+
+        :param listed: the guest was told ``address`` for a name that :meth:`lists_name`.
+        :param own: as for :meth:`decide_answer`.
+        """
+        if is_host(address):
+            if self._names_host and self._has_port(port):
+                return Decision(True, f"the policy names {HOST_NAME}")
+            return Decision(False, f"the policy does not name {HOST_NAME} with this port")
+        if is_never(address):
+            return Decision(False, "nothing is sent to this address")
+        match self.kind:
+            case PolicyKind.ALLOW_ALL:
+                return Decision(True, "the policy allows everything")
+            case PolicyKind.DENY_ALL:
+                return Decision(False, "the policy denies everything")
+            case PolicyKind.DENY_PRIVATE:
+                return _public(address, own)
+            case PolicyKind.ALLOW:
+                return self._decide_allow(address, port, listed, own)
+            case PolicyKind.DENY:
+                return self._decide_deny(address, port, listed)
+
+    def lists_name(self, name: str) -> bool:
+        """Whether :attr:`hosts` has this name, or one above it as ``*.``."""
+        if name in self.hosts:
+            return True
+        return any(h.startswith("*.") and name.endswith(h[1:]) for h in self.hosts)
+
+    @property
+    def _names_host(self) -> bool:
+        return self.kind is PolicyKind.ALLOW and HOST_NAME in self.hosts
+
+    def _has_port(self, port: int) -> bool:
+        return not self.ports or port in self.ports
+
+    def _decide_allow(
+        self, address: Address, port: int, listed: bool, own: Callable[[Address], bool]
+    ) -> Decision:
+        if not self._has_port(port):
+            return Decision(False, "the policy does not list this port")
+        if contains(self.cidrs, address):
+            return Decision(True, "the policy allows this network")
+        if (self.hosts or self.cidrs) and not listed:
+            return Decision(False, "the policy lists neither this address nor its name")
+        public = _public(address, own)
+        return Decision(True, "the policy allows its name") if public.allowed and listed else public
+
+    def _decide_deny(self, address: Address, port: int, listed: bool) -> Decision:
+        ruled = listed or contains(self.cidrs, address)
+        if not self.hosts and not self.cidrs:
+            ruled = bool(self.ports)
+        if ruled and self._has_port(port):
+            return Decision(False, "the policy denies it")
+        return Decision(True, "the policy does not deny it")
+
+
+def _public(address: Address, own: Callable[[Address], bool]) -> Decision:
+    if not is_public(address):
+        return Decision(False, "a private address")
+    if own(address):
+        return Decision(False, "an address of the host itself")
+    return Decision(True, "a public address")
+
+
+def _parse_list(text: str, kind: PolicyKind, rest: str) -> EgressPolicy:
+    hosts: list[str] = []
+    cidrs: list[str] = []
+    ports: list[int] = []
+    for item in map(str.strip, rest.split(",")):
+        try:
+            if item.startswith(":") and item[1:].isascii() and item[1:].isdigit():
+                ports.append(_port(int(item[1:7])))
+            elif _looks_numeric(item):
+                cidrs.append(str(_cidr(item)))
+            else:
+                hosts.append(_host(item))
+        except ConfigError as exc:
+            raise ConfigError(f"egress policy {text!r}: {exc}") from exc
+    return EgressPolicy(kind=kind, hosts=hosts, cidrs=cidrs, ports=ports)
+
+
+def _looks_numeric(item: str) -> bool:
+    """Whether an item is meant as an address or a network."""
+    if "/" in item or ":" in item:
+        return True
+    try:
+        ip_address(item)
+    except ValueError:
+        return bool(_NUMBER.fullmatch(item.rpartition(".")[2]))
+    return True
