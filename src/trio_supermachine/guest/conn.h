@@ -14,6 +14,9 @@ struct conn_user {
     size_t (*input)(struct conn *conn, const uint8_t *bytes, size_t size);
     /* Sending is possible: reserve and commit once. Returns whether there may be more. */
     bool (*pump)(struct conn *conn);
+    /* The host sends no more, and all that it sent has been used. NULL: that is nothing to this
+     * user, who has no use either for what came before the host closed. */
+    void (*ended)(struct conn *conn);
     /* The host has closed or reset it. No call comes after this one. */
     void (*gone)(struct conn *conn);
 };
@@ -23,6 +26,8 @@ struct carrier {
     size_t (*reserve)(struct conn *conn, uint8_t **at);
     void (*commit)(struct conn *conn, size_t size);
     void (*resume)(struct conn *conn);
+    /* After what is committed no more is sent; receiving goes on. */
+    void (*end)(struct conn *conn);
     /* Close it once everything committed is out; or at once and rudely. The user is let go. */
     void (*finish)(struct conn *conn);
     void (*reset)(struct conn *conn);
@@ -45,6 +50,7 @@ struct conn {
     void *owner;                  /* the user's */
     struct conn *next, *previous; /* in the queue of those who want to send */
     bool queued;
+    bool closed; /* when it has gone: in order, all that the host sent having been used */
 };
 
 /* Put a connection into the queue of those that have something to send. */

@@ -13,8 +13,11 @@
 #define STREAM_TYPE 1
 #define MAX_PAYLOAD 65536u    /* of a packet that comes */
 #define WRITE_SIZE 32768u     /* what Linux's virtio-console driver takes in one write */
-#define RECEIVE_WINDOW 262144u
-#define MAX_CONNECTIONS 1024u
+#define MAX_CONNECTIONS 4096u
+/* What each may have sent that is not used; the memory of this machine bounds their sum. */
+#define WIDE_WINDOW 262144u
+#define NARROW_WINDOW 65536u
+#define WIDE_CONNECTIONS 256u /* those beyond have the narrow one */
 #define MAX_RESETS 64u        /* owed to connections that do not exist; then reading stops */
 #define FIRST_LOCAL_PORT 49152u
 #define BUCKETS 256u
@@ -31,18 +34,33 @@ struct packet {
 } __attribute__((packed));
 _Static_assert(sizeof(struct packet) == 44, "virtio_vsock_hdr");
 
-enum state { DIALING, OPEN, CLOSING /* shut down, the host's RST is due */ };
-enum { OWES_REQUEST = 1, OWES_RESPONSE = 2, OWES_CREDIT = 4, OWES_SHUT = 8, OWES_RST = 16 };
+enum state {
+    DIALING,
+    OPEN,
+    CLOSING, /* shut down, the host's RST is due */
+    LEFT,    /* the host has closed it, and knows it no more; what it sent is not all used */
+};
+enum {
+    OWES_REQUEST = 1,
+    OWES_RESPONSE = 2,
+    OWES_CREDIT = 4,
+    OWES_END = 8,
+    OWES_SHUT = 16,
+    OWES_RST = 32,
+};
 
 struct line {
     struct conn conn;
     enum state state;
     unsigned owes, peer_shut;
+    bool ended;    /* this side has said that it sends no more */
+    bool told_end; /* the user knows that the host sends no more */
     uint32_t local_port, peer_port;
+    uint32_t window; /* from the host, not used: at the most */
     uint32_t sent, peer_window, peer_consumed;   /* towards the host */
     uint32_t received, consumed, told_consumed;  /* from the host */
     uint8_t *rest;                               /* received and not used yet */
-    size_t rest_at, rest_size;
+    size_t rest_at, rest_size, rest_room;
     struct line *next;
 };
 
@@ -85,6 +103,7 @@ static struct line *add(uint32_t local_port, uint32_t peer_port, enum state stat
     struct line *line = must_alloc(sizeof *line);
     line->conn.carrier = &serial;
     line->state = state;
+    line->window = lines < WIDE_CONNECTIONS ? WIDE_WINDOW : NARROW_WINDOW;
     line->local_port = local_port;
     line->peer_port = peer_port;
     struct line **place = bucket(local_port, peer_port);
@@ -95,17 +114,22 @@ static struct line *add(uint32_t local_port, uint32_t peer_port, enum state stat
 }
 
 static void dispose(struct line *line) {
+    lines--;
     conn_unqueue(&line->conn);
     free_later(line->rest);
+    line->rest = NULL;
     free_later(line);
 }
 
-static void drop(struct line *line) {
+static void forget(struct line *line) {
     struct line **link = bucket(line->local_port, line->peer_port);
     while (*link != line) link = &(*link)->next;
     *link = line->next;
-    lines--;
     if (body_line == line) body_line = NULL;
+}
+
+static void drop(struct line *line) {
+    if (line->state != LEFT) forget(line);
     dispose(line);
 }
 
@@ -144,7 +168,7 @@ static void put(struct line *line, unsigned op, uint32_t flags, uint32_t size) {
         .src_cid = GUEST_CID, .dst_cid = HOST_CID,
         .src_port = line->local_port, .dst_port = line->peer_port,
         .len = size, .type = STREAM_TYPE, .op = (uint16_t)op, .flags = flags,
-        .buf_alloc = RECEIVE_WINDOW, .fwd_cnt = line->consumed,
+        .buf_alloc = line->window, .fwd_cnt = line->consumed,
     };
     line->told_consumed = line->consumed;
     memcpy(out + out_size, &packet, sizeof packet);
@@ -198,10 +222,19 @@ static void commit(struct conn *conn, size_t size) {
 
 static bool turn(struct conn *conn) {
     struct line *line = (struct line *)conn;
+    if (line->state == LEFT) {
+        if (line->owes & OWES_RST) drop(line); /* nobody is there to be told */
+        return false;
+    }
     if (line->owes & (OWES_REQUEST | OWES_RESPONSE)) {
         put(line, line->owes & OWES_REQUEST ? REQUEST : RESPONSE, 0, 0);
         line->owes &= ~(OWES_REQUEST | OWES_RESPONSE | OWES_CREDIT);
         return true;
+    }
+    if (line->owes & OWES_END) {
+        put(line, SHUT, 2, 0);
+        line->owes &= ~OWES_END;
+        return line->owes;
     }
     if (line->owes & OWES_SHUT) { /* before a reset: it tells that the stream is whole */
         put(line, SHUT, 3, 0);
@@ -228,9 +261,16 @@ static bool turn(struct conn *conn) {
 
 /* --- the user's side of closing --- */
 
+static void end(struct conn *conn) {
+    struct line *line = (struct line *)conn;
+    line->ended = true;
+    owe(line, OWES_END);
+}
+
 static void finish(struct conn *conn) {
     struct line *line = (struct line *)conn;
     conn->user = NULL;
+    if (line->state == LEFT) owe(line, OWES_RST);
     if (line->state != OPEN || line->owes & OWES_RST) return;
     line->state = CLOSING;
     owe(line, OWES_SHUT);
@@ -245,7 +285,7 @@ static void reset(struct conn *conn) {
 
 static void count_consumed(struct line *line, size_t size) {
     line->consumed += (uint32_t)size;
-    if (RECEIVE_WINDOW - (line->received - line->told_consumed) < RECEIVE_WINDOW / 2)
+    if (line->state != LEFT && line->received - line->told_consumed > line->window / 2)
         owe(line, OWES_CREDIT);
 }
 
@@ -257,25 +297,50 @@ static size_t offer(struct line *line, const uint8_t *bytes, size_t size) {
     return used;
 }
 
+/* The user hears of the host's end when it has used what came before. */
+static void tell_end(struct line *line) {
+    const struct conn_user *user = line->conn.user;
+    if (!user || !user->ended || line->rest_size || !(line->peer_shut & 2)) return;
+    if (!line->told_end) {
+        line->told_end = true;
+        user->ended(&line->conn);
+    }
+    if (line->state != LEFT) return;
+    line->conn.closed = true;
+    let_user_go(line);
+    owe(line, OWES_RST);
+}
+
 static void resume(struct conn *conn) {
     struct line *line = (struct line *)conn;
-    if (!line->rest_size) return;
-    size_t used = offer(line, line->rest + line->rest_at, line->rest_size);
-    line->rest_at += used;
-    line->rest_size -= used;
-    if (line->rest_size) return;
-    free_later(line->rest);
-    line->rest = NULL;
+    if (line->rest_size) {
+        size_t used = offer(line, line->rest + line->rest_at, line->rest_size);
+        line->rest_at += used;
+        line->rest_size -= used;
+        if (line->rest_size) return;
+        free_later(line->rest);
+        line->rest = NULL;
+        line->rest_at = line->rest_room = 0;
+    }
+    tell_end(line);
+}
+
+static void make_room(struct line *line, size_t size) {
+    if (line->rest_at + line->rest_size + size <= line->rest_room) return;
+    if (line->rest_at) memmove(line->rest, line->rest + line->rest_at, line->rest_size);
     line->rest_at = 0;
+    if (line->rest_size + size <= line->rest_room) return;
+    size_t room = smaller(2 * (line->rest_size + size), line->window);
+    uint8_t *rest = must_alloc(room);
+    if (line->rest_size) memcpy(rest, line->rest, line->rest_size);
+    free_later(line->rest);
+    line->rest = rest;
+    line->rest_room = room;
 }
 
 static void keep(struct line *line, const uint8_t *bytes, size_t size) {
     if (!size) return;
-    if (!line->rest) line->rest = must_alloc(RECEIVE_WINDOW);
-    if (line->rest_at + line->rest_size + size > RECEIVE_WINDOW) {
-        memmove(line->rest, line->rest + line->rest_at, line->rest_size);
-        line->rest_at = 0;
-    }
+    make_room(line, size);
     memcpy(line->rest + line->rest_at + line->rest_size, bytes, size);
     line->rest_size += size;
 }
@@ -292,6 +357,21 @@ static void break_off(struct line *line) {
     owe(line, OWES_RST);
 }
 
+static void owe_nobody(void) {
+    resets[reset_count].local_port = header.dst_port;
+    resets[reset_count++].peer_port = header.src_port;
+}
+
+/* The host has closed the connection, having ended sending: a user who cares for what it sent gets
+ * all of it. False: there is none. */
+static bool leave(struct line *line) {
+    if (line->state != OPEN || !line->conn.user || !line->conn.user->ended) return false;
+    forget(line);
+    line->state = LEFT;
+    tell_end(line);
+    return true;
+}
+
 static void take_request(struct line *line) {
     if (line) {
         break_off(line);
@@ -301,19 +381,27 @@ static void take_request(struct line *line) {
         owe(line, OWES_RESPONSE);
         conn_accepted(&line->conn);
     } else {
-        resets[reset_count].local_port = header.dst_port;
-        resets[reset_count++].peer_port = header.src_port;
+        owe_nobody();
     }
 }
 
 static void take_shut(struct line *line) {
     line->peer_shut |= header.flags & 3;
-    if (line->peer_shut == 3 || line->state == CLOSING) break_off(line);
+    if (line->peer_shut == 3 && leave(line)) owe_nobody();
+    else if (line->peer_shut == 3 || line->state == CLOSING) break_off(line);
+    else tell_end(line);
+}
+
+static void take_reset(struct line *line) {
+    /* Where both have ended it is how the host closes. */
+    if (line->ended && line->peer_shut & 2 && leave(line)) return;
+    let_user_go(line);
+    drop(line);
 }
 
 static void take_data(struct line *line) {
     /* The peer counts what it has sent against fwd_cnt; beyond the window it gets a reset. */
-    bool beyond = line->received - line->consumed + header.len > RECEIVE_WINDOW;
+    bool beyond = line->received - line->consumed + header.len > line->window;
     if (line->state == DIALING || line->peer_shut & 2 || beyond) {
         break_off(line);
         return;
@@ -327,7 +415,6 @@ static void forget_all(void) {
     struct line *all = NULL, *line;
     out_at = out_size = 0;
     reset_count = 0;
-    lines = 0;
     /* Taken out first: letting one of them go may dial anew. */
     for (size_t i = 0; i < BUCKETS; i++)
         while ((line = buckets[i])) {
@@ -377,26 +464,22 @@ static const char *take_header(void) {
         return NULL;
     }
     if (!line) {
-        if (header.op != RST) {
-            resets[reset_count].local_port = header.dst_port;
-            resets[reset_count++].peer_port = header.src_port;
-        }
+        if (header.op != RST) owe_nobody();
         return NULL;
     }
+    bool had_no_credit = line->sent - line->peer_consumed >= line->peer_window;
     line->peer_window = header.buf_alloc;
     line->peer_consumed = header.fwd_cnt;
+    if (had_no_credit) conn_queue(&line->conn);
     switch (header.op) {
     case RESPONSE:
         if (line->state != DIALING) break_off(line);
         else line->state = OPEN, conn_queue(&line->conn);
         break;
-    case RST:
-        let_user_go(line);
-        drop(line);
-        break;
+    case RST: take_reset(line); break;
     case SHUT: take_shut(line); break;
     case RW: take_data(line); break;
-    case CREDIT_UPDATE: conn_queue(&line->conn); break;
+    case CREDIT_UPDATE: break; /* which all packets are */
     default:
         line->told_consumed = line->consumed - 1; /* asked for, so told even if nothing is new */
         owe(line, OWES_CREDIT);
@@ -464,9 +547,9 @@ static struct conn *dial(uint32_t to) {
 static void listen_on(uint32_t at) { listening_port = at; }
 
 static const struct carrier serial = {
-    .reserve = reserve, .commit = commit, .resume = resume, .finish = finish, .reset = reset,
-    .turn = turn, .can_send = can_send, .flush = flush, .dial = dial, .listen = listen_on,
-    .take = take,
+    .reserve = reserve, .commit = commit, .resume = resume, .end = end, .finish = finish,
+    .reset = reset, .turn = turn, .can_send = can_send, .flush = flush, .dial = dial,
+    .listen = listen_on, .take = take,
 };
 
 const struct carrier *serial_carrier(int fd, bool hangs_up, void (*end)(const char *reason)) {

@@ -24,7 +24,7 @@
 #define IN_SIZE 131072u
 #define PUMPS_PER_TURN 16
 #define READS_PER_TURN 16
-#define MAX_CONNECTIONS 1024u
+#define MAX_CONNECTIONS 4096u
 #define CONNECT_TIMEOUT_S 10
 #define TRANSPORT_WAIT_MS 10000u
 
@@ -36,6 +36,10 @@ struct line {
     bool ended;         /* the host sends no more */
     bool closing;       /* an event has told that it ends: only reading tells when */
     bool broken;        /* nothing can be sent */
+    bool ending;        /* the user sends no more: say so after what is left */
+    bool shut;          /* it has been said */
+    bool told_end;      /* the user knows that the host sends no more */
+    bool rude;          /* the user has reset it: what cannot be sent at once is not */
     bool finishing;     /* the user has closed it: send what is left, then close */
     uint8_t *unsent;    /* what a write left over */
     size_t unsent_at, unsent_size;
@@ -190,12 +194,19 @@ static void send_out(struct line *line) {
 
 static bool turn(struct conn *conn) {
     struct line *line = (struct line *)conn;
+    if (line->rude) line->unsent_size = 0;
     if (line->unsent_size && !send_unsent(line)) return false;
     bool more = line->writable;
     for (int pumps = 0; more && conn->user && pumps < PUMPS_PER_TURN && OUT_SIZE - out_size >= DATA_FRAME;
          pumps++)
         more = conn->user->pump(conn);
     if (out_size) send_out(line);
+    if (line->rude) line->unsent_size = 0;
+    if (line->ending && !line->unsent_size) {
+        line->ending = false;
+        line->shut = true;
+        shutdown(line->watch.fd, SHUT_WR);
+    }
     if (line->finishing && !line->unsent_size) {
         /* A close alone would not do: a program being spawned may hold the same socket. What was
          * sent is delivered first. */
@@ -206,6 +217,11 @@ static bool turn(struct conn *conn) {
     return more && conn->user && line->writable;
 }
 
+static void end(struct conn *conn) {
+    ((struct line *)conn)->ending = true;
+    conn_queue(conn);
+}
+
 static void finish(struct conn *conn) {
     conn->user = NULL;
     ((struct line *)conn)->finishing = true;
@@ -214,8 +230,8 @@ static void finish(struct conn *conn) {
 
 static void reset(struct conn *conn) {
     struct line *line = (struct line *)conn;
-    out_size = 0; /* if it is its turn */
-    line->unsent_size = 0;
+    line->rude = true;
+    line->ending = false;
     finish(conn);
 }
 
@@ -230,19 +246,33 @@ static size_t offer(struct line *line, const uint8_t *bytes, size_t size) {
     return line->conn.user ? used : size;
 }
 
+/* The user hears of the host's end when it has used what came before. */
+static void tell_end(struct line *line) {
+    const struct conn_user *user = line->conn.user;
+    if (!user || !user->ended || line->told_end || line->rest_size || !line->ended) return;
+    line->told_end = true;
+    user->ended(&line->conn);
+}
+
 static void resume(struct conn *conn) {
     struct line *line = (struct line *)conn;
-    size_t used = offer(line, line->rest + line->rest_at, line->rest_size);
-    line->rest_at += used;
-    line->rest_size -= used;
-    if (line->rest_size) return;
-    free_later(line->rest);
-    line->rest = NULL;
+    if (line->rest_size) {
+        size_t used = offer(line, line->rest + line->rest_at, line->rest_size);
+        line->rest_at += used;
+        line->rest_size -= used;
+        if (line->rest_size) return;
+        free_later(line->rest);
+        line->rest = NULL;
+    }
+    tell_end(line);
     list(line);
 }
 
-/* The host may have ended sending, or have closed altogether, which AF_VSOCK tells by this alone. */
+/* The host may have ended sending, or have closed altogether, which AF_VSOCK tells by this alone.
+ * When this side has ended sending nothing tells, and it makes no difference: all is said when what
+ * came has been used. */
 static bool is_closed(struct line *line) {
+    if (line->shut) return false;
     return line->broken || (send(line->watch.fd, "", 0, MSG_NOSIGNAL) < 0 && errno == EPIPE);
 }
 
@@ -263,6 +293,7 @@ static void take_line(struct line *line) {
     if (got == 0) {
         line->ended = line->closing = true;
         if (is_closed(line)) break_off(line);
+        else tell_end(line);
         return;
     }
     /* What gave less is empty: the next event tells of more. */
@@ -356,7 +387,7 @@ static void listen_on(uint32_t port) {
     struct sockaddr_storage address;
     socklen_t size = address_of(port, VMADDR_CID_ANY, &address);
     int fd = open_socket();
-    if (bind(fd, (struct sockaddr *)&address, size) || listen(fd, 128))
+    if (bind(fd, (struct sockaddr *)&address, size) || listen(fd, MAX_CONNECTIONS))
         die("agent port: %s", strerror(errno));
     watch_add_level(&listener, fd, EPOLLIN, listener_ready);
 }
@@ -373,9 +404,9 @@ static bool has_cid(void *unused) {
 }
 
 static const struct carrier sockets = {
-    .reserve = reserve, .commit = commit, .resume = resume, .finish = finish, .reset = reset,
-    .turn = turn, .can_send = can_send, .flush = flush, .dial = dial, .listen = listen_on,
-    .take = take,
+    .reserve = reserve, .commit = commit, .resume = resume, .end = end, .finish = finish,
+    .reset = reset, .turn = turn, .can_send = can_send, .flush = flush, .dial = dial,
+    .listen = listen_on, .take = take,
 };
 
 const struct carrier *socket_carrier(const char *directory) {
