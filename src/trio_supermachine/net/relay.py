@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import socket
 import struct
+from contextlib import suppress
 from typing import Final, Protocol, runtime_checkable
 
 import trio
 
 #: What is taken from one stream before it goes to the other: all that a direction ever holds.
 _CHUNK: Final = 65536
+
+_GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 
@@ -27,10 +30,7 @@ async def reset(stream: trio.abc.AsyncResource) -> None:
     if it had sent what nobody read.
     """
     if isinstance(stream, trio.SocketStream):
-        if stream.socket.fileno() != -1:
-            if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
-                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-            stream.socket.close()
+        reset_socket(stream)
         await trio.lowlevel.checkpoint()
     elif isinstance(stream, _Abortable):
         stream.abort()
@@ -39,9 +39,20 @@ async def reset(stream: trio.abc.AsyncResource) -> None:
         await trio.aclose_forcefully(stream)
 
 
+def reset_socket(stream: trio.SocketStream) -> None:
+    """:func:`reset` of a socket's stream. Plain and idempotent."""
+    if stream.socket.fileno() != -1:
+        if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        stream.socket.close()
+
+
 async def relay(
-    one: trio.abc.HalfCloseableStream, other: trio.abc.HalfCloseableStream
-) -> tuple[int, int]:
+    one: trio.abc.HalfCloseableStream,
+    other: trio.abc.HalfCloseableStream,
+    *,
+    early: bytes = b"",
+) -> None:
     """Move bytes both ways until both directions have ended, then close both streams.
 
     The end of data of one stream becomes that of the other, while the opposite direction goes
@@ -51,56 +62,57 @@ async def relay(
 
     Both streams are closed on return by any path; cancelled, it resets both.
 
-    :returns: the bytes moved from ``one`` to ``other``, and from ``other`` to ``one``.
+    :param early: what was received from ``one`` already.
     """
-    there = _Direction(one, other)
+    there = _Direction(one, other, early)
     back = _Direction(other, one)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(there.move, nursery.cancel_scope)
             await back.move(nursery.cancel_scope)
-        orderly = there.orderly and back.orderly
-    except BaseException:
-        orderly = False
-        raise
     finally:
-        # Shielded, as both must be left; nothing in it waits.
-        with trio.CancelScope(shield=True):
+        orderly = there.ended and back.ended
+        with trio.CancelScope(shield=True):  # nothing in it waits
             for stream in (one, other):
                 if orderly:
                     await trio.aclose_forcefully(stream)
                 else:
                     await reset(stream)
-    return there.moved, back.moved
 
 
 class _Direction:
-    __slots__ = ("moved", "orderly", "sink", "source")
+    __slots__ = ("_early", "_sink", "_source", "ended")
 
     def __init__(
-        self, source: trio.abc.HalfCloseableStream, sink: trio.abc.HalfCloseableStream
+        self,
+        source: trio.abc.HalfCloseableStream,
+        sink: trio.abc.HalfCloseableStream,
+        early: bytes = b"",
     ) -> None:
-        self.source = source
-        self.sink = sink
-        self.moved = 0
-        self.orderly = False
+        self._source = source
+        self._sink = sink
+        self._early = early
+        self.ended = False
 
     async def move(self, both: trio.CancelScope) -> None:
         """Move data to its end. Where it breaks off, cancel ``both`` directions."""
-        source, sink = self.source, self.sink
+        source, sink = self._source, self._sink
+        data: bytes | bytearray = self._early
+        self._early = b""
         while True:
+            if data:
+                try:
+                    await sink.send_all(data)
+                except _GONE:
+                    return
+                data = b""  # while it waits it holds nothing
             try:
                 data = await source.receive_some(_CHUNK)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+            except _GONE:
                 both.cancel()
                 return
-            try:
-                if not data:
-                    await sink.send_eof()
-                    break
-                await sink.send_all(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return
-            self.moved += len(data)
-            del data  # while it waits it holds nothing
-        self.orderly = True
+            if not data:
+                break
+        with suppress(*_GONE):
+            await sink.send_eof()
+            self.ended = True

@@ -1,0 +1,188 @@
+"""Unix sockets on the host that lead into a guest, for programs that are not this one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import stat
+import struct
+import tempfile
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final, final
+
+import attrs
+import trio
+
+from ..errors import ConfigError
+from ..trace import trace
+from .forward import Connect
+from .relay import relay
+from .serving import MAX_PORT, Server
+
+#: The first 16 bytes of a routing header; the guest's port follows, as a big-endian u32.
+MAGIC: Final = b"SMUX-PORT-V1".ljust(16, b"\0")
+_PORT: Final = struct.Struct(">I")
+_HEADER_SIZE: Final = len(MAGIC) + _PORT.size
+
+#: Seconds of silence from the start that mean: there is no header.
+SILENCE: Final = 0.02
+#: Seconds for a header that has begun.
+PATIENCE: Final = 5.0
+
+#: Connections that each socket has at once.
+MAX_CONNECTIONS: Final = 1024
+
+_MODE: Final = stat.S_IRUSR | stat.S_IWUSR
+_MAX_PATH: Final = 107  # bytes in a sockaddr_un, without the NUL at their end
+_NAME_BYTES: Final = len("vm-0123456789abcdef-vsock.sock")
+
+_RECEIVE: Final = 65536
+
+
+@attrs.frozen
+class Route:
+    """Where a connection goes: a port of the guest, or 0, the first listener.
+
+    :ivar rest: bytes that came behind the header, or in the place of one.
+    """
+
+    port: int
+    rest: bytes
+
+
+class HeaderSniffer:
+    """Bytes of a new connection in any chunking in, its :class:`Route` out."""
+
+    def __init__(self) -> None:
+        self._seen = b""
+
+    @property
+    def begun(self) -> bool:
+        """Whether something came that may become a header."""
+        return bool(self._seen)
+
+    def feed(self, data: bytes | bytearray) -> Route | None:
+        """Add what was received; ``None`` until there is a decision.
+
+        :raises ValueError: the header names no TCP port.
+        """
+        self._seen += data
+        seen = self._seen
+        if not MAGIC.startswith(seen[: len(MAGIC)]):
+            return Route(0, seen)
+        if len(seen) < _HEADER_SIZE:
+            return None
+        (port,) = _PORT.unpack_from(seen, len(MAGIC))
+        if port > MAX_PORT:
+            raise ValueError(f"{port} is no TCP port")
+        return Route(port, seen[_HEADER_SIZE:])
+
+    def end(self) -> Route:
+        """No more comes: what came was no header."""
+        return Route(0, self._seen)
+
+
+async def sniff(stream: trio.abc.ReceiveStream) -> Route | None:
+    """Find out where a new connection goes; ``None`` for one that begins a header and no more.
+
+    :raises ValueError: the header names no TCP port.
+    """
+    sniffer = HeaderSniffer()
+    begin = trio.current_time()
+    with trio.move_on_at(begin + SILENCE) as scope:
+        while True:
+            data = await stream.receive_some(_RECEIVE)
+            route = sniffer.feed(data) if data else sniffer.end()
+            if route is not None:
+                return route
+            scope.deadline = begin + PATIENCE
+    return None if sniffer.begun else sniffer.end()
+
+
+def check_directory(directory: Path) -> None:
+    """Check that sockets may be made there. :raises ConfigError: their paths would be too long."""
+    longest = len(os.fsencode(directory.absolute())) + 1 + _NAME_BYTES
+    if longest > _MAX_PATH:
+        raise ConfigError(
+            f"the path of a unix socket in {directory} has {longest} bytes, and {_MAX_PATH} are"
+            " the most; take a directory with a shorter name"
+        )
+
+
+@final
+class UnixSockets:
+    """The two unix sockets of a VM: there from the start, gone after :meth:`run`.
+
+    They are for the user that runs this program alone, by mode 0600 from the first moment.
+
+    :param directory: where; it is made if it is missing. ``None`` is a private one.
+    :param connect: connects to a TCP port of the guest.
+    :param dial: connects to the guest's agent.
+    :ivar vsock_path: leads to TCP ports; see :class:`HeaderSniffer`.
+    :ivar exec_path: leads to the agent, byte by byte.
+    :raises OSError: they cannot be made.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        connect: Connect,
+        dial: Callable[[], Awaitable[trio.abc.HalfCloseableStream]],
+    ) -> None:
+        self._connect = connect
+        self._dial = dial
+        with ExitStack() as stack:
+            if directory is None:
+                directory = Path(tempfile.mkdtemp(prefix="supermachine-"))
+                stack.callback(directory.rmdir)
+            else:
+                directory.mkdir(mode=0o700, exist_ok=True)
+            check_directory(directory)
+            name = directory.absolute() / f"vm-{secrets.token_hex(8)}"
+            self.vsock_path = Path(f"{name}-vsock.sock")
+            self.exec_path = Path(f"{name}-exec.sock")
+            self._servers = [
+                Server(_listen(path, stack), handle, MAX_CONNECTIONS)
+                for path, handle in (
+                    (self.vsock_path, self._serve_ports),
+                    (self.exec_path, self._serve_agent),
+                )
+            ]
+            self._stack = stack.pop_all()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        with self._stack:
+            async with trio.open_nursery() as nursery:
+                for server in self._servers:
+                    nursery.start_soon(server.run)
+
+    async def _serve_ports(self, client: trio.SocketStream) -> None:
+        try:
+            route = await sniff(client)
+        except ValueError as exc:
+            trace("net", "%s: %s", self.vsock_path, exc)
+            return
+        if route is None:
+            trace("net", "%s: a header that was never complete", self.vsock_path)
+            return
+        guest = await self._connect(route.port)
+        await relay(client, guest, early=route.rest)
+
+    async def _serve_agent(self, client: trio.SocketStream) -> None:
+        await relay(client, await self._dial())
+
+
+def _listen(path: Path, stack: ExitStack) -> trio.SocketListener:
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stack.callback(sock.close)
+    os.fchmod(sock.fileno(), _MODE)  # which bind gives to the file
+    # Not the coroutine of Trio's socket, which resolves names: this has none.
+    with socket.socket(fileno=os.dup(sock.fileno())) as plain:
+        plain.bind(os.fspath(path))
+        stack.callback(path.unlink, missing_ok=True)
+    sock.listen(socket.SOMAXCONN)
+    return trio.SocketListener(sock)
