@@ -5,6 +5,8 @@
 #include <sys/stat.h>
 
 #include "bpf.h"
+#include "datagrams.h"
+#include "egress.h"
 #include "lo.h"
 #include "newfile.h"
 
@@ -24,7 +26,10 @@ static void name_resolver(void) {
 
 void network_open(const struct carrier *carrier) {
     bool ip6;
-    (void)carrier;
-    if (!lo_configure(&ip6) || !hooks_attach(ip6)) return;
-    name_resolver();
+    if (!lo_configure(&ip6)) return;
+    if (!egress_open(carrier, ip6) || !datagrams_open(carrier, ip6)) {
+        say("no connections to the outside: sockets: %s", strerror(errno));
+        return;
+    }
+    if (hooks_attach(ip6)) name_resolver();
 }

@@ -19,6 +19,7 @@ struct relay {
     size_t ahead_at, ahead_size;
     uint8_t answer[ANSWER_SIZE];
     size_t answer_left;
+    void (*over)(void);
 };
 
 /* The connection has another user by now, or none. */
@@ -26,6 +27,7 @@ static void release(struct relay *relay, bool rudely) {
     struct linger none = {.l_onoff = 1};
     if (rudely) setsockopt(relay->watch.fd, SOL_SOCKET, SO_LINGER, &none, sizeof none);
     watch_drop(&relay->watch);
+    if (relay->over) relay->over();
     free_later(relay);
 }
 
@@ -148,7 +150,7 @@ static const struct conn_user relay_user = {
 };
 
 void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahead_size,
-                 bool answered) {
+                 bool answered, void (*over)(void)) {
     struct relay *relay = must_alloc(sizeof *relay);
     if (ahead_size > sizeof relay->ahead) die("too much to be said ahead");
     relay->conn = conn;
@@ -156,6 +158,7 @@ void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahe
     relay->ahead_size = ahead_size;
     memcpy(relay->ahead, ahead, ahead_size);
     relay->answer_left = answered ? ANSWER_SIZE : 0;
+    relay->over = over;
     conn->user = &relay_user;
     conn->owner = relay;
     watch_add(&relay->watch, socket_fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP, program_ready);

@@ -13,7 +13,9 @@
  * connection: then the other is reset, too.
  *
  * `ahead` goes to the host first, the program's bytes right behind it. With `answered` the host's
- * bytes begin by its answer to that: OK, or else the program's connection is reset.
+ * bytes begin by its answer to that: OK, or else the program's connection is reset. `over`, unless
+ * NULL, is called when the relay has ended.
  *
  * Not from within a call of the connection's user. */
-void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahead_size, bool answered);
+void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahead_size, bool answered,
+                 void (*over)(void));

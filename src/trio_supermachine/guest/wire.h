@@ -3,14 +3,17 @@
 
 #include "util.h"
 
-#define WIRE_VERSION 2
+#define WIRE_VERSION 3
 #define AGENT_PORT 1028
 #define LIFELINE_PORT 1029
+#define EGRESS_PORT 1030
+#define EGRESS_PORT 1030
 
 #define FRAME_HEADER 8
 #define MAX_DATA 65536u
 #define MAX_FRAME (2u << 20)
 #define MAX_LIST 65536u
+#define MAX_DATAGRAM 65507u
 
 enum frame_type {
     HELLO = 1,
@@ -39,6 +42,9 @@ enum frame_type {
     FREEZE = 37,
     THAW = 38,
     AWAIT_LISTENER = 39,
+    CONNECT = 40,
+    OPEN = 48,
+    OPEN_OUTSIDE = 48,
 };
 
 #define ALL_IS_WRITTEN 1 /* what answers SHUTDOWN with OK */

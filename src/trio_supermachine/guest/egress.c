@@ -1,0 +1,124 @@
+#include "egress.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "bpf.h"
+#include "loop.h"
+#include "relay.h"
+
+#define BACKLOG 1024
+#define ACCEPTS_PER_TURN 16
+/* More wait in the backlog: whoever opens too many slows down nobody else's programs. */
+#define MAX_RELAYS 1024u
+
+static const struct carrier *carrier;
+static struct watch listeners[2] = {{.fd = -1}, {.fd = -1}};
+static unsigned relays;
+static bool full;
+
+int flow_socket(int family, int type) {
+    struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_port = htons(FLOW_PORT)};
+    struct sockaddr_in address4 = {.sin_family = AF_INET, .sin_port = htons(FLOW_PORT)};
+    bool ip6 = family == AF_INET6;
+    int fd = socket(family, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), yes = 1;
+    if (fd < 0) return -1;
+    if ((!ip6 || !setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes)) &&
+        !bind(fd, ip6 ? (struct sockaddr *)&address : (struct sockaddr *)&address4,
+              ip6 ? sizeof address : sizeof address4))
+        return fd;
+    int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
+}
+
+static bool flow_id(const struct sockaddr *address, uint32_t *id) {
+    uint32_t words[4] = {0};
+    if (address->sa_family == AF_INET) {
+        uint32_t ip = ntohl(((const struct sockaddr_in *)address)->sin_addr.s_addr);
+        *id = ip & FLOW_ID_MASK;
+        return (ip & ~FLOW_ID_MASK) == FLOW_IP4;
+    }
+    memcpy(words, &((const struct sockaddr_in6 *)address)->sin6_addr, sizeof words);
+    *id = ntohl(words[3]) & FLOW_ID_MASK;
+    return words[0] == htonl(FLOW_IP6_0) && words[1] == htonl(FLOW_IP6_1) && !words[2] &&
+           ntohl(words[3]) == *id;
+}
+
+bool flow_request(const struct sockaddr *address, uint32_t protocol, uint8_t frame[OPEN_SIZE]) {
+    struct destination destination;
+    uint32_t id;
+    if (!flow_id(address, &id) || !destination_find(id, &destination)) return false;
+    struct writer writer = {frame + FRAME_HEADER};
+    write_header(frame, OPEN_SIZE - FRAME_HEADER, OPEN_OUTSIDE, 0);
+    write_u32(&writer, protocol);
+    write_u32(&writer, ntohs(destination.port));
+    memcpy(writer.at, destination.address, sizeof destination.address);
+    return true;
+}
+
+static void watch_all(uint32_t events) {
+    for (int i = 0; i < 2; i++)
+        if (listeners[i].fd >= 0) watch_change(&listeners[i], events);
+}
+
+static void relay_over(void) {
+    relays--;
+    if (!full) return;
+    full = false;
+    watch_all(EPOLLIN);
+}
+
+/* The program reads ECONNRESET. */
+static void refuse(int fd) {
+    struct linger none = {.l_onoff = 1};
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &none, sizeof none);
+    close(fd);
+}
+
+static void lead_out(int fd) {
+    struct sockaddr_storage address;
+    socklen_t size = sizeof address;
+    uint8_t frame[OPEN_SIZE];
+    struct conn *conn = NULL;
+    if (!getsockname(fd, (struct sockaddr *)&address, &size) &&
+        flow_request((struct sockaddr *)&address, IPPROTO_TCP, frame))
+        conn = carrier->dial(EGRESS_PORT);
+    if (!conn) {
+        refuse(fd);
+        return;
+    }
+    relays++;
+    relay_start(conn, fd, frame, sizeof frame, true, relay_over);
+}
+
+static void acceptable(struct watch *watch, uint32_t events) {
+    (void)events;
+    for (int accepted = 0; accepted < ACCEPTS_PER_TURN; accepted++) {
+        if (relays == MAX_RELAYS) {
+            full = true;
+            watch_all(0);
+            return;
+        }
+        int fd = accept4(watch->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd >= 0) lead_out(fd);
+        else if (errno != ECONNABORTED && errno != EINTR) return;
+    }
+    watch_change(watch, EPOLLIN); /* which tells again if there are more */
+}
+
+static bool listen_on(struct watch *watch, int family) {
+    int fd = flow_socket(family, SOCK_STREAM);
+    if (fd < 0) return false;
+    watch_add(watch, fd, EPOLLIN, acceptable);
+    return !listen(fd, BACKLOG);
+}
+
+bool egress_open(const struct carrier *host, bool ip6) {
+    carrier = host;
+    return listen_on(&listeners[0], AF_INET) && (!ip6 || listen_on(&listeners[1], AF_INET6));
+}
