@@ -199,7 +199,7 @@ def listen(agent: Agent, *sockets: str) -> g.Exec:
 
 
 def first_listener(agent: Agent, timeout_ms: int) -> int:
-    connection = control(agent, g.AWAIT_LISTENER, u32(timeout_ms))
+    connection = control(agent, g.AWAIT_LISTENER, u32(timeout_ms) + u32(0))
     (port,) = struct.unpack("<Q", connection.expect(g.OK))
     assert connection.wait_end() == "shut"
     return int(port)
@@ -222,7 +222,7 @@ def test_the_first_listener_is_the_socket_that_was_made_first(
 
 
 def test_who_waits_for_a_listener_is_told_when_there_is_one(agent_alone: Agent) -> None:
-    waiters = [control(agent_alone, g.AWAIT_LISTENER, u32(2**32 - 1)) for _ in range(3)]
+    waiters = [control(agent_alone, g.AWAIT_LISTENER, u32(2**32 - 1) + u32(0)) for _ in range(3)]
     assert first_listener(agent_alone, 1) == 0
     waiters.pop().reset()
     listen(agent_alone, "AF_INET", "1234")

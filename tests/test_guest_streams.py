@@ -241,7 +241,7 @@ def test_nothing_leaks_over_many_execs(agent: Agent) -> None:
 
 
 def test_connections_beyond_the_bound_are_refused(agent: Agent) -> None:
-    connections = [agent.dial() for _ in range(1024)]
+    connections = [agent.dial() for _ in range(4096)]
     # One is the lifeline's.
     assert connections[-1].wait_end() == "reset"
     assert connections[-2].ended is None

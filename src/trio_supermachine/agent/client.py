@@ -16,7 +16,7 @@ from ..devices.vsock.stream import VsockStream
 from ..errors import ExecEof, FileTooLarge, VmExited
 from ..hv.base import Machine, MachineExit
 from . import wire
-from .wire import Frame, FrameType, GuestError, HelloKind, WireError
+from .wire import Frame, FrameType, GuestError, HelloKind, Protocol, WireError
 
 _RECEIVE = 65536
 _EXIT_GRACE = 1.0  # seconds to learn that a broken connection was the machine's end
@@ -27,7 +27,14 @@ class FrameStream:
     """Frames over one connection to the agent."""
 
     stream: VsockStream
-    _decoder: wire.FrameDecoder = attrs.field(factory=wire.FrameDecoder, init=False)
+    #: Take nothing of what follows a frame, and give DATA in whole frames.
+    exactly: bool = False
+    _decoder: wire.FrameDecoder = attrs.field(
+        default=attrs.Factory(
+            lambda self: wire.FrameDecoder(datagrams=self.exactly), takes_self=True
+        ),
+        init=False,
+    )
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
@@ -55,7 +62,8 @@ class FrameStream:
         while True:
             for frame in self._decoder.frames():
                 return frame
-            data = await self.stream.receive_some(_RECEIVE)
+            size = self._decoder.wanted if self.exactly else _RECEIVE
+            data = await self.stream.receive_some(size)
             if not data:
                 if self._decoder.partial:
                     raise WireError("connection ended within a frame")
@@ -143,6 +151,50 @@ class AgentClient:
         if frame.type == FrameType.ERROR:
             raise guest_os_error(GuestError.decode(frame.payload), path)
         return frame
+
+    async def connect(self, port: int = 0) -> tuple[VsockStream, int]:
+        """Connect to a TCP port in the guest, or with 0 to the one that was listened on first.
+
+        Gives the stream and the port. The stream ends as :meth:`~.VsockStream.end_like_tcp` says.
+        Cancelled, nothing is left of it.
+
+        :raises ConnectionRefusedError: nothing listens there, or the guest has no room.
+        :raises VmExited: the machine is gone.
+        """
+        connection, port = await self._connect(Protocol.TCP, port)
+        return connection.stream, port
+
+    async def connect_udp(self, port: int) -> FrameStream:
+        """Exchange datagrams with a UDP port in the guest: each frame of DATA is one.
+
+        The stream is at the first frame that follows the guest's answer.
+
+        :raises ConnectionRefusedError: no socket is bound there, or the guest has no room.
+        :raises VmExited: the machine is gone.
+        """
+        connection, _ = await self._connect(Protocol.UDP, port)
+        return connection
+
+    async def _connect(self, protocol: Protocol, port: int) -> tuple[FrameStream, int]:
+        request = wire.connect(protocol, port)
+        what = f"connecting to port {port} of the guest"
+        try:
+            stream = await self.dial()
+        except trio.BrokenResourceError as exc:
+            await self.raise_failure(exc, what)
+        connection = FrameStream(stream, exactly=True)
+        try:
+            if protocol is Protocol.TCP:
+                stream.end_like_tcp()
+            connection.ask(request)
+            try:
+                answer = await self._expect(connection, FrameType.OK)
+                return connection, wire.decode_u64(answer.payload) & 0xFFFF
+            except (trio.BrokenResourceError, WireError) as exc:
+                await self.raise_failure(exc, what)
+        except BaseException:
+            connection.leave(complete=False)
+            raise
 
     async def _expect(self, connection: FrameStream, type_: FrameType) -> Frame:
         frame = await connection.receive()

@@ -11,16 +11,20 @@ import struct
 import uuid
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
 
 import attrs
 
-VERSION: Final = 2
+VERSION: Final = 3
 AGENT_PORT: Final = 1028
 LIFELINE_PORT: Final = 1029
+EGRESS_PORT: Final = 1030
 
 #: The largest payload of a DATA frame that this side sends, and of one that it accepts.
 MAX_DATA: Final = 65536
+#: The largest payload of a UDP datagram.
+MAX_DATAGRAM: Final = 65507
 MAX_PAYLOAD: Final = 2 << 20
 MAX_ITEMS: Final = 65536
 NO_CAP: Final = (1 << 64) - 1
@@ -30,6 +34,10 @@ _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 _ACK: Final = struct.Struct("<Ii")
 _EXIT: Final = struct.Struct("<iIQQ")
+_CONNECT: Final = struct.Struct("<II")
+_OPEN: Final = struct.Struct("<II16s")
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # what an IPv4 address follows among those of IPv6
+_MAX_PORT: Final = 65535
 
 
 class WireError(Exception):
@@ -65,6 +73,8 @@ class FrameType(IntEnum):
     FREEZE = 37
     THAW = 38
     AWAIT_LISTENER = 39
+    CONNECT = 40
+    OPEN = 48
 
 
 _DATA: Final = int(FrameType.DATA)
@@ -80,6 +90,16 @@ class StreamId(IntEnum):
 
     #: The one stream of READ_FILE and WRITE_FILE.
     FILE = 0
+
+
+class Protocol(IntEnum):
+    """What a connection through the agent is, by the numbers of IP."""
+
+    TCP = 6
+    UDP = 17
+
+
+_PROTOCOLS: Final = frozenset(int(protocol) for protocol in Protocol)
 
 
 class ExecFlags(IntFlag):
@@ -112,9 +132,13 @@ class Frame(NamedTuple):
 
 
 class FrameDecoder:
-    """Bytes in any chunking in, frames out: whole ones, but DATA in pieces, as it comes."""
+    """Bytes in any chunking in, frames out: whole ones, but DATA in pieces, as it comes.
 
-    def __init__(self) -> None:
+    With ``datagrams`` DATA comes in whole frames, too.
+    """
+
+    def __init__(self, *, datagrams: bool = False) -> None:
+        self._datagrams = datagrams
         self._buffer: bytes | bytearray = b""
         self._offset = 0
         # Of the DATA frame that has begun: what is still to come, and its stream.
@@ -154,7 +178,7 @@ class FrameDecoder:
             if length > (MAX_DATA if type_ == _DATA else MAX_PAYLOAD) or zero:
                 raise WireError(f"bad frame header: type {type_}, length {length}")
             start += _HEADER.size
-            if type_ == _DATA and length:
+            if type_ == _DATA and length and not self._datagrams:
                 self._offset = start
                 self._data_left, self._data_stream = length, stream
                 continue
@@ -163,6 +187,19 @@ class FrameDecoder:
                 return
             self._offset = end
             yield Frame(type_, stream, bytes(buffer[start:end]))
+
+    @property
+    def wanted(self) -> int:
+        """How many bytes the frame under way needs, as far as is known, when :attr:`partial`.
+
+        Else those of a header. With ``datagrams`` only, and when :meth:`frames` has given all.
+        """
+        held = len(self._buffer) - self._offset
+        if held < _HEADER.size:
+            return _HEADER.size - held
+        length, *_ = _HEADER.unpack_from(self._buffer, self._offset)
+        assert isinstance(length, int)
+        return _HEADER.size + length - held
 
     @property
     def partial(self) -> bool:
@@ -422,9 +459,57 @@ def thaw() -> bytes:
     return frame(FrameType.THAW)
 
 
-def await_listener(timeout_ms: int) -> bytes:
-    """Answered by OK with the guest's first listening TCP port, or with 0 at the timeout."""
-    return frame(FrameType.AWAIT_LISTENER, _U32.pack(timeout_ms))
+def await_listener(timeout_ms: int, port: int = 0) -> bytes:
+    """Answered by OK with ``port`` when it is listened on, or with 0 at the timeout.
+
+    Port 0: any, the answer being the one that was listened on first.
+    """
+    return frame(FrameType.AWAIT_LISTENER, _CONNECT.pack(timeout_ms, _port(port)))
+
+
+def connect(protocol: Protocol, port: int) -> bytes:
+    """Answered by OK with the port, or by ERROR. Port 0, of TCP: the first that is listened on."""
+    return frame(FrameType.CONNECT, _CONNECT.pack(protocol, _port(port)))
+
+
+def ok(value: int = 0) -> bytes:
+    return frame(FrameType.OK, _U64.pack(value))
+
+
+def error(errno: int, message: str) -> bytes:
+    return frame(FrameType.ERROR, struct.pack("<i", errno) + string(message) + _U64.pack(0))
+
+
+def _port(port: int) -> int:
+    if not 0 <= port <= _MAX_PORT:
+        raise ValueError(f"{port} is not a port")
+    return port
+
+
+@attrs.frozen
+class Open:
+    """An OPEN frame: where a program of the guest wants to go."""
+
+    protocol: Protocol
+    address: IPv4Address | IPv6Address
+    port: int
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Open:
+        if len(payload) != _OPEN.size:
+            raise WireError(f"an OPEN of {len(payload)} bytes")
+        protocol, port, raw = _OPEN.unpack(payload)
+        if protocol not in _PROTOCOLS or not 0 <= port <= _MAX_PORT:
+            raise WireError(f"an OPEN for protocol {protocol}, port {port}")
+        mapped = raw[:12] == _MAPPED
+        address = IPv4Address(raw[12:]) if mapped else IPv6Address(raw)
+        return cls(Protocol(protocol), address, port)
+
+    def encode(self) -> bytes:
+        raw = self.address.packed
+        if isinstance(self.address, IPv4Address):
+            raw = _MAPPED + raw
+        return frame(FrameType.OPEN, _OPEN.pack(self.protocol, _port(self.port), raw))
 
 
 class HelloKind(IntEnum):

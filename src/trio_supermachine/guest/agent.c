@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "connect.h"
 #include "control.h"
 #include "exec.h"
 #include "files.h"
@@ -29,6 +30,7 @@ const struct action *action_of(enum frame_type type) {
     case EXEC: return &exec_action;
     case READ_FILE: return &read_file_action;
     case WRITE_FILE: return &write_file_action;
+    case CONNECT: return &connect_action;
     case PING:
     case SHUTDOWN:
     case WORKLOAD_SIGNAL:

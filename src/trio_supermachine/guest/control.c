@@ -61,9 +61,9 @@ static bool control_frame(struct session *session, enum frame_type type, uint8_t
         answer(session, 0, 0);
         return true;
     case AWAIT_LISTENER: {
-        uint32_t timeout_ms = read_u32(payload);
-        if (!read_whole(payload)) return false;
-        listeners_await(session, timeout_ms);
+        uint32_t timeout_ms = read_u32(payload), port = read_u32(payload);
+        if (!read_whole(payload) || port > UINT16_MAX) return false;
+        listeners_await(session, timeout_ms, port);
         return true;
     }
     default: return false;

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "bpf.h"
+#include "listeners.h"
 #include "loop.h"
 #include "relay.h"
 
@@ -28,8 +29,10 @@ int flow_socket(int family, int type) {
     if (fd < 0) return -1;
     if ((!ip6 || !setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes)) &&
         !bind(fd, ip6 ? (struct sockaddr *)&address : (struct sockaddr *)&address4,
-              ip6 ? sizeof address : sizeof address4))
+              ip6 ? sizeof address : sizeof address4)) {
+        listeners_own(fd);
         return fd;
+    }
     int error = errno;
     close(fd);
     errno = error;

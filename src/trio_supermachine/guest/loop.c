@@ -36,12 +36,17 @@ void watch_change(struct watch *watch, uint32_t events) {
     control(watch, EPOLL_CTL_MOD, events | EPOLLET);
 }
 
+int watch_release(struct watch *watch) {
+    int fd = watch->fd;
+    epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+    watch->fd = -1;
+    return fd;
+}
+
 void watch_drop(struct watch *watch) {
     if (watch->fd < 0) return;
     /* A close alone would not do: a program being spawned may hold the same open file. */
-    epoll_ctl(epoll_fd, EPOLL_CTL_DEL, watch->fd, NULL);
-    close(watch->fd);
-    watch->fd = -1;
+    close(watch_release(watch));
 }
 
 void timer_set(struct timer *timer, uint64_t at_ns, void (*fire)(struct timer *)) {

@@ -24,6 +24,9 @@ void watch_change(struct watch *watch, uint32_t events);
 /* Forget the descriptor, and close it. Does nothing when there is none. */
 void watch_drop(struct watch *watch);
 
+/* Forget the descriptor, which the caller has from now on. */
+int watch_release(struct watch *watch);
+
 struct timer {
     uint64_t at_ns; /* on CLOCK_MONOTONIC; 0: not set */
     void (*fire)(struct timer *timer);

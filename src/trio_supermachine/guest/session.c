@@ -41,12 +41,16 @@ static bool known(const struct session *session) {
     return session->action || (type != DATA && action_of(type));
 }
 
+static bool is_in_pieces(const struct session *session) {
+    return session->header[4] == DATA && !session->action->datagram;
+}
+
 static bool begin_frame(struct session *session) {
     uint32_t length;
     memcpy(&length, session->header, sizeof length);
     session->payload_left = session->payload_size = length;
     if (!known(session)) return false;
-    if (session->header[4] == DATA) return true;
+    if (is_in_pieces(session)) return true;
     session->payload = malloc(length + 1u);
     return session->payload != NULL;
 }
@@ -54,10 +58,12 @@ static bool begin_frame(struct session *session) {
 static bool end_frame(struct session *session) {
     enum frame_type type = session->header[4];
     session->header_size = 0;
-    if (type == DATA) return true;
+    if (is_in_pieces(session)) return true;
     struct reader reader = {.at = session->payload, .left = session->payload_size};
     if (!session->action) session->action = action_of(type);
-    bool sound = session->action->frame(session, type, session->header[5], &reader);
+    bool sound = type == DATA ? session->action->datagram(session, session->header[5],
+                                                          reader.at, reader.left)
+                              : session->action->frame(session, type, session->header[5], &reader);
     free(session->payload);
     session->payload = NULL;
     return sound;
@@ -66,7 +72,7 @@ static bool end_frame(struct session *session) {
 static bool take_payload(struct session *session, const uint8_t *bytes, size_t size) {
     size_t at = session->payload_size - session->payload_left;
     session->payload_left -= size;
-    if (session->header[4] == DATA)
+    if (is_in_pieces(session))
         return !size || session->action->data(session, session->header[5], bytes, size);
     memcpy(session->payload + at, bytes, size);
     return true;
@@ -97,6 +103,7 @@ static size_t input(struct conn *conn, const uint8_t *bytes, size_t size) {
     size_t used = 0;
     while (used < size && conn->owner) {
         if (session->finishing) return size; /* an answer is on its way; the rest is moot */
+        if (session->held) return used;
         if (queue_free(session) < ROOM_FOR_ANSWERS) {
             session->stalled = true;
             return used;
@@ -199,6 +206,20 @@ void session_finish(struct session *session) {
     session->finishing = true;
     let_action_go(session);
     session_wake(session);
+}
+
+void session_hold(struct session *session) { session->held = true; }
+
+void session_unhold(struct session *session) {
+    session->held = false;
+    session->conn->carrier->resume(session->conn);
+}
+
+struct conn *session_leave(struct session *session) {
+    struct conn *conn = session->conn;
+    release(session);
+    conn->user = NULL;
+    return conn;
 }
 
 uint8_t *session_take_payload(struct session *session) {

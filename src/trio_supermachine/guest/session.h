@@ -19,6 +19,8 @@ struct action {
                   struct reader *payload);
     /* Some bytes of DATA, all of which are used. False: they break the protocol. */
     bool (*data)(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size);
+    /* A whole frame of DATA, perhaps empty, in the place of `data`. False: it breaks the protocol. */
+    bool (*datagram)(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size);
     /* The queue of small frames is empty: send at most one data frame, with session_room and
      * session_send_data. Returns whether there may be more. NULL: never any. */
     bool (*produce)(struct session *session);
@@ -32,11 +34,11 @@ struct session {
     void *state; /* the action's */
     uint8_t header[FRAME_HEADER];
     size_t header_size;
-    uint8_t *payload; /* of the frame being taken in; NULL for DATA */
+    uint8_t *payload; /* of the frame being taken in; NULL for DATA in pieces */
     size_t payload_size, payload_left;
     uint8_t queue[QUEUE_SIZE];
     size_t queue_at, queue_size;
-    bool finishing, stalled;
+    bool finishing, stalled, held;
 };
 
 /* A session of this end's own making: the action comes with it. */
@@ -63,6 +65,12 @@ void session_wake(struct session *session);
 
 /* Close when everything is out. The action is gone at once. */
 void session_finish(struct session *session);
+
+/* Take nothing in until it is known whose the bytes are that follow: then session_unhold, or
+ * session_leave, which gives the connection to another user. Nothing may wait to be sent by then. */
+void session_hold(struct session *session);
+void session_unhold(struct session *session);
+struct conn *session_leave(struct session *session);
 
 /* Which action a first frame asks for; NULL: none. (agent.c) */
 const struct action *action_of(enum frame_type type);

@@ -7,7 +7,6 @@
 #define AGENT_PORT 1028
 #define LIFELINE_PORT 1029
 #define EGRESS_PORT 1030
-#define EGRESS_PORT 1030
 
 #define FRAME_HEADER 8
 #define MAX_DATA 65536u
@@ -43,7 +42,6 @@ enum frame_type {
     THAW = 38,
     AWAIT_LISTENER = 39,
     CONNECT = 40,
-    OPEN = 48,
     OPEN_OUTSIDE = 48,
 };
 

@@ -49,6 +49,8 @@ class Connection:
     ended_sending: bool = False
     peer_ended_sending: bool = False
     peer_ended_receiving: bool = False
+    #: It ends as TCP's connections do: see :meth:`.VsockStream.end_like_tcp`.
+    like_tcp: bool = False
 
     #: What the user wants sent and has not been packed into a packet.
     pending: memoryview | None = None
@@ -81,6 +83,8 @@ class Connection:
             raise PeerFault("more data than there was credit for")
         self._received += size
         if self.state is State.CLOSING or not size:
+            if self.like_tcp and size:
+                raise PeerFault("data that nobody will read")
             return
         self.buffered += size
         if size >= _SMALL:

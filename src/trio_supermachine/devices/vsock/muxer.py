@@ -146,12 +146,14 @@ class Mux:
         if connection.state is not State.OPEN:
             self.abort(connection)
             return
+        # As in TCP: the peer may still end in its own time, but what it sends resets.
+        one_way = connection.like_tcp and not connection.peer_ended_sending
         connection.pending = None
         connection.ended_sending = True
         connection.state = State.CLOSING
         connection.drop()
         if telling:
-            self._owe(connection, _NO_RECEIVE | _NO_SEND)
+            self._owe(connection, _NO_SEND if one_way else _SHUTDOWN)
         self._closing[connection] = None
         if len(self._closing) > MAX_CLOSING:
             oldest = next(iter(self._closing))
@@ -274,6 +276,9 @@ class Mux:
             self._leave_backlog(connection)
 
     def _receive_shutdown(self, connection: Connection, flags: int) -> None:
+        if connection.like_tcp and not connection.peer_ended_sending and flags & 3 == 3:
+            self._reset(connection, keeping=True)
+            return
         if flags & Shutdown.NO_RECEIVE:
             connection.peer_ended_receiving = True
         if flags & Shutdown.NO_SEND:
@@ -284,12 +289,13 @@ class Mux:
             self._owe(connection, _RST)
             self._forget(connection)
 
-    def _reset(self, connection: Connection) -> None:
-        """End a connection whose peer broke the rules."""
+    def _reset(self, connection: Connection, *, keeping: bool = False) -> None:
+        """End a connection whose peer broke the rules, perhaps ``keeping`` what it said before."""
         connection.due = 0
         self._owe(connection, _RST)
         self._forget(connection)
-        connection.drop()
+        if not keeping:
+            connection.drop()
         connection.peer_ended_sending = False
         self._leave_backlog(connection)
 

@@ -185,6 +185,16 @@ class VsockStream(trio.abc.HalfCloseableStream):
             raise trio.WouldBlock
         self._mux._offer(self._connection, memoryview(data))
 
+    def end_like_tcp(self) -> None:
+        """Let this end as TCP's connections do, which the peer must know. Plain.
+
+        The peer ends sending before it closes. That it closes without is a reset, for Linux's
+        AF_VSOCK has no other: receiving raises :exc:`trio.BrokenResourceError` once what came
+        before has been read. :meth:`aclose` ends sending alone, and is answered in the peer's own
+        time; what the peer sends until then resets the connection.
+        """
+        self._connection.like_tcp = True
+
     async def aclose(self) -> None:
         """Leave. What was sent still reaches the peer; what was not read is lost.
 
