@@ -92,13 +92,6 @@ _TEREDO: Final = IPv6Network("2001::/32")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 
 
-def unpack(raw: bytes) -> Address:
-    """The address in 16 bytes of network order. :raises ValueError: there are not 16."""
-    if len(raw) != 16:
-        raise ValueError(f"an address of {len(raw)} bytes")
-    return unmapped(IPv6Address(raw))
-
-
 def unmapped(address: Address) -> Address:
     """The IPv4 address that an IPv4-mapped one stands for; any other as it is."""
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:

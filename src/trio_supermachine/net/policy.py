@@ -31,6 +31,7 @@ MAX_PORT: Final = 65535
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 # The last label of what inet_aton(3) reads as an address: 127.1, 0x7f000001, 017700000001.
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_PORT_ITEM = re.compile(r":[0-9]{1,5}")
 
 
 class PolicyKind(Enum):
@@ -85,9 +86,11 @@ def _host(value: object) -> str:
 
 
 def _cidr(value: Any) -> Network:
+    if not isinstance(value, str | Address | Network):
+        raise ConfigError(f"a cidr must be a network such as 10.0.0.0/8, not {value!r}")
     try:
         return unmapped_network(ip_network(value))
-    except (ValueError, TypeError) as exc:
+    except ValueError as exc:
         raise ConfigError(f"a cidr must be a network such as 10.0.0.0/8, not {value!r}") from exc
 
 
@@ -225,7 +228,7 @@ class EgressPolicy:
         if bool(rest.strip()) != (kind in _WITH_LIST) or (colon and kind not in _WITH_LIST):
             wanted = "is followed by ':' and a list" if kind in _WITH_LIST else "stands alone"
             raise ConfigError(f"egress policy {text!r}: {kind.value} {wanted}")
-        return _parse_list(text, kind, rest)
+        return _parse_list(text, kind, rest) if rest else cls(kind=kind)
 
     def with_limits(
         self, connections: int = DEFAULT_CONNECTIONS, bytes_per_second: int | None = None
@@ -304,6 +307,16 @@ class EgressPolicy:
             case PolicyKind.DENY:
                 return self._decide_deny(address, port, listed)
 
+    def decide_reverse(
+        self, address: Address, *, listed: bool, own: Callable[[Address], bool]
+    ) -> Decision:
+        """Whether the guest may ask for the name of ``address``; see :meth:`decide`."""
+        if self.kind is PolicyKind.ALLOW and (self.hosts or self.cidrs):
+            if listed or contains(self.cidrs, address):
+                return Decision(True, "the policy allows this address")
+            return Decision(False, "the policy lists neither this address nor its name")
+        return self.decide_answer(address, own=own)
+
     def lists_name(self, name: str) -> bool:
         """Whether :attr:`hosts` has this name, or one above it as ``*.``."""
         if name in self.hosts:
@@ -352,8 +365,8 @@ def _parse_list(text: str, kind: PolicyKind, rest: str) -> EgressPolicy:
     ports: list[int] = []
     for item in map(str.strip, rest.split(",")):
         try:
-            if item.startswith(":") and item[1:].isascii() and item[1:].isdigit():
-                ports.append(_port(int(item[1:7])))
+            if _PORT_ITEM.fullmatch(item):
+                ports.append(_port(int(item[1:])))
             elif _looks_numeric(item):
                 cidrs.append(str(_cidr(item)))
             else:

@@ -1,0 +1,155 @@
+"""Questions of a guest and answers to it, as DNS messages; without I/O.
+
+The parser and the builder are dnspython's. What comes from a guest is short and goes through
+:func:`read`, which lets nothing but a question, or the refusal of one, out.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from ipaddress import ip_address
+from typing import Final
+
+import attrs
+import dns.edns
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.opcode
+import dns.rcode
+import dns.rdataclass
+import dns.rdatatype
+import dns.reversename
+import dns.rrset
+from dns.rcode import Rcode
+
+from .addresses import Address, unmapped
+from .policy import is_host_name
+
+#: Longer queries are no sensible ones, and parsing time is bounded by it.
+MAX_QUERY: Final = 1232
+#: The largest answer in a datagram, as DNS Flag Day 2020 recommends, and without EDNS.
+MAX_DATAGRAM: Final = 1232
+_MIN_DATAGRAM: Final = 512
+MAX_MESSAGE: Final = 65535
+
+IN: Final = dns.rdataclass.IN
+A: Final = dns.rdatatype.A
+AAAA: Final = dns.rdatatype.AAAA
+PTR: Final = dns.rdatatype.PTR
+
+_HEADER: Final = struct.Struct("!HHHHHH")
+_REPLY: Final = 0x8000
+_OPCODE_AND_RD: Final = 0x7900
+
+
+@attrs.frozen
+class Question:
+    """What a guest asks.
+
+    :ivar text: the name in lower case without a dot at its end; ``None`` if it is none of a host.
+    """
+
+    message: dns.message.Message
+    name: dns.name.Name
+    kind: dns.rdatatype.RdataType
+    text: str | None
+
+    @property
+    def reverse(self) -> Address | None:
+        """The address whose name is asked for."""
+        if self.kind != PTR:
+            return None
+        try:
+            return unmapped(ip_address(dns.reversename.to_address(self.name)))
+        except (dns.exception.DNSException, ValueError):
+            return None
+
+
+def read(wire: bytes) -> Question | bytes | None:
+    """Read a query; gives bytes to answer what is none, or ``None`` where there is no answer."""
+    if len(wire) < _HEADER.size or _HEADER.unpack_from(wire)[1] & _REPLY:
+        return None
+    if len(wire) > MAX_QUERY:
+        return _refusal(wire, dns.rcode.FORMERR)
+    try:
+        message = dns.message.from_wire(wire)
+    except Exception:  # whatever it is, it comes from these bytes
+        return _refusal(wire, dns.rcode.FORMERR)
+    if message.opcode() != dns.opcode.QUERY:
+        return _refusal(wire, dns.rcode.NOTIMP)
+    if len(message.question) != 1 or message.edns > 0:
+        return _refusal(wire, dns.rcode.FORMERR)
+    asked = message.question[0]
+    if asked.rdclass != IN or dns.rdatatype.is_metatype(asked.rdtype):
+        return _refusal(wire, dns.rcode.REFUSED)
+    return Question(message, asked.name, asked.rdtype, _host_text(asked.name))
+
+
+def _refusal(wire: bytes, rcode: Rcode) -> bytes:
+    number, flags, *_ = _HEADER.unpack_from(wire)
+    return _HEADER.pack(number, _REPLY | (flags & _OPCODE_AND_RD) | rcode, 0, 0, 0, 0)
+
+
+def _host_text(name: dns.name.Name) -> str | None:
+    # A label may hold any byte, a dot too: each has to be looked at by itself.
+    if not name.is_absolute() or any(b"." in label for label in name.labels):
+        return None
+    try:
+        text = b".".join(name.labels[:-1]).decode("ascii").lower()
+    except UnicodeDecodeError:
+        return None
+    return text if is_host_name(text) else None
+
+
+def reply(
+    question: Question, rcode: Rcode = dns.rcode.NOERROR, why: str = ""
+) -> dns.message.Message:
+    """An answer without records; ``why`` goes into an extended error (RFC 8914), if one may."""
+    message = dns.message.make_response(
+        question.message, recursion_available=True, our_payload=MAX_DATAGRAM
+    )
+    message.set_rcode(rcode)
+    if why and question.message.edns >= 0:
+        option = dns.edns.EDEOption(dns.edns.EDECode.PROHIBITED, why)
+        message.use_edns(0, 0, MAX_DATAGRAM, options=[option])
+    return message
+
+
+def add_records(message: dns.message.Message, values: Iterable[object], ttl: int) -> None:
+    """Answer with these records of the type that was asked for.
+
+    :raises ValueError: a value is none of that type.
+    """
+    asked = message.question[0]
+    texts = [str(value) for value in values]
+    if not texts:
+        return
+    try:
+        records = dns.rrset.from_text_list(asked.name, ttl, IN, asked.rdtype, texts)
+    except (dns.exception.DNSException, UnicodeError) as exc:
+        raise ValueError(f"{texts} cannot be an answer") from exc
+    message.answer.append(records)
+
+
+def add_answer(message: dns.message.Message, answer: dns.message.Message) -> None:
+    """Pass on what a name server says, but no addresses, and nothing that was not asked for."""
+    message.set_rcode(answer.rcode())
+    message.answer += [rrset for rrset in answer.answer if rrset.rdtype not in (A, AAAA)]
+    message.authority += [rrset for rrset in answer.authority if rrset.rdtype == dns.rdatatype.SOA]
+
+
+def pack(message: dns.message.Message, question: Question, *, datagram: bool) -> bytes:
+    """An answer as bytes; truncated, without its records, where they do not fit."""
+    limit = MAX_MESSAGE
+    if datagram:
+        wanted = question.message.payload if question.message.edns >= 0 else 0
+        limit = min(max(wanted, _MIN_DATAGRAM), MAX_DATAGRAM)
+    try:
+        return message.to_wire(max_size=limit)
+    except dns.exception.TooBig:
+        short = reply(question, message.rcode())
+        short.flags |= dns.flags.TC
+        return short.to_wire()

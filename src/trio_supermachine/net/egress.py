@@ -1,0 +1,303 @@
+"""The host's side of what a guest sends out: decides, connects, and relays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, final
+
+import trio
+
+from ..agent import wire
+from ..agent.wire import FrameType, Protocol, WireError
+from ..devices.vsock.stream import VsockStream
+from ..trace import trace
+from .addresses import DNS_PORT, RESOLVER, Address, is_host, is_own
+from .events import MAX_BUFFER, EgressEvent, EventFeed
+from .flows import receive_exactly, relay_datagrams, serve_dns_datagrams, serve_dns_stream
+from .lookup import HostLookups
+from .names import ToldNames
+from .policy import Decision, EgressPolicy
+from .rate import PacedStream, TokenBucket
+from .relay import relay
+from .resolver import MAX_QUESTIONS, Resolver
+
+#: Seconds for a connection to say what it is for, and to take our answer.
+OPEN_TIMEOUT: Final = 5.0
+#: Seconds for the real connection.
+CONNECT_TIMEOUT: Final = 30.0
+#: Connections at once that have not said what they are for, and those to the resolver.
+MAX_UNDECIDED: Final = 256
+MAX_RESOLVING: Final = 320
+
+_LOOPBACK4: Final = IPv4Address("127.0.0.1")
+_LOOPBACK6: Final = IPv6Address("::1")
+
+_OPEN_PAYLOAD: Final = 24
+_OPEN_HEADER: Final = struct.pack("<IBBH", _OPEN_PAYLOAD, FrameType.OPEN, 0, 0)
+
+#: What may end a connection, and nothing more.
+_CONNECTION_ERRORS: Final = (WireError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+@final
+class EgressServer:
+    """Connects one VM's guest with the world, as far as its policy goes.
+
+    :param listener: where the agent dials the host; closed by :meth:`run`.
+    :param lookups: what the host knows about names.
+    """
+
+    def __init__(
+        self,
+        listener: trio.abc.Listener[VsockStream],
+        policy: EgressPolicy,
+        *,
+        lookups: HostLookups | None = None,
+    ) -> None:
+        self._listener = listener
+        self._policy = policy
+        self._names = ToldNames()
+        self._feed = EventFeed()
+        self._resolver = Resolver(
+            policy, self._names, lookups or HostLookups(), self._report_question
+        )
+        self._questions = trio.Semaphore(MAX_QUESTIONS)
+        rate = policy.bytes_per_second
+        self._bucket = None if rate is None else TokenBucket(rate)
+        self._undecided = 0
+        self._resolving = 0
+        self._connections = 0
+
+    def subscribe(self, max_buffer: int = MAX_BUFFER) -> trio.MemoryReceiveChannel[EgressEvent]:
+        """A channel of the decisions from now on; it ends with :meth:`run`.
+
+        :param max_buffer: the events that wait for the reader. Of more, the oldest are lost, and
+            counted in :attr:`EgressEvent.missed`; the guest never waits.
+        :raises ConfigError: ``max_buffer`` is no integer above 0.
+        """
+        return self._feed.subscribe(max_buffer)
+
+    async def run(self) -> None:
+        """Serve until the machine ends, or this is cancelled; then nothing is left open."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await self._accept(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._feed.close()
+            with trio.CancelScope(shield=True):  # nothing in it waits
+                await trio.aclose_forcefully(self._listener)
+
+    async def _accept(self, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                stream = await self._listener.accept()
+            except _CONNECTION_ERRORS:
+                return
+            if self._undecided >= MAX_UNDECIDED:
+                stream.abort()
+                continue
+            self._undecided += 1
+            nursery.start_soon(self._serve, stream)
+
+    async def _serve(self, stream: VsockStream) -> None:
+        try:
+            wanted = None
+            try:
+                with trio.move_on_after(OPEN_TIMEOUT):
+                    wanted = await _read_open(stream)
+            finally:
+                self._undecided -= 1
+            if wanted is None:
+                trace("net", "%r did not say what it is for", stream)
+            elif wanted.address == RESOLVER and wanted.port == DNS_PORT:
+                await self._resolve(stream, wanted)
+            else:
+                await self._open(stream, wanted)
+        except _CONNECTION_ERRORS as exc:
+            trace("net", "%r: %s", stream, exc)
+        finally:
+            stream.abort()
+
+    async def _resolve(self, stream: VsockStream, wanted: wire.Open) -> None:
+        if self._resolving >= MAX_RESOLVING:
+            await _refuse(stream, errno.EAGAIN, "too many connections to the resolver")
+            return
+        self._resolving += 1
+        try:
+            if not await _accept_open(stream):
+                return
+            if wanted.protocol is Protocol.UDP:
+                await serve_dns_datagrams(stream, self._resolver, self._questions)
+            else:
+                await serve_dns_stream(stream, self._resolver, self._questions)
+        finally:
+            self._resolving -= 1
+        await stream.aclose()
+
+    async def _open(self, stream: VsockStream, wanted: wire.Open) -> None:
+        decision, error = self._decide(wanted)
+        self._report(wanted, decision)
+        if not decision.allowed:
+            await _refuse(stream, error, decision.reason)
+            return
+        if wanted.protocol is Protocol.TCP:
+            stream.end_like_tcp()
+        self._names.use(wanted.address, trio.current_time())
+        self._connections += 1
+        try:
+            try:
+                peer = await _connect(stream, wanted)
+            except OSError as exc:
+                await _refuse(stream, exc.errno or errno.EIO, exc.strerror or str(exc))
+                return
+            if peer is not None:
+                await self._relay(stream, wanted, peer)
+        finally:
+            self._connections -= 1
+
+    async def _relay(
+        self, stream: VsockStream, wanted: wire.Open, peer: trio.socket.SocketType
+    ) -> None:
+        with peer:
+            if not await _accept_open(stream):
+                return
+            if wanted.protocol is Protocol.UDP:
+                await relay_datagrams(stream, peer, self._bucket)
+                await stream.aclose()
+            elif self._bucket is None:
+                await relay(stream, trio.SocketStream(peer))
+            else:
+                await relay(PacedStream(stream, self._bucket), trio.SocketStream(peer))
+
+    def _decide(self, wanted: wire.Open) -> tuple[Decision, int]:
+        """The decision, and the errno of a refusal."""
+        address = wanted.address
+        decision = self._policy.decide(
+            address,
+            wanted.port,
+            listed=self._names.listed(address, trio.current_time()),
+            own=is_own,
+        )
+        limit = self._policy.connections
+        if decision.allowed and self._connections >= limit:
+            return Decision(False, f"the limit of {limit} connections is reached"), errno.EAGAIN
+        return decision, errno.EACCES
+
+    def _report(self, wanted: wire.Open, decision: Decision) -> None:
+        trace(
+            "net",
+            "%s to %s port %d %s: %s",
+            wanted.protocol.name,
+            wanted.address,
+            wanted.port,
+            "allowed" if decision.allowed else "refused",
+            decision.reason,
+        )
+        self._feed.publish(
+            EgressEvent(
+                allowed=decision.allowed,
+                protocol="tcp" if wanted.protocol is Protocol.TCP else "udp",
+                address=str(wanted.address),
+                port=wanted.port,
+                host=self._names.name(wanted.address, trio.current_time()),
+                reason=decision.reason,
+            )
+        )
+
+    def _report_question(self, decision: Decision, name: str) -> None:
+        word = "allowed" if decision.allowed else "refused"
+        trace("net", "name %s %s: %s", name, word, decision.reason)
+        self._feed.publish(
+            EgressEvent(
+                allowed=decision.allowed,
+                protocol="dns",
+                address=None,
+                port=DNS_PORT,
+                host=name,
+                reason=decision.reason,
+            )
+        )
+
+
+async def _read_open(stream: VsockStream) -> wire.Open | None:
+    """What a connection is for; ``None`` if it ends. :raises WireError: it says nonsense."""
+    # Not a byte more is taken, for what the program sends may follow at once; and not a frame of
+    # another type, for that may be large.
+    raw = await receive_exactly(stream, len(_OPEN_HEADER) + _OPEN_PAYLOAD)
+    if raw is None:
+        return None
+    if not raw.startswith(_OPEN_HEADER):
+        raise WireError("something else in the place of an OPEN")
+    wanted = wire.Open.decode(raw[len(_OPEN_HEADER) :])
+    if not wanted.port:
+        raise WireError("an OPEN of port 0")
+    return wanted
+
+
+async def _accept_open(stream: VsockStream) -> bool:
+    """Say that the connection is made; gives whether the guest has taken it in time."""
+    with trio.move_on_after(OPEN_TIMEOUT):
+        await stream.send_all(wire.ok())
+        return True
+    return False
+
+
+async def _refuse(stream: VsockStream, error: int, message: str) -> None:
+    """Say why there is no connection, to a guest that listens, and leave."""
+    if stream.sendable():
+        stream.send_nowait(wire.error(error, message))
+    await stream.aclose()
+
+
+async def _connect(stream: VsockStream, wanted: wire.Open) -> trio.socket.SocketType | None:
+    """Make the real connection; ``None`` if the guest leaves meanwhile. :raises OSError: how."""
+    scope = trio.CancelScope()
+
+    def changed() -> None:
+        if stream.ended and not stream.sendable():
+            scope.cancel()
+
+    stream.watch(changed)
+    try:
+        with scope, trio.fail_after(CONNECT_TIMEOUT):
+            return await _connect_any(wanted)
+    except trio.TooSlowError:
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+    finally:
+        stream.watch(lambda: None)
+    return None
+
+
+async def _connect_any(wanted: wire.Open) -> trio.socket.SocketType:
+    targets = [wanted.address]
+    if is_host(wanted.address):
+        targets = [_LOOPBACK4, _LOOPBACK6]
+        if wanted.address.version == 6:
+            targets.reverse()
+    kind = socket.SOCK_STREAM if wanted.protocol is Protocol.TCP else socket.SOCK_DGRAM
+    for target in targets:
+        try:
+            return await _connect_one(target, wanted.port, kind)
+        except ConnectionRefusedError:
+            # A service on the host's loopback may listen on one of its two addresses only.
+            if target is targets[-1]:
+                raise
+    raise AssertionError("there is a target")
+
+
+async def _connect_one(
+    address: Address, port: int, kind: socket.SocketKind
+) -> trio.socket.SocketType:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    sock = trio.socket.socket(family, kind)
+    try:
+        await sock.connect((str(address), port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,150 @@
+"""What goes on on a connection of the agent that carries no TCP stream: datagrams, and DNS."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import trio
+
+from ..agent.wire import WireError
+from ..devices.vsock.stream import VsockStream
+from .dnsmessage import MAX_QUERY
+from .rate import TokenBucket
+from .resolver import Resolver
+from .udp import IDLE, DatagramStream, encode_datagram
+
+#: Seconds without a question after which a connection to the resolver ends.
+DNS_IDLE: Final = 15.0
+#: Seconds for the guest to take an answer.
+_TAKE: Final = 5.0
+
+_RECEIVE: Final = 65536
+_PAUSE: Final = 0.1  # seconds, when the kernel has an error in the place of a datagram
+_LENGTH: Final = struct.Struct("!H")
+_LEFT: Final = (WireError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+async def relay_datagrams(
+    stream: VsockStream, peer: trio.socket.SocketType, bucket: TokenBucket | None
+) -> None:
+    """Move datagrams both ways until the guest leaves, or :data:`~.udp.IDLE` s of silence.
+
+    What either side, or ``bucket``, has no room for is dropped. ``peer`` is connected.
+    """
+    guest = DatagramStream(stream)
+    idle = trio.CancelScope()
+
+    def admits(datagram: bytes) -> bool:
+        idle.deadline = trio.current_time() + IDLE
+        return bucket is None or bucket.try_take(len(datagram), trio.current_time())
+
+    async def outward() -> None:
+        while (datagram := await _next(guest)) is not None:
+            if admits(datagram):
+                try:
+                    await peer.send(datagram)
+                except OSError:
+                    pass  # it is lost, as datagrams may be
+        idle.cancel()
+
+    async def inward() -> None:
+        while True:
+            try:
+                datagram = await peer.recv(_RECEIVE)
+            except OSError:  # by ICMP; the program in the guest asks again, or gives up
+                await trio.sleep(_PAUSE)
+                continue
+            if admits(datagram):
+                guest.send_nowait(datagram)
+
+    with idle:
+        idle.deadline = trio.current_time() + IDLE
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outward)
+            nursery.start_soon(inward)
+
+
+async def serve_dns_datagrams(
+    stream: VsockStream, resolver: Resolver, slots: trio.Semaphore
+) -> None:
+    """Answer questions, one a datagram, until the guest leaves or asks nothing for long.
+
+    :param slots: a place is taken for each question; while there is none, no more are read.
+    """
+    guest = DatagramStream(stream)
+    sending = trio.Lock()
+
+    async def answer(query: bytes) -> None:
+        try:
+            reply = await resolver.answer(query, datagram=True)
+            if reply is not None:
+                async with sending:
+                    await _send(stream, encode_datagram(reply))
+        finally:
+            slots.release()
+
+    with trio.CancelScope() as idle:
+        async with trio.open_nursery() as nursery:
+            idle.deadline = trio.current_time() + DNS_IDLE
+            while (query := await _next(guest)) is not None:
+                idle.deadline = trio.current_time() + DNS_IDLE
+                await slots.acquire()
+                nursery.start_soon(answer, query)
+            idle.cancel()
+
+
+async def serve_dns_stream(stream: VsockStream, resolver: Resolver, slots: trio.Semaphore) -> None:
+    """The same for DNS over TCP (RFC 1035, 4.2.2): answers have the order of the questions.
+
+    :raises trio.BrokenResourceError: the guest has left.
+    """
+    while True:
+        query = None
+        with trio.move_on_after(DNS_IDLE):
+            query = await _receive_message(stream)
+        if not query:
+            return
+        async with slots:
+            reply = await resolver.answer(query, datagram=False)
+        if reply is None or not await _send(stream, _LENGTH.pack(len(reply)) + reply):
+            return
+
+
+async def receive_exactly(stream: VsockStream, size: int) -> bytes | None:
+    """The next ``size`` bytes and nothing behind them, or ``None`` if there are not as many."""
+    data = b""
+    while len(data) < size:
+        more = await stream.receive_some(size - len(data))
+        if not more:
+            return None
+        data += more
+    return data
+
+
+async def _receive_message(stream: VsockStream) -> bytes | None:
+    head = await receive_exactly(stream, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    return await receive_exactly(stream, length) if length <= MAX_QUERY else None
+
+
+async def _next(guest: DatagramStream) -> bytes | None:
+    """The guest's next datagram; ``None`` when it leaves or breaks the protocol."""
+    try:
+        return await guest.receive()
+    except _LEFT:
+        return None
+
+
+async def _send(stream: VsockStream, data: bytes) -> bool:
+    """Send, or leave a guest that does not take it in time; gives whether it was sent."""
+    with trio.move_on_after(_TAKE):
+        try:
+            await stream.send_all(data)
+            return True
+        except _LEFT:
+            return False
+    stream.abort()
+    return False

@@ -1,0 +1,166 @@
+"""What the host knows about names: its own resolver, and its name servers."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from ipaddress import ip_address
+from typing import Any, Final, TypeVar, final
+
+import dns.asyncquery
+import dns.exception
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rdatatype
+import trio
+
+from .addresses import DNS_PORT, Address, unmapped
+
+#: Lookups of one VM that occupy a thread of the host at once, given-up ones included.
+MAX_THREADS: Final = 8
+
+_T = TypeVar("_T")
+
+_RESOLV_CONF: Final = "/etc/resolv.conf"
+_MAX_SERVERS: Final = 3  # as resolv.conf(5) has it
+_ATTEMPT: Final = 2.0  # seconds for one name server
+_PAYLOAD: Final = 1232
+_ANSWERS: Final = (dns.rcode.NOERROR, dns.rcode.NXDOMAIN)
+
+
+class LookupFailed(Exception):
+    """No answer was to be had, for now."""
+
+
+class NoSuchName(Exception):
+    """There is no such name."""
+
+
+@final
+class HostLookups:
+    """Asks what the host's own programs would ask. One object serves one VM.
+
+    Addresses come from ``getaddrinfo``, so that the host's files, search list and so on count; a
+    resolver set by :func:`trio.socket.set_custom_hostname_resolver` is used in its place.
+
+    :param name_servers: gives the addresses and ports of name servers for :meth:`query`.
+    """
+
+    def __init__(
+        self, name_servers: Callable[[], Awaitable[Sequence[tuple[str, int]]]] | None = None
+    ) -> None:
+        # Not Trio's default limiter: a guest that asks for names whose servers are silent must
+        # not hold the threads that the host program needs.
+        self._threads = trio.CapacityLimiter(MAX_THREADS)
+        self._name_servers = name_servers or host_name_servers
+
+    async def addresses(self, name: str) -> list[Address]:
+        """All addresses of ``name``, the preferred first; may be empty.
+
+        Cancelled, the lookup is given up; its thread ends by itself.
+
+        :raises NoSuchName: there is none.
+        :raises LookupFailed: that cannot be said now.
+        """
+        host = name.encode("ascii")
+        custom = _custom_resolver()
+        try:
+            if custom is not None:
+                found: Sequence[Any] = await custom.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            else:
+                found = await self._in_thread(
+                    lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+                )
+        except OSError as exc:
+            if _means_no_data(exc):
+                return []
+            raise _failure(exc) from exc
+        return list(dict.fromkeys(_address(entry[4]) for entry in found))
+
+    async def name_of(self, address: Address) -> str:
+        """The name of ``address``. Raises as :meth:`addresses` does."""
+        where = (str(address), 0)
+        flags = socket.NI_NAMEREQD | socket.NI_DGRAM
+        custom = _custom_resolver()
+        try:
+            if custom is not None:
+                return (await custom.getnameinfo(where, flags))[0]
+            return (await self._in_thread(lambda: socket.getnameinfo(where, flags)))[0]
+        except OSError as exc:
+            raise NoSuchName if _means_no_data(exc) else _failure(exc) from exc
+
+    async def query(
+        self, name: dns.name.Name, kind: dns.rdatatype.RdataType
+    ) -> dns.message.Message:
+        """The answer of the host's name servers, one after the other.
+
+        :raises LookupFailed: none of them answers.
+        """
+        for server, port in await self._name_servers():
+            question = dns.message.make_query(name, kind, use_edns=0, payload=_PAYLOAD)
+            try:
+                answer, _ = await dns.asyncquery.udp_with_fallback(
+                    question,
+                    server,
+                    timeout=_ATTEMPT,
+                    port=port,
+                    ignore_unexpected=True,
+                    ignore_errors=True,
+                )
+            except (dns.exception.DNSException, OSError, EOFError, ValueError):
+                continue
+            if answer.rcode() in _ANSWERS:
+                return answer
+        raise LookupFailed("no name server answers")
+
+    async def _in_thread(self, ask: Callable[[], _T]) -> _T:
+        return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._threads)
+
+
+async def host_name_servers() -> list[tuple[str, int]]:
+    """The host's name servers, as its ``/etc/resolv.conf`` has them now."""
+    try:
+        text = await trio.Path(_RESOLV_CONF).read_text(errors="replace")
+    except OSError:
+        text = ""
+    return read_name_servers(text)
+
+
+def read_name_servers(text: str) -> list[tuple[str, int]]:
+    """The addresses on the ``nameserver`` lines of a ``resolv.conf``."""
+    servers: list[tuple[str, int]] = []
+    for line in text.splitlines():
+        match line.split():
+            case ["nameserver", address, *_]:
+                try:
+                    ip_address(address)
+                except ValueError:
+                    continue
+                servers.append((address, DNS_PORT))
+    return servers[:_MAX_SERVERS]
+
+
+def _custom_resolver() -> trio.abc.HostnameResolver | None:
+    # Trio tells which one is set only to who sets another one.
+    custom = trio.socket.set_custom_hostname_resolver(None)
+    trio.socket.set_custom_hostname_resolver(custom)
+    return custom
+
+
+def _address(where: Any) -> Address:
+    return unmapped(ip_address(str(where[0]).partition("%")[0]))
+
+
+# Not every libc has these.
+_NO_DATA = {getattr(socket, name, None) for name in ("EAI_NODATA", "EAI_ADDRFAMILY")} - {None}
+
+
+def _means_no_data(exc: OSError) -> bool:
+    return isinstance(exc, socket.gaierror) and exc.errno in _NO_DATA
+
+
+def _failure(exc: OSError) -> Exception:
+    if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
+        return NoSuchName()
+    return LookupFailed(exc.strerror or str(exc))

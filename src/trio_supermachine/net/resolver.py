@@ -1,0 +1,160 @@
+"""Answers a guest's questions for names, as its policy allows."""
+
+from __future__ import annotations
+
+from typing import Final, Protocol, final
+
+import dns.message
+import dns.rcode
+import trio
+
+from . import dnsmessage as m
+from .addresses import HOST4, HOST6, HOST_NAME, Address, is_host, is_never, is_own
+from .lookup import HostLookups, LookupFailed, NoSuchName
+from .names import ToldNames
+from .policy import Decision, EgressPolicy
+
+#: Seconds that the addresses of a name are good for. (``getaddrinfo`` does not tell.)
+TTL: Final = 30
+#: Seconds for one question.
+TIMEOUT: Final = 5.0
+#: Questions of one VM at once.
+MAX_QUESTIONS: Final = 64
+
+# Below it there are no names but the host's.
+_ZONE: Final = HOST_NAME.partition(".")[2]
+
+
+class Report(Protocol):
+    """Hears of each decision about a name."""
+
+    def __call__(self, decision: Decision, name: str) -> None: ...
+
+
+@final
+class Resolver:
+    """The name server of one VM's guest.
+
+    :param names: learns which addresses the guest was told.
+    :param report: called with each decision.
+    """
+
+    def __init__(
+        self, policy: EgressPolicy, names: ToldNames, lookups: HostLookups, report: Report
+    ) -> None:
+        self._policy = policy
+        self._names = names
+        self._lookups = lookups
+        self._report = report
+
+    async def answer(self, query: bytes, *, datagram: bool) -> bytes | None:
+        """The answer to a query, within :data:`TIMEOUT`; ``None`` if it deserves none.
+
+        :param datagram: cut the answer to what the guest takes in a datagram.
+        """
+        question = m.read(query)
+        if not isinstance(question, m.Question):
+            await trio.lowlevel.checkpoint()
+            return question
+        reply = m.reply(question, dns.rcode.SERVFAIL)
+        with trio.move_on_after(TIMEOUT):
+            try:
+                reply = await self._reply(question)
+            except (LookupFailed, ValueError):
+                pass
+            except NoSuchName:
+                reply = m.reply(question, dns.rcode.NXDOMAIN)
+        return m.pack(reply, question, datagram=datagram)
+
+    async def _reply(self, question: m.Question) -> dns.message.Message:
+        address = question.reverse
+        if address is not None:
+            return await self._reply_reverse(question, address)
+        name = question.text
+        if name is None:
+            await trio.lowlevel.checkpoint()
+            return m.reply(question, dns.rcode.NXDOMAIN)
+        decision = self._policy.decide_name(name)
+        if not decision.allowed:
+            await trio.lowlevel.checkpoint()
+            return self._refuse(question, decision, name)
+        if name == _ZONE or name.endswith("." + _ZONE):
+            await trio.lowlevel.checkpoint()
+            return self._reply_own(question, decision, name)
+        if question.kind in (m.A, m.AAAA):
+            return await self._reply_addresses(question, decision, name)
+        self._report(decision, name)
+        reply = m.reply(question)
+        m.add_answer(reply, await self._lookups.query(question.name, question.kind))
+        return reply
+
+    def _refuse(self, question: m.Question, decision: Decision, name: str) -> dns.message.Message:
+        self._report(decision, name)
+        return m.reply(question, dns.rcode.REFUSED, decision.reason)
+
+    def _reply_own(
+        self, question: m.Question, decision: Decision, name: str
+    ) -> dns.message.Message:
+        self._report(decision, name)
+        if name not in (HOST_NAME, _ZONE):
+            raise NoSuchName
+        reply = m.reply(question)
+        if name == HOST_NAME:
+            own: list[Address] = [HOST4] if question.kind == m.A else []
+            own += [HOST6] if question.kind == m.AAAA else []
+            self._tell(own, name)
+            m.add_records(reply, own, TTL)
+        return reply
+
+    async def _reply_addresses(
+        self, question: m.Question, decision: Decision, name: str
+    ) -> dns.message.Message:
+        version = 4 if question.kind == m.A else 6
+        told: list[Address] = []
+        try:
+            for address in await self._lookups.addresses(name):
+                if address.version == version:
+                    fit = self._policy.decide_answer(address, own=is_own)
+                    if fit.allowed:
+                        told.append(address)
+                    else:
+                        decision = fit
+        finally:
+            # A name may lead to addresses of both kinds: it counts what the guest is told.
+            if told:
+                decision = self._policy.decide_name(name)
+            self._report(decision, name)
+        self._tell(told, name)
+        reply = m.reply(question, why="" if decision.allowed else decision.reason)
+        m.add_records(reply, told, TTL)
+        return reply
+
+    def _tell(self, addresses: list[Address], name: str) -> None:
+        now = trio.current_time()
+        listed = self._policy.lists_name(name)
+        for address in addresses:
+            self._names.tell(address, name, listed=listed, ttl=TTL, now=now)
+
+    async def _reply_reverse(self, question: m.Question, address: Address) -> dns.message.Message:
+        name = str(address)
+        reply = m.reply(question)
+        if is_host(address):
+            await trio.lowlevel.checkpoint()
+            decision = self._policy.decide_name(HOST_NAME)
+            if not decision.allowed:
+                return self._refuse(question, decision, name)
+            self._report(decision, name)
+            m.add_records(reply, [HOST_NAME + "."], TTL)
+            return reply
+        if is_never(address):
+            await trio.lowlevel.checkpoint()
+            raise NoSuchName
+        listed = self._names.listed(address, trio.current_time())
+        decision = self._policy.decide_reverse(address, listed=listed, own=is_own)
+        if not decision.allowed:
+            await trio.lowlevel.checkpoint()
+            return self._refuse(question, decision, name)
+        self._report(decision, name)
+        found = await self._lookups.name_of(address)
+        m.add_records(reply, [found.removesuffix(".") + "."], TTL)
+        return reply
