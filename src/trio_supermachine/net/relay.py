@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from contextlib import suppress
@@ -14,6 +15,7 @@ _CHUNK: Final = 65536
 
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 
+_TCP: Final = (socket.AF_INET, socket.AF_INET6)
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
@@ -42,7 +44,7 @@ async def reset(stream: trio.abc.AsyncResource) -> None:
 def reset_socket(stream: trio.SocketStream) -> None:
     """:func:`reset` of a socket's stream. Plain and idempotent."""
     if stream.socket.fileno() != -1:
-        if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
+        if stream.socket.family in _TCP:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         stream.socket.close()
 
@@ -68,8 +70,8 @@ async def relay(
     back = _Direction(other, one)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(there.move, nursery.cancel_scope)
-            await back.move(nursery.cancel_scope)
+            nursery.start_soon(there.move, back, nursery.cancel_scope)
+            await back.move(there, nursery.cancel_scope)
     finally:
         orderly = there.ended and back.ended
         with trio.CancelScope(shield=True):  # nothing in it waits
@@ -78,6 +80,18 @@ async def relay(
                     await trio.aclose_forcefully(stream)
                 else:
                     await reset(stream)
+
+
+def _was_reset(stream: object) -> bool:
+    """Whether an end of data on a stream, whose own data has not ended, was a reset.
+
+    Linux tells a reset once. If sending hears of it, receiving sees an end, but the socket knows.
+    """
+    if not isinstance(stream, trio.SocketStream) or stream.socket.family not in _TCP:
+        return False
+    poll = select.poll()
+    poll.register(stream.socket, 0)
+    return any(what & (select.POLLHUP | select.POLLERR) for _, what in poll.poll(0))
 
 
 class _Direction:
@@ -92,9 +106,10 @@ class _Direction:
         self._source = source
         self._sink = sink
         self._early = early
+        #: All was moved, and the end told.
         self.ended = False
 
-    async def move(self, both: trio.CancelScope) -> None:
+    async def move(self, opposite: _Direction, both: trio.CancelScope) -> None:
         """Move data to its end. Where it breaks off, cancel ``both`` directions."""
         source, sink = self._source, self._sink
         data: bytes | bytearray = self._early
@@ -113,6 +128,7 @@ class _Direction:
                 return
             if not data:
                 break
-        with suppress(*_GONE):
-            await sink.send_eof()
-            self.ended = True
+        if opposite.ended or not _was_reset(source):
+            with suppress(*_GONE):
+                await sink.send_eof()
+                self.ended = True
