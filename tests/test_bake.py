@@ -131,7 +131,7 @@ async def test_the_workload_sees_extra_files_and_its_own_configuration_from_its_
     )
     async with image.start() as vm:
         assert vm.started_by == "restore"
-        assert await vm.wait_listener() == 8080
+        assert await vm.wait_listening() == 8080
         assert await vm.read_file("/tmp/ran") == b"one two\n"
         assert vm.image.guest_port == 8080
 

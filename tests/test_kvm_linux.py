@@ -228,7 +228,7 @@ async def test_copies_of_copies_are_whole_and_their_own(image: Image, tmp_path: 
         await vm.write_file("/root/data", data := random.Random(2).randbytes(300_000))
         await output(vm, SERVE)
         with trio.fail_after(PATIENCE):
-            assert await vm.wait_listener() == 8000
+            assert await vm.wait_listening() == 8000
         source = await vm.snapshot(tmp_path / "full")
     answers = []
     for generation in range(6):

@@ -355,7 +355,7 @@ async def test_an_explicit_kernel_boots(vm: Vm, tmp_path: Path) -> None:
 
 async def test_the_guests_first_listener_is_awaited(vm: Vm) -> None:
     with trio.move_on_after(0.1):
-        raise AssertionError(await vm.wait_listener())
+        raise AssertionError(await vm.wait_listening())
     async with vm.exec(["nc", "-l", "-p", "8123"], stdin=False) as child:
-        assert await vm.wait_listener() == 8123
+        assert await vm.wait_listening() == 8123
         child.kill()

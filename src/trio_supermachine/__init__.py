@@ -37,6 +37,11 @@ from .exec_builder import ExecBuilder, ExecOutcome
 from .images.builder import OciImageBuilder
 from .images.image import Image, PullPolicy
 from .limits import LimitStatistics, memory_admission, spawn_concurrency
+from .net.events import EgressEvent
+from .net.forward import TcpForwarder
+from .net.policy import EgressPolicy
+from .net.tls import TlsConfig
+from .net.udp import UdpForwarder
 from .oci.config import ImageConfig
 from .oci.progress import Progress
 from .pool import Pool, PoolBuilder, PooledVm
@@ -62,6 +67,8 @@ __all__ = [
     "CaptureFailed",
     "ConfigError",
     "DiskFull",
+    "EgressEvent",
+    "EgressPolicy",
     "EndpointResources",
     "EngineUnavailable",
     "ExecBuilder",
@@ -95,6 +102,9 @@ __all__ = [
     "StartTimeout",
     "SupermachineError",
     "SymlinkPolicy",
+    "TcpForwarder",
+    "TlsConfig",
+    "UdpForwarder",
     "Vm",
     "VmConfig",
     "VmExited",

@@ -15,6 +15,8 @@ from ._validators import StrPath
 from .assets import AssetPaths
 from .devices.virtio import VirtioDevice
 from .errors import ConfigError, NotSupported
+from .net.policy import EgressPolicy
+from .net.sockets import check_directory
 from .resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, VolumeSpec, volume_tuple
 
 EngineName = Literal["auto", "qemu", "kvm"]
@@ -86,6 +88,14 @@ def _boolean(instance: object, field: attrs.Attribute[Any], value: object) -> No
     check.boolean(field.name, value)
 
 
+def _policy(value: EgressPolicy | str | None) -> EgressPolicy | None:
+    if isinstance(value, str):
+        return EgressPolicy.parse(value)
+    if value is not None and not isinstance(value, EgressPolicy):
+        raise ConfigError(f"egress must be an EgressPolicy, not {value!r}")
+    return value
+
+
 def _seconds(instance: object, field: attrs.Attribute[Any], value: object) -> None:
     check.seconds(field.name, value)
 
@@ -107,7 +117,8 @@ class VmConfig:
     mounts: tuple[MountSpec, ...] = attrs.field(default=(), converter=_mount_tuple)
     #: Kernel, initramfs and engine program; ``None`` finds them.
     assets: AssetPaths | None = attrs.field(default=None)
-    #: Where the VM's unix sockets are made.
+    #: Where the VM's unix sockets are made as it starts; ``None`` makes them where nobody else
+    #: gets, when they are asked for.
     vsock_mux_dir: Path | None = attrs.field(
         default=None, converter=attrs.converters.optional(check.host_path)
     )
@@ -122,8 +133,9 @@ class VmConfig:
     devices: tuple[Callable[[], VirtioDevice], ...] = attrs.field(
         default=(), converter=_device_tuple
     )
-    #: What the guest may reach.
-    egress: object | None = None
+    #: What the guest may reach, also as a text for :meth:`EgressPolicy.parse`; ``None`` is
+    #: ``deny_private``.
+    egress: EgressPolicy | None = attrs.field(default=None, converter=_policy)
     #: Refuse to boot where no snapshot can be restored.
     require_restore: bool = attrs.field(default=False, validator=_boolean)
     #: The guest's host name; ``None`` leaves the choice to the library.
@@ -143,6 +155,11 @@ class VmConfig:
     def _check_assets(self, field: object, value: object) -> None:
         if value is not None and not isinstance(value, AssetPaths):
             raise ConfigError(f"assets must be an AssetPaths, not {value!r}")
+
+    @vsock_mux_dir.validator
+    def _check_vsock_mux_dir(self, field: object, value: Path | None) -> None:
+        if value is not None:
+            check_directory(value)
 
     @engine.validator
     def _check_engine(self, field: object, value: object) -> None:
@@ -190,6 +207,10 @@ class VmConfig:
         """A copy whose unix sockets are made in the directory ``path``."""
         return attrs.evolve(self, vsock_mux_dir=path)
 
+    def with_egress(self, policy: EgressPolicy | str | None) -> VmConfig:
+        """A copy whose guest may reach this."""
+        return attrs.evolve(self, egress=policy)
+
     def with_start_timeout(self, seconds: float) -> VmConfig:
         """A copy with this limit on a boot."""
         return attrs.evolve(self, start_timeout=seconds)
@@ -225,8 +246,6 @@ class VmConfig:
             ("volumes", bool(self.volumes)),
             ("mounts", bool(self.mounts)),
             ("balloon", self.balloon),
-            ("egress", self.egress is not None),
-            ("vsock_mux_dir", self.vsock_mux_dir is not None),
         ):
             if asked:
                 raise NotSupported(feature)

@@ -25,6 +25,8 @@ from .hv.base import Disk, Engine, MachineSpec, Restore
 from .hv.select import choose_engine
 from .kernels import prepare_kernel
 from .limits import memory_admission, spawn_concurrency
+from .net.network import VmNetwork
+from .net.policy import EgressPolicy
 from .trace import trace
 
 if TYPE_CHECKING:
@@ -167,7 +169,9 @@ async def _plan_restore(image: Image, snapshot: Snapshot, config: VmConfig) -> P
 
 
 @asynccontextmanager
-async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[AgentClient]:
+async def launched(
+    plan: Plan, image: Image, config: VmConfig
+) -> AsyncIterator[tuple[AgentClient, VmNetwork]]:
     """Start the machine of ``plan``: entered when its guest has answered.
 
     Waits, in order, until its memory is admitted and a start is due.
@@ -191,6 +195,8 @@ async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[
                 # It was removed since it was verified.
                 raise _removed(exc.filename, plan, image) from exc
             client = AgentClient(machine)
+            policy = config.egress or EgressPolicy.deny_private()
+            network = VmNetwork(client, policy, config.vsock_mux_dir)
             stack.push_async_callback(client.aclose)
             if plan.source is None:
                 await _answer(
@@ -200,7 +206,7 @@ async def launched(plan: Plan, image: Image, config: VmConfig) -> AsyncIterator[
                 await machine.resume()
                 restored = client.restored(_renewal(config.hostname))
                 await _answer(client, restored, RestoreTimeout, config.restore_timeout)
-        yield client
+        yield client, network
 
 
 def _files(spec: MachineSpec) -> set[str]:

@@ -82,7 +82,10 @@ class Pool:
             waits, unless another restore in flight may serve it.
         """
         async with self._core.acquire() as lease:
-            yield PooledVm(lease.item, reused=lease.uses > 1)
+            try:
+                yield PooledVm(lease.item, reused=lease.uses > 1)
+            finally:
+                lease.item._network.end_forwards()  # which are this acquirer's
 
     def stats(self) -> PoolStats:
         """What the pool holds, now."""

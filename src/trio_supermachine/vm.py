@@ -19,17 +19,19 @@ from .agent.client import AgentClient, exited
 from .agent.wire import ExecFlags, ExecRequest, Exit
 from .capture import capture
 from .config import VmConfig
-from .errors import ConfigError, ExecEof, FileTooLarge, NotSupported, VmExited
+from .errors import ConfigError, ExecEof, NotSupported, VmExited
 from .exec import ExecChild, check_winsize, open_exec
-from .exec_builder import ExecBuilder, check_mode, env_entry, user_field
+from .exec_builder import ExecBuilder, env_entry, user_field
+from .guest_files import GuestFiles, guest_path
+from .guest_network import GuestNetwork
 from .hv.base import Console, Machine
 from .launch import Plan, launched, plan
+from .net.network import VmNetwork
 from .run_process import (
     Command,
     OutputTarget,
     StrOrBytes,
     StrOrBytesPath,
-    check_no_nul,
     command_argv,
     run_process,
 )
@@ -39,14 +41,10 @@ from .trace import trace
 if TYPE_CHECKING:
     from .images.image import Image
 
-#: The default of :meth:`Vm.read_file`, in bytes.
-READ_FILE_CAP: Final = 32 << 20
-
-_LISTENER_MS: Final = 3_600_000  # asked for at once
 _POWER_OFF: Final = 2.0  # seconds for the guest kernel to power off, beyond the grace
 
 
-class Vm:
+class Vm(GuestFiles, GuestNetwork):
     """A running virtual machine. Only :meth:`Vm.start` makes one.
 
     Every call that needs the guest waits while the VM is paused, raises :exc:`VmExited` once it
@@ -66,7 +64,7 @@ class Vm:
         config: VmConfig,
         plan: Plan,
         client: AgentClient,
-        nursery: trio.Nursery,
+        network: VmNetwork,
     ) -> None:
         self.image = image
         self.config = config
@@ -75,6 +73,7 @@ class Vm:
         self._plan = plan
         self.console: Console = client.machine.console
         self._client = client
+        self._network = network
         self._machine: Machine = client.machine
         self._capturing = trio.Lock()
         self._body = trio.CancelScope()
@@ -207,70 +206,6 @@ class Vm:
     def _open(self, request: ExecRequest) -> AbstractAsyncContextManager[ExecChild]:
         return open_exec(self._client, request)
 
-    # Files
-
-    async def write_file(
-        self, path: StrOrBytesPath, data: bytes | bytearray | memoryview, *, mode: int = 0o644
-    ) -> None:
-        """Write a guest file atomically: a temporary sibling is renamed to ``path``.
-
-        Cancelled or failed, it leaves the old file as it was. :raises OSError: as in the guest.
-        """
-        with memoryview(data).cast("B") as view:
-            if len(view) <= wire.MAX_DATA:
-                check_mode(mode)
-                await self._client.write_small(guest_path(path), mode, view)
-                return
-            async with self.open_write(path, mode=mode) as stream:
-                await stream.send_all(view)
-
-    async def read_file(self, path: StrOrBytesPath) -> bytes:
-        """The content of a guest file of up to 32 MiB.
-
-        :raises FileTooLarge: it is larger. :raises OSError: as in the guest.
-        """
-        return await self.read_file_with_max_bytes(path, READ_FILE_CAP)
-
-    async def read_file_with_max_bytes(self, path: StrOrBytesPath, max_bytes: int) -> bytes:
-        """The content of a guest file of up to ``max_bytes`` bytes; the guest enforces it.
-
-        :raises FileTooLarge: it is larger. :raises OSError: as in the guest.
-        """
-        if not 0 <= max_bytes < wire.NO_CAP:
-            raise ValueError("max_bytes is out of range")
-        path = guest_path(path)
-        data = bytearray()
-        async with await self._client.open_read(path, max_bytes) as stream:
-            async for chunk in stream:
-                data += chunk
-                if len(data) > max_bytes:  # the guest is not trusted with the host's memory
-                    raise FileTooLarge(os.fsdecode(path), max_bytes)
-        return bytes(data)
-
-    @asynccontextmanager
-    async def open_read(self, path: StrOrBytesPath) -> AsyncIterator[trio.abc.ReceiveStream]:
-        """Read a guest file of any size in constant memory: ``async with`` gives a stream.
-
-        :raises OSError: as in the guest, on entry.
-        """
-        async with await self._client.open_read(guest_path(path)) as stream:
-            yield stream
-
-    @asynccontextmanager
-    async def open_write(
-        self, path: StrOrBytesPath, *, mode: int = 0o644
-    ) -> AsyncIterator[trio.abc.SendStream]:
-        """Write a guest file of any size in constant memory: ``async with`` gives a stream.
-
-        The file is renamed to ``path`` when the block ends well, and discarded when it does not.
-
-        :raises OSError: as in the guest, on entry, while sending, or at the end.
-        """
-        check_mode(mode)
-        async with await self._client.open_write(guest_path(path), mode) as stream:
-            yield stream
-            await stream.publish()
-
     # The workload and the machine
 
     async def workload_signal(self, signum: int) -> None:
@@ -302,13 +237,6 @@ class Vm:
         """Let the guest's CPUs run again, and set its clock. Idempotent."""
         await self._machine.resume()
         await self._client.call(wire.set_clock(time.time_ns()))
-
-    async def wait_listener(self) -> int:
-        """Wait until a program in the guest listens on a TCP port; gives the first such port."""
-        while True:
-            answer = await self._client.call(wire.await_listener(_LISTENER_MS))
-            if port := wire.decode_u64(answer.payload):
-                return port
 
     # Snapshots
 
@@ -390,6 +318,7 @@ class Vm:
         exit_ = await self._machine.wait_exit()
         trace("vm", "%r exited: %s", self, exit_.reason)
         self._exited = exited(exit_, self._machine)
+        self._network.end(self._exited)
         if not self._stopping:
             self._body.cancel()
 
@@ -397,18 +326,19 @@ class Vm:
 @asynccontextmanager
 async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterator[Vm]:
     todo = await plan(image, config, workload=workload)
-    async with launched(todo, image, config) as client, _running(image, config, todo, client) as vm:
+    async with (
+        launched(todo, image, config) as (client, network),
+        _running(Vm(image, config, todo, client, network)) as vm,
+    ):
         yield vm
 
 
 @asynccontextmanager
-async def _running(
-    image: Image, config: VmConfig, plan: Plan, client: AgentClient
-) -> AsyncIterator[Vm]:
+async def _running(vm: Vm) -> AsyncIterator[Vm]:
     try:
         async with open_flat_nursery() as nursery:
-            vm = Vm(image, config, plan, client, nursery)
             nursery.start_soon(vm._watch)
+            await nursery.start(vm._network.run)
             with vm._body:
                 yield vm
             nursery.cancel_scope.cancel()
@@ -419,15 +349,6 @@ async def _running(
         raise
     if vm._body.cancelled_caught and vm._exited is not None:
         raise vm._exited
-
-
-def guest_path(path: StrOrBytesPath) -> StrOrBytes:
-    """A path in the guest as the wire has it. :raises ValueError: it is empty or holds NUL."""
-    raw = os.fspath(path)
-    if not raw:
-        raise ValueError("the path is empty")
-    check_no_nul(raw)
-    return raw
 
 
 def _request(

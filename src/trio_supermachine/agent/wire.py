@@ -175,7 +175,8 @@ class FrameDecoder:
             if size - start < _HEADER.size:
                 return
             length, type_, stream, zero = _HEADER.unpack_from(buffer, start)
-            if length > (MAX_DATA if type_ == _DATA else MAX_PAYLOAD) or zero:
+            most = MAX_DATA if type_ == _DATA or self._datagrams else MAX_PAYLOAD
+            if length > most or zero:
                 raise WireError(f"bad frame header: type {type_}, length {length}")
             start += _HEADER.size
             if type_ == _DATA and length and not self._datagrams:

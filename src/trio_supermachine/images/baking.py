@@ -94,7 +94,7 @@ async def ready(vm: Vm, image: Image, plan: BakePlan) -> None:
     if listens:
         waits.append(partial(_listening, vm))
     elif not triggers.has_trigger and image.config.argv:
-        waits += [vm.wait_listener, vm.wait_workload, partial(trio.sleep, _SETTLED)]
+        waits += [vm.wait_listening, vm.wait_workload, partial(trio.sleep, _SETTLED)]
     if triggers.after_ms is not None:
         waits.append(partial(trio.sleep, triggers.after_ms / 1000))
     if triggers.at_heartbeat is not None:
@@ -146,7 +146,7 @@ async def _listening(vm: Vm) -> None:
 
     async with open_flat_nursery() as nursery:
         nursery.start_soon(fail_with_the_workload)
-        await vm.wait_listener()
+        await vm.wait_listening()
         nursery.cancel_scope.cancel()
 
 

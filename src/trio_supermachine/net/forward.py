@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
-from typing import final
+from typing import Final, final
 
 import trio
 
-from ..trace import trace
+from .. import _validators as check
 from .relay import relay
 from .serving import Server, bind, check_port, format_address, local_addr
 from .tls import TlsConfig, TlsStream, load_context
@@ -17,7 +17,7 @@ from .tls import TlsConfig, TlsStream, load_context
 Connect = Callable[[int], Awaitable[trio.abc.HalfCloseableStream]]
 
 #: How many connections a forward has at once, unless it is told.
-MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS: Final = 1024
 
 
 @final
@@ -30,9 +30,15 @@ class TcpForwarder(trio.abc.AsyncResource):
     :ivar guest_port: where it leads to; 0 is the guest's first listener.
     """
 
-    def __init__(self, server: Server, local_addr: tuple[str, int], guest_port: int) -> None:
-        self._server = server
-        self.local_addr = local_addr
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        handle: Callable[[trio.SocketStream], Awaitable[object]],
+        guest_port: int,
+        limit: int,
+    ) -> None:
+        self._server = Server(trio.SocketListener(sock), handle, limit)
+        self.local_addr = local_addr(sock)
         self.guest_port = guest_port
 
     def __repr__(self) -> str:
@@ -51,34 +57,43 @@ class TcpForwarder(trio.abc.AsyncResource):
 
         The work is done also when cancelled; then this is a checkpoint.
         """
-        self._server.cancel()
+        self.cancel()
         with trio.CancelScope(shield=True):
             await self._server.wait_ended()
         await trio.lowlevel.checkpoint()
 
+    def cancel(self) -> None:
+        """Accept no more connections, and reset those in flight, soon. Plain and idempotent."""
+        self._server.cancel()
+
+    async def run(self) -> None:
+        """Serve until one of those. Cancelled, it ends as by :meth:`cancel`."""
+        await self._server.run()
+
 
 async def open_tcp(
-    nursery: trio.Nursery,
     connect: Connect,
     host: str,
     host_port: int,
     guest_port: int,
     limit: int = MAX_CONNECTIONS,
 ) -> TcpForwarder:
-    """Forward a TCP port, with tasks in ``nursery``. Raises as :meth:`Vm.expose_tcp`."""
+    """Take a TCP port of the host, for :meth:`TcpForwarder.run`. As :meth:`Vm.expose_tcp`."""
     check_port("guest_port", guest_port)
+    check.integer("max_connections", limit, 1)
     sock = await bind(host, host_port, socket.SOCK_STREAM)
 
     async def handle(client: trio.SocketStream) -> None:
         await relay(client, await connect(guest_port))
 
-    return _start(nursery, sock, handle, guest_port, limit)
+    return TcpForwarder(sock, handle, guest_port, limit)
 
 
 async def open_tls(
-    nursery: trio.Nursery, connect: Connect, config: TlsConfig, limit: int = MAX_CONNECTIONS
+    connect: Connect, config: TlsConfig, limit: int = MAX_CONNECTIONS
 ) -> TcpForwarder:
-    """The same with TLS towards the client. Raises as :meth:`Vm.expose_tls`."""
+    """The same with TLS towards the client. As :meth:`Vm.expose_tls`."""
+    check.integer("max_connections", limit, 1)
     context = await load_context(config)
     sock = await bind(*config.listen_addr, socket.SOCK_STREAM)
 
@@ -87,18 +102,4 @@ async def open_tls(
         await stream.shake_hands()
         await relay(stream, await connect(config.guest_port))
 
-    return _start(nursery, sock, handle, config.guest_port, limit)
-
-
-def _start(
-    nursery: trio.Nursery,
-    sock: trio.socket.SocketType,
-    handle: Callable[[trio.SocketStream], Awaitable[None]],
-    guest_port: int,
-    limit: int,
-) -> TcpForwarder:
-    server = Server(trio.SocketListener(sock), handle, limit)
-    forwarder = TcpForwarder(server, local_addr(sock), guest_port)
-    nursery.start_soon(server.run, name=repr(forwarder))
-    trace("net", "%r", forwarder)
-    return forwarder
+    return TcpForwarder(sock, handle, config.guest_port, limit)

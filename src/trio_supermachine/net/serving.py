@@ -53,16 +53,13 @@ class Server:
     async def run(self) -> None:
         """Serve until :meth:`stop`, and then until the last connection ends, or :meth:`cancel`.
 
-        The listener is closed first, then the connections. Cancelled, it does the same.
+        Cancelled, it leaves nothing open either.
         """
         try:
             with self._everything:
                 async with trio.open_nursery() as nursery:
-                    try:
-                        with self._accepting:
-                            await self._accept(nursery)
-                    finally:
-                        self._listener.socket.close()
+                    with self._accepting:
+                        await self._accept(nursery)
         finally:
             self._listener.socket.close()
             self._ended.set()
@@ -70,9 +67,11 @@ class Server:
     def stop(self) -> None:
         """Accept no more. Plain and idempotent."""
         self._accepting.cancel()
+        self._listener.socket.close()
 
     def cancel(self) -> None:
         """Accept no more, and end what was accepted. Plain and idempotent."""
+        self.stop()
         self._everything.cancel()
 
     async def wait_ended(self) -> None:
@@ -86,6 +85,8 @@ class Server:
                 try:
                     stream = await self._listener.accept()
                     break
+                except trio.ClosedResourceError:
+                    return
                 except OSError as exc:
                     # One that was gone before it was accepted, or no room in this process.
                     trace("net", "accept: %s", exc)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import errno
-import struct
+import socket
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final, final
 
 import attrs
 import trio
 
+from ..agent import wire
 from ..agent.client import FrameStream
-from ..agent.wire import FrameType, WireError
-from ..devices.vsock.stream import VsockStream
+from ..agent.wire import MAX_DATAGRAM, FrameType, WireError
 from ..trace import trace
-from .serving import CONNECTION_ERRORS, format_address, local_addr
-
-#: The largest payload of a UDP datagram over IPv4.
-MAX_DATAGRAM: Final = 65507
+from .serving import CONNECTION_ERRORS, bind, check_port, format_address, local_addr
 
 #: Seconds of silence, in both directions, after which a flow ends.
 IDLE: Final = 60.0
@@ -32,74 +30,6 @@ _EARLY_BYTES: Final = 65536
 
 _RECEIVE: Final = 65536
 _PAUSE: Final = 0.1  # seconds, where the host has no memory for a datagram
-_HEADER: Final = struct.Struct("<IBBH")
-
-
-class DatagramDecoder:
-    """DATA frames in any chunking in, datagrams out, whole ones, unlike :class:`FrameDecoder`.
-
-    At most a datagram is held beyond what was fed.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        """Add what was received."""
-        self._buffer += data
-
-    def next(self) -> bytes | None:
-        """The next whole datagram. :raises WireError: something else than a datagram comes."""
-        buffer = self._buffer
-        if len(buffer) < _HEADER.size:
-            return None
-        length, type_, stream, zero = _HEADER.unpack_from(buffer)
-        if type_ != FrameType.DATA or length > MAX_DATAGRAM or stream or zero:
-            raise WireError(f"no datagram: frame {type_} of {length} bytes")
-        end = _HEADER.size + length
-        if len(buffer) < end:
-            return None
-        datagram = bytes(buffer[_HEADER.size : end])
-        del buffer[:end]
-        return datagram
-
-
-def encode_datagram(data: bytes) -> bytes:
-    """A datagram as a frame."""
-    return _HEADER.pack(len(data), FrameType.DATA, 0, 0) + data
-
-
-@final
-class DatagramStream:
-    """Datagrams over a connection to the guest that has been made for them."""
-
-    def __init__(self, stream: VsockStream) -> None:
-        self._stream = stream
-        self._decoder = DatagramDecoder()
-
-    def send_nowait(self, data: bytes) -> bool:
-        """Send a datagram; false if there is no room for it, and it is dropped."""
-        if len(data) > MAX_DATAGRAM or not self._stream.sendable():
-            return False
-        self._stream.send_nowait(encode_datagram(data))
-        return True
-
-    async def receive(self) -> bytes | None:
-        """The next datagram, or ``None`` at the end. A cancellation loses nothing.
-
-        :raises WireError: the guest broke the protocol.
-        :raises trio.BrokenResourceError: the connection was reset.
-        """
-        while (datagram := self._decoder.next()) is None:
-            data = await self._stream.receive_some(_RECEIVE)
-            if not data:
-                return None
-            self._decoder.feed(data)
-        return datagram
-
-    def abort(self) -> None:
-        """End the flow. Plain and idempotent."""
-        self._stream.abort()
 
 
 @attrs.define(eq=False)
@@ -108,7 +38,7 @@ class _Flow:
 
     address: Any
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    guest: DatagramStream | None = None
+    guest: FrameStream | None = None
     early: deque[bytes] = attrs.field(factory=deque)
     early_bytes: int = 0
 
@@ -116,18 +46,23 @@ class _Flow:
         self.scope.deadline = trio.current_time() + IDLE
 
     def send(self, data: bytes) -> bool:
+        if len(data) > MAX_DATAGRAM:
+            return False
         if self.guest is not None:
-            return self.guest.send_nowait(data)
+            if not self.guest.stream.sendable():
+                return False
+            self.guest.stream.send_nowait(wire.frame(FrameType.DATA, data))
+            return True
         if len(self.early) >= _EARLY_DATAGRAMS or self.early_bytes + len(data) > _EARLY_BYTES:
             return False
         self.early.append(data)
         self.early_bytes += len(data)
         return True
 
-    def connected(self, guest: DatagramStream) -> None:
+    def connected(self, guest: FrameStream) -> None:
         self.guest = guest
         while self.early:
-            guest.send_nowait(self.early.popleft())
+            self.send(self.early.popleft())
 
 
 @final
@@ -170,11 +105,12 @@ class UdpForwarder(trio.abc.AsyncResource):
     def cancel(self) -> None:
         """End it, and its flows. Plain and idempotent."""
         self._scope.cancel()
+        self._sock.close()
 
     async def run(self) -> None:
         """Serve until :meth:`cancel`. Cancelled, it does the same."""
         try:
-            with self._scope:
+            with self._scope, suppress(trio.ClosedResourceError):
                 async with trio.open_nursery() as nursery:
                     while True:
                         await self._take(nursery)
@@ -207,15 +143,16 @@ class UdpForwarder(trio.abc.AsyncResource):
     async def _serve(self, flow: _Flow) -> None:
         try:
             with flow.scope:
-                connection = await self._connect(self.guest_port)
-                guest = DatagramStream(connection.stream)
+                guest = await self._connect(self.guest_port)
                 try:
                     flow.connected(guest)
-                    while (data := await guest.receive()) is not None:
+                    while (frame := await guest.receive()) is not None:
+                        if frame.type != FrameType.DATA or len(frame.payload) > MAX_DATAGRAM:
+                            raise WireError(f"frame {frame.type} in the place of a datagram")
                         self._touch(flow)
-                        await self._answer(data, flow.address)
+                        await self._answer(frame.payload, flow.address)
                 finally:
-                    guest.abort()
+                    guest.leave(complete=False)
         except (*CONNECTION_ERRORS, WireError) as exc:
             trace("net", "%r: a flow ended: %s", self, exc)
         finally:
@@ -229,3 +166,11 @@ class UdpForwarder(trio.abc.AsyncResource):
             if exc.errno == errno.EBADF:
                 raise
             trace("net", "%r: an answer was dropped: %s", self, exc)
+
+
+async def open_udp(
+    connect: Callable[[int], Awaitable[FrameStream]], host: str, host_port: int, guest_port: int
+) -> UdpForwarder:
+    """Take a UDP port of the host, for :meth:`UdpForwarder.run`. As :meth:`Vm.expose_udp`."""
+    check_port("guest_port", guest_port, 1)
+    return UdpForwarder(await bind(host, host_port, socket.SOCK_DGRAM), connect, guest_port)

@@ -1,0 +1,121 @@
+"""All that leads into one VM and out of it, and the tasks that it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+import trio
+
+from ..agent import wire
+from ..agent.client import AgentClient
+from ..devices.vsock.stream import VsockStream
+from ..errors import VmExited
+from ..trace import trace
+from .egress import EgressServer
+from .forward import TcpForwarder, open_tcp, open_tls
+from .policy import EgressPolicy
+from .sockets import UnixSockets
+from .tls import TlsConfig
+from .udp import UdpForwarder, open_udp
+
+
+@final
+class VmNetwork:
+    """One VM's connections. Made before its guest runs, so that nothing that it dials is lost.
+
+    :param directory: where its unix sockets are from the start; ``None`` makes them on demand.
+    """
+
+    def __init__(self, client: AgentClient, policy: EgressPolicy, directory: Path | None) -> None:
+        self._client = client
+        self._directory = directory
+        #: The guest's way out.
+        self.egress = EgressServer(client.machine.listen(wire.EGRESS_PORT), policy)
+        self._nursery: trio.Nursery | None = None
+        self._error = VmExited("stopped")
+        self._sockets: UnixSockets | None = None
+        self._forwards: set[TcpForwarder | UdpForwarder] = set()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until :meth:`end`, or until this is cancelled. Started when all is there.
+
+        :raises OSError: unix sockets cannot be made in the directory.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self.egress.run)
+                if self._directory is not None:
+                    self.sockets()
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+
+    def end(self, error: VmExited) -> None:
+        """The machine has ended: nothing listens any more. Plain; :meth:`run` returns."""
+        self._error = error
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    async def connect(self, port: int) -> VsockStream:
+        """As :meth:`Vm.connect`, with 0 for the first listener."""
+        stream, _ = await self._client.connect(port)
+        return stream
+
+    def sockets(self) -> UnixSockets:
+        """The VM's unix sockets, made if they are not yet."""
+        if self._sockets is None:
+            nursery = self._live()
+            self._sockets = UnixSockets(self._directory, self.connect, self._client.dial)
+            nursery.start_soon(self._sockets.run)
+        return self._sockets
+
+    async def expose_tcp(
+        self, host: str, host_port: int, guest_port: int, max_connections: int
+    ) -> TcpForwarder:
+        """As :meth:`Vm.expose_tcp`."""
+        self._live()
+        forwarder = await open_tcp(self.connect, host, host_port, guest_port, max_connections)
+        self._start(forwarder)
+        return forwarder
+
+    async def expose_tls(self, config: TlsConfig, max_connections: int) -> TcpForwarder:
+        """As :meth:`Vm.expose_tls`."""
+        self._live()
+        forwarder = await open_tls(self.connect, config, max_connections)
+        self._start(forwarder)
+        return forwarder
+
+    async def expose_udp(self, host: str, host_port: int, guest_port: int) -> UdpForwarder:
+        """As :meth:`Vm.expose_udp`."""
+        self._live()
+        forwarder = await open_udp(self._client.connect_udp, host, host_port, guest_port)
+        self._start(forwarder)
+        return forwarder
+
+    def end_forwards(self) -> None:
+        """End all that was exposed. Plain."""
+        for forwarder in self._forwards:
+            forwarder.cancel()
+
+    def _start(self, forwarder: TcpForwarder | UdpForwarder) -> None:
+        try:
+            self._live().start_soon(self._run, forwarder, name=repr(forwarder))
+        except VmExited:
+            forwarder.cancel()
+            raise
+        trace("net", "%r", forwarder)
+
+    async def _run(self, forwarder: TcpForwarder | UdpForwarder) -> None:
+        self._forwards.add(forwarder)
+        try:
+            await forwarder.run()
+        finally:
+            self._forwards.discard(forwarder)
+
+    def _live(self) -> trio.Nursery:
+        if self._nursery is None or self._nursery.cancel_scope.cancel_called:
+            raise self._error
+        return self._nursery
