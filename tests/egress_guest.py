@@ -1,4 +1,4 @@
-"""A guest's agent as its programs' connections go out, without a guest: the wire over two muxers."""
+"""What a guest's agent says when programs connect to the outside, without a guest."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trio_supermachine.agent import wire
 from trio_supermachine.agent.wire import FrameType, Protocol
 from trio_supermachine.devices.vsock.carrier import SocketCarrier
 from trio_supermachine.devices.vsock.stream import VsockMux, VsockStream
+from trio_supermachine.net.datagrams import DatagramStream
 from trio_supermachine.net.egress import EgressServer
 from trio_supermachine.net.lookup import HostLookups
 from trio_supermachine.net.policy import EgressPolicy
-from trio_supermachine.net.udp import DatagramStream
 
 PORT = wire.EGRESS_PORT
 TCP, UDP = Protocol.TCP, Protocol.UDP
@@ -67,7 +67,7 @@ class Agent:
         assert flow.send_nowait(query)
         answer = await flow.receive()
         assert answer is not None
-        flow.abort()
+        stream.abort()
         return answer
 
 

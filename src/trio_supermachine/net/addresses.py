@@ -91,6 +91,13 @@ _SIX_TO_FOUR: Final = IPv6Network("2002::/16")
 _TEREDO: Final = IPv6Network("2001::/32")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 
+_FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
+#: Addresses of documentation (RFC 5737, RFC 3849), which no host has.
+_NOBODY: Final[dict[int, Address]] = {
+    4: IPv4Address("203.0.113.203"),
+    6: IPv6Address("2001:db8:dead::203"),
+}
+
 
 def unmapped(address: Address) -> Address:
     """The IPv4 address that an IPv4-mapped one stands for; any other as it is."""
@@ -156,14 +163,27 @@ def is_public(address: Address) -> bool:
 def is_own(address: Address) -> bool:
     """Whether the host itself has this address, by the kernel's routes of this moment.
 
-    A datagram socket is connected to it, which sends nothing: the kernel answers from the same
-    address if it is local. (That it can be bound proves nothing where ``ip_nonlocal_bind`` is on.)
+    A datagram socket tells, without sending anything: connected, it has the same address itself
+    if that is local; and it can be bound to none but local addresses, unless ``ip_nonlocal_bind``
+    is on. The second way finds all of a range that is local as a whole, too.
     """
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    return _answers_itself(address) or (_binds(address) and not _binds(_NOBODY[address.version]))
+
+
+def _answers_itself(address: Address) -> bool:
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        with socket.socket(_FAMILY[address.version], socket.SOCK_DGRAM) as sock:
             sock.connect((str(address), DNS_PORT))
             return ip_address(sock.getsockname()[0].partition("%")[0]) == address
     except OSError as exc:
         # Without a route there is nothing to protect; without a descriptor nobody knows.
         return exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def _binds(address: Address) -> bool:
+    try:
+        with socket.socket(_FAMILY[address.version], socket.SOCK_DGRAM) as sock:
+            sock.bind((str(address), 0))
+            return True
+    except OSError:
+        return False

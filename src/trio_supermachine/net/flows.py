@@ -9,11 +9,13 @@ import trio
 
 from ..agent.wire import WireError
 from ..devices.vsock.stream import VsockStream
+from .datagrams import DatagramStream, encode
 from .dnsmessage import MAX_QUERY
 from .rate import TokenBucket
 from .resolver import Resolver
-from .udp import IDLE, DatagramStream, encode_datagram
 
+#: Seconds of silence in both directions after which a UDP flow ends.
+UDP_IDLE: Final = 60.0
 #: Seconds without a question after which a connection to the resolver ends.
 DNS_IDLE: Final = 15.0
 #: Seconds for the guest to take an answer.
@@ -28,7 +30,7 @@ _LEFT: Final = (WireError, trio.BrokenResourceError, trio.ClosedResourceError)
 async def relay_datagrams(
     stream: VsockStream, peer: trio.socket.SocketType, bucket: TokenBucket | None
 ) -> None:
-    """Move datagrams both ways until the guest leaves, or :data:`~.udp.IDLE` s of silence.
+    """Move datagrams both ways until the guest leaves, or :data:`UDP_IDLE` s of silence.
 
     What either side, or ``bucket``, has no room for is dropped. ``peer`` is connected.
     """
@@ -36,11 +38,11 @@ async def relay_datagrams(
     idle = trio.CancelScope()
 
     def admits(datagram: bytes) -> bool:
-        idle.deadline = trio.current_time() + IDLE
+        idle.deadline = trio.current_time() + UDP_IDLE
         return bucket is None or bucket.try_take(len(datagram), trio.current_time())
 
     async def outward() -> None:
-        while (datagram := await _next(guest)) is not None:
+        while (datagram := await guest.receive()) is not None:
             if admits(datagram):
                 try:
                     await peer.send(datagram)
@@ -59,7 +61,7 @@ async def relay_datagrams(
                 guest.send_nowait(datagram)
 
     with idle:
-        idle.deadline = trio.current_time() + IDLE
+        idle.deadline = trio.current_time() + UDP_IDLE
         async with trio.open_nursery() as nursery:
             nursery.start_soon(outward)
             nursery.start_soon(inward)
@@ -80,14 +82,14 @@ async def serve_dns_datagrams(
             reply = await resolver.answer(query, datagram=True)
             if reply is not None:
                 async with sending:
-                    await _send(stream, encode_datagram(reply))
+                    await _send(stream, encode(reply))
         finally:
             slots.release()
 
     with trio.CancelScope() as idle:
         async with trio.open_nursery() as nursery:
             idle.deadline = trio.current_time() + DNS_IDLE
-            while (query := await _next(guest)) is not None:
+            while (query := await guest.receive()) is not None:
                 idle.deadline = trio.current_time() + DNS_IDLE
                 await slots.acquire()
                 nursery.start_soon(answer, query)
@@ -128,14 +130,6 @@ async def _receive_message(stream: VsockStream) -> bytes | None:
         return None
     (length,) = _LENGTH.unpack(head)
     return await receive_exactly(stream, length) if length <= MAX_QUERY else None
-
-
-async def _next(guest: DatagramStream) -> bytes | None:
-    """The guest's next datagram; ``None`` when it leaves or breaks the protocol."""
-    try:
-        return await guest.receive()
-    except _LEFT:
-        return None
 
 
 async def _send(stream: VsockStream, data: bytes) -> bool:
