@@ -13,6 +13,7 @@ from trio_supermachine.assets import AssetPaths
 from trio_supermachine.config import MountSpec, SymlinkPolicy, VmConfig
 from trio_supermachine.devices.rng import RngDevice
 from trio_supermachine.errors import ConfigError, NotSupported
+from trio_supermachine.net.policy import EgressPolicy
 from trio_supermachine.resources import VolumeSpec
 
 VOLUME = VolumeSpec("/data.img", "/data")
@@ -44,6 +45,7 @@ ASSETS = AssetPaths(kernel=Path("/boot/vmlinuz"))
         (lambda c: c.with_virtiofs(MOUNT), "mounts", (MOUNT,)),
         (lambda c: c.with_assets(ASSETS), "assets", ASSETS),
         (lambda c: c.with_vsock_mux_dir("/run/x"), "vsock_mux_dir", Path("/run/x")),
+        (lambda c: c.with_egress("deny_all"), "egress", EgressPolicy.deny_all()),
         (lambda c: c.with_start_timeout(5), "start_timeout", 5),
         (lambda c: c.with_restore_timeout(5), "restore_timeout", 5),
         (lambda c: c.with_engine("qemu"), "engine", "qemu"),
@@ -73,6 +75,9 @@ def test_each_setter_changes_a_copy(
         {"volumes": ["/data"]},
         {"mounts": [VOLUME]},
         {"vsock_mux_dir": ""},
+        {"vsock_mux_dir": "/run/" + "x" * 100},
+        {"egress": object()},
+        {"egress": "some"},
         {"start_timeout": 0},
         {"start_timeout": float("nan")},
         {"restore_timeout": -1},
@@ -118,8 +123,6 @@ def test_a_mount_keeps_symbolic_links_opaque() -> None:
         ("volumes", VmConfig().with_volume(VOLUME)),
         ("mounts", VmConfig().with_virtiofs(MOUNT)),
         ("balloon", VmConfig().with_balloon()),
-        ("egress", VmConfig(egress=object())),
-        ("vsock_mux_dir", VmConfig(vsock_mux_dir="/run/x")),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(feature: str, config: VmConfig) -> None:

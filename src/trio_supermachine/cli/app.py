@@ -20,6 +20,7 @@ from .images import bake_command, images_command, prune_command, rmi_command, sn
 from .interrupts import Interrupted, run_until_signal
 from .kernel import kernel_group
 from .login import login_command, logout_command
+from .publish import Publish
 from .run import RunOptions, run
 from .store import inspect_command, load_command, pull_command, save_command
 
@@ -117,8 +118,20 @@ def _unbuilt(*names: str, **kind: Any) -> Callable[[_Function], _Function]:
 @_unbuilt("-v", "--volume", multiple=True)
 @_unbuilt("--mount", multiple=True)
 @_unbuilt("--balloon", is_flag=True)
-@_unbuilt("-p", "--publish", multiple=True)
-@_unbuilt("--egress")
+@click.option(
+    "-p",
+    "--publish",
+    multiple=True,
+    metavar="[ADDR:][PORT:]GUESTPORT[/udp]",
+    help="Lead a port of the host, of 127.0.0.1 unless ADDR says another, to one of the guest."
+    " Without PORT take a free one, and print it on stderr.",
+)
+@click.option(
+    "--egress",
+    metavar="POLICY",
+    help="What the guest may reach: allow_all, deny_all, deny_private, allowlist:CIDR,... or"
+    " denylist:CIDR,...  [default: deny_private]",
+)
 @click.argument("image")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 def run_command(
@@ -136,6 +149,8 @@ def run_command(
     hostname: str | None,
     interactive: bool,
     tty: bool,
+    publish: tuple[str, ...],
+    egress: str | None,
     image: str,
     command: tuple[str, ...],
 ) -> int:
@@ -155,7 +170,9 @@ def run_command(
     options = RunOptions(
         image=image,
         command=command[1:] if command[:1] == ("--",) else command,
-        config=VmConfig(memory_mib=memory, vcpus=vcpus, engine=engine, hostname=hostname),
+        config=VmConfig(
+            memory_mib=memory, vcpus=vcpus, engine=engine, hostname=hostname, egress=egress
+        ),
         platform=platform,
         pull=PullPolicy(pull),
         cold=cold,
@@ -166,6 +183,7 @@ def run_command(
         timeout=timeout,
         interactive=interactive,
         tty=tty,
+        publish=tuple(Publish.parse(text) for text in publish),
     )
     return run_until_signal(partial(run, options))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Final
@@ -24,6 +25,7 @@ from ..vm import Vm
 from .failures import SIGNALLED, TIMED_OUT, CommandNotStarted
 from .hostio import Output, RawTerminal, forward_input, terminal_size
 from .meter import Meter
+from .publish import Publish
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _JOB_CONTROL: Final = (signal.SIGTSTP, signal.SIGCONT)
@@ -46,6 +48,7 @@ class RunOptions:
     timeout: float | None = None
     interactive: bool = False
     tty: bool = False
+    publish: tuple[Publish, ...] = ()
 
 
 async def run(options: RunOptions) -> int:
@@ -58,6 +61,9 @@ async def run(options: RunOptions) -> int:
     with Meter() as meter:
         image, argv = await _prepare(options, _silent if options.quiet else meter.show)
     async with Vm.start(image, options.config, workload=False) as vm:
+        for publish in options.publish:
+            if (found := await publish.expose(vm)) is not None:
+                print(found, file=sys.stderr, flush=True)
         builder = _exec_of(vm, options, argv)
         with trio.move_on_after(math.inf if options.timeout is None else options.timeout) as scope:
             returncode = await _run_command(builder, options)
