@@ -39,13 +39,13 @@ struct flow {
     union address program, outside; /* the latter is a flow address */
     struct queued *first, **last;   /* to the host */
     size_t queued_size;
+    bool begun;    /* its OPEN is out */
     bool answered;
     uint8_t header[FRAME_HEADER]; /* of the host's frame that is being taken in */
     size_t header_size, payload_at;
     uint8_t *payload; /* if it comes in parts */
 };
 
-static const struct carrier *carrier;
 static struct watch sockets[2] = {{.fd = -1}, {.fd = -1}};
 static struct flow *newest, *oldest;
 static unsigned flows;
@@ -69,6 +69,11 @@ static void link_newest(struct flow *flow) {
     newest = flow;
 }
 
+static void begin(struct flow *flow) {
+    if (!flow->begun) egress_dialled();
+    flow->begun = true;
+}
+
 static void touch(struct flow *flow) {
     flow->used_ns = now_ns();
     unlink_flow(flow);
@@ -77,6 +82,7 @@ static void touch(struct flow *flow) {
 
 /* The connection has gone, or is let go by the caller. */
 static void release(struct flow *flow) {
+    begin(flow);
     unlink_flow(flow);
     flows--;
     for (struct queued *queued = flow->first, *next; queued; queued = next) {
@@ -239,6 +245,7 @@ static bool pump(struct conn *conn) {
     if (!flow->first) flow->last = &flow->first;
     flow->queued_size -= queued->size;
     free(queued);
+    begin(flow);
     return flow->first;
 }
 
@@ -248,7 +255,7 @@ static const struct conn_user flow_user = {.input = input, .pump = pump, .gone =
 static struct flow *open_flow(int fd, const union address *program, const union address *outside) {
     uint8_t frame[OPEN_SIZE];
     if (!flow_request(&outside->any, IPPROTO_UDP, frame) || !make_room()) return NULL;
-    struct conn *conn = carrier->dial(EGRESS_PORT);
+    struct conn *conn = egress_dial();
     if (!conn) return NULL;
     struct flow *flow = must_alloc(sizeof *flow);
     conn->user = &flow_user;
@@ -314,20 +321,19 @@ static bool take_datagram(int fd) {
 static void readable(struct watch *watch, uint32_t events) {
     (void)events;
     for (int taken = 0; taken < RECEIVED_PER_TURN; taken++)
-        if (!take_datagram(watch->fd)) return;
+        if (!egress_may_dial() || !take_datagram(watch->fd)) return;
+    flow_socket_again(watch);
 }
 
 static bool open_socket(struct watch *watch, int family) {
-    int fd = flow_socket(family, SOCK_DGRAM), yes = 1;
+    int fd = flow_socket(watch, family, SOCK_DGRAM, readable), yes = 1;
     if (fd < 0) return false;
-    watch_add_level(watch, fd, EPOLLIN, readable);
     if (family == AF_INET) return !setsockopt(fd, IPPROTO_IP, IP_PKTINFO, &yes, sizeof yes);
     /* Flow addresses are this machine's by a route only: to send from one has to be allowed. */
     return !setsockopt(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &yes, sizeof yes) &&
            !setsockopt(fd, IPPROTO_IPV6, IPV6_FREEBIND, &yes, sizeof yes);
 }
 
-bool datagrams_open(const struct carrier *host, bool ip6) {
-    carrier = host;
+bool datagrams_open(bool ip6) {
     return open_socket(&sockets[0], AF_INET) && (!ip6 || open_socket(&sockets[1], AF_INET6));
 }

@@ -2,7 +2,7 @@
  * with a connection to the host of its own. */
 #pragma once
 
-#include "conn.h"
+#include <stdbool.h>
 
-/* False: that cannot be, with errno. */
-bool datagrams_open(const struct carrier *carrier, bool ip6);
+/* Take datagrams on the flow addresses, after egress_open. False: that cannot be, with errno. */
+bool datagrams_open(bool ip6);

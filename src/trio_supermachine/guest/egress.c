@@ -8,36 +8,79 @@
 
 #include "bpf.h"
 #include "listeners.h"
-#include "loop.h"
 #include "relay.h"
 
 #define BACKLOG 1024
 #define ACCEPTS_PER_TURN 16
+#define SOCKETS 4
 /* More wait in the backlog: whoever opens too many slows down nobody else's programs. */
 #define MAX_RELAYS 1024u
+/* The host's backlog is a short one, and it refuses what is beyond. */
+#define MAX_DIALS 32u
 
 static const struct carrier *carrier;
 static struct watch listeners[2] = {{.fd = -1}, {.fd = -1}};
-static unsigned relays;
-static bool full;
+static struct watch *sockets[SOCKETS];
+static unsigned socket_count, relays, dials;
+static bool waiting; /* for the host, or for a relay to end */
 
-int flow_socket(int family, int type) {
+/* --- the sockets --- */
+
+int flow_socket(struct watch *watch, int family, int type,
+                void (*ready)(struct watch *watch, uint32_t events)) {
     struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_port = htons(FLOW_PORT)};
     struct sockaddr_in address4 = {.sin_family = AF_INET, .sin_port = htons(FLOW_PORT)};
     bool ip6 = family == AF_INET6;
     int fd = socket(family, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), yes = 1;
     if (fd < 0) return -1;
-    if ((!ip6 || !setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes)) &&
-        !bind(fd, ip6 ? (struct sockaddr *)&address : (struct sockaddr *)&address4,
-              ip6 ? sizeof address : sizeof address4)) {
-        listeners_own(fd);
-        return fd;
-    }
-    int error = errno;
-    close(fd);
-    errno = error;
-    return -1;
+    watch_add(watch, fd, EPOLLIN, ready);
+    sockets[socket_count++] = watch;
+    if (ip6 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes)) return -1;
+    if (ip6 ? bind(fd, (struct sockaddr *)&address, sizeof address)
+            : bind(fd, (struct sockaddr *)&address4, sizeof address4))
+        return -1;
+    return fd;
 }
+
+void flow_socket_again(struct watch *watch) { watch_change(watch, EPOLLIN); /* which tells of more */ }
+
+/* --- dialling --- */
+
+bool egress_may_dial(void) {
+    waiting |= dials == MAX_DIALS;
+    return dials < MAX_DIALS;
+}
+
+static bool may_relay(void) {
+    waiting |= relays == MAX_RELAYS;
+    return relays < MAX_RELAYS && egress_may_dial();
+}
+
+static void wait_no_more(void) {
+    if (!waiting) return;
+    waiting = false;
+    for (unsigned i = 0; i < socket_count; i++) flow_socket_again(sockets[i]);
+}
+
+struct conn *egress_dial(void) {
+    struct conn *conn = carrier->dial(EGRESS_PORT);
+    if (conn) dials++;
+    return conn;
+}
+
+void egress_dialled(void) {
+    dials--;
+    wait_no_more();
+}
+
+static void relay_over(void) {
+    relays--;
+    wait_no_more();
+}
+
+static const struct relay_owner relay_owner = {.begun = egress_dialled, .over = relay_over};
+
+/* --- flow addresses --- */
 
 static bool flow_id(const struct sockaddr *address, uint32_t *id) {
     uint32_t words[4] = {0};
@@ -64,17 +107,7 @@ bool flow_request(const struct sockaddr *address, uint32_t protocol, uint8_t fra
     return true;
 }
 
-static void watch_all(uint32_t events) {
-    for (int i = 0; i < 2; i++)
-        if (listeners[i].fd >= 0) watch_change(&listeners[i], events);
-}
-
-static void relay_over(void) {
-    relays--;
-    if (!full) return;
-    full = false;
-    watch_all(EPOLLIN);
-}
+/* --- connections --- */
 
 /* The program reads ECONNRESET. */
 static void refuse(int fd) {
@@ -90,35 +123,29 @@ static void lead_out(int fd) {
     struct conn *conn = NULL;
     if (!getsockname(fd, (struct sockaddr *)&address, &size) &&
         flow_request((struct sockaddr *)&address, IPPROTO_TCP, frame))
-        conn = carrier->dial(EGRESS_PORT);
+        conn = egress_dial();
     if (!conn) {
         refuse(fd);
         return;
     }
     relays++;
-    relay_start(conn, fd, frame, sizeof frame, true, relay_over);
+    relay_start(conn, fd, frame, sizeof frame, true, &relay_owner);
 }
 
 static void acceptable(struct watch *watch, uint32_t events) {
     (void)events;
     for (int accepted = 0; accepted < ACCEPTS_PER_TURN; accepted++) {
-        if (relays == MAX_RELAYS) {
-            full = true;
-            watch_all(0);
-            return;
-        }
+        if (!may_relay()) return;
         int fd = accept4(watch->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (fd >= 0) lead_out(fd);
         else if (errno != ECONNABORTED && errno != EINTR) return;
     }
-    watch_change(watch, EPOLLIN); /* which tells again if there are more */
+    flow_socket_again(watch);
 }
 
 static bool listen_on(struct watch *watch, int family) {
-    int fd = flow_socket(family, SOCK_STREAM);
-    if (fd < 0) return false;
-    watch_add(watch, fd, EPOLLIN, acceptable);
-    return !listen(fd, BACKLOG);
+    int fd = flow_socket(watch, family, SOCK_STREAM, acceptable);
+    return fd >= 0 && !listen(fd, BACKLOG);
 }
 
 bool egress_open(const struct carrier *host, bool ip6) {

@@ -27,7 +27,7 @@ static void name_resolver(void) {
 void network_open(const struct carrier *carrier) {
     bool ip6;
     if (!lo_configure(&ip6)) return;
-    if (!egress_open(carrier, ip6) || !datagrams_open(carrier, ip6)) {
+    if (!egress_open(carrier, ip6) || !datagrams_open(ip6)) {
         say("no connections to the outside: sockets: %s", strerror(errno));
         return;
     }

@@ -19,15 +19,22 @@ struct relay {
     size_t ahead_at, ahead_size;
     uint8_t answer[ANSWER_SIZE];
     size_t answer_left;
-    void (*over)(void);
+    const struct relay_owner *owner;
+    bool begun;
 };
+
+static void begin(struct relay *relay) {
+    if (relay->owner && !relay->begun) relay->owner->begun();
+    relay->begun = true;
+}
 
 /* The connection has another user by now, or none. */
 static void release(struct relay *relay, bool rudely) {
     struct linger none = {.l_onoff = 1};
     if (rudely) setsockopt(relay->watch.fd, SOL_SOCKET, SO_LINGER, &none, sizeof none);
     watch_drop(&relay->watch);
-    if (relay->over) relay->over();
+    begin(relay);
+    if (relay->owner) relay->owner->over();
     free_later(relay);
 }
 
@@ -54,6 +61,7 @@ static bool send_ahead(struct relay *relay) {
     memcpy(at, relay->ahead + relay->ahead_at, size);
     relay->conn->carrier->commit(relay->conn, size);
     relay->ahead_at += size;
+    if (relay->ahead_at == relay->ahead_size) begin(relay);
     return true;
 }
 
@@ -150,7 +158,7 @@ static const struct conn_user relay_user = {
 };
 
 void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahead_size,
-                 bool answered, void (*over)(void)) {
+                 bool answered, const struct relay_owner *owner) {
     struct relay *relay = must_alloc(sizeof *relay);
     if (ahead_size > sizeof relay->ahead) die("too much to be said ahead");
     relay->conn = conn;
@@ -158,7 +166,7 @@ void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahe
     relay->ahead_size = ahead_size;
     memcpy(relay->ahead, ahead, ahead_size);
     relay->answer_left = answered ? ANSWER_SIZE : 0;
-    relay->over = over;
+    relay->owner = owner;
     conn->user = &relay_user;
     conn->owner = relay;
     watch_add(&relay->watch, socket_fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP, program_ready);
