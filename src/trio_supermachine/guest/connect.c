@@ -19,6 +19,7 @@ struct attempt {
     struct watch watch; /* fd -1: none now */
     struct sockaddr_storage places[MAX_PLACES];
     size_t next, count;
+    bool looked;
     uint32_t port;
     int error; /* of the first place: what follows may not exist in this machine */
 };
@@ -72,16 +73,22 @@ static int begin(struct attempt *attempt, const struct sockaddr_storage *place) 
     return error;
 }
 
+/* Loopback has it not: it may be bound to another of the machine's addresses. */
+static void look_elsewhere(struct attempt *attempt) {
+    struct sockaddr_storage place;
+    if (attempt->looked) return;
+    attempt->looked = true;
+    if (listeners_find(IPPROTO_TCP, &attempt->port, &place)) add_place(attempt, &place);
+}
+
 /* Returns whether the outcome is open; if not, the session has failed. */
 static bool try_next(struct attempt *attempt) {
-    while (attempt->next < attempt->count) {
+    for (;;) {
+        if (attempt->next == attempt->count) look_elsewhere(attempt);
+        if (attempt->next == attempt->count) break;
         int error = begin(attempt, &attempt->places[attempt->next++]);
         if (!error) return true;
         if (!attempt->error) attempt->error = error;
-        if (attempt->next != 2 || attempt->count == MAX_PLACES) continue;
-        /* Loopback has it not: it may be bound to another of the machine's addresses. */
-        struct sockaddr_storage elsewhere;
-        if (listeners_find(IPPROTO_TCP, &attempt->port, &elsewhere)) add_place(attempt, &elsewhere);
     }
     session_fail(attempt->session, attempt->error, attempt->port, "port %u: %s", attempt->port,
                  strerror(attempt->error));

@@ -1,0 +1,516 @@
+"""A connection through the agent is, to both its ends, the TCP connection that it stands in for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import attrs
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trio_supermachine import Image, Vm
+from trio_supermachine.agent import wire
+from trio_supermachine.agent.client import AgentClient
+from trio_supermachine.agent.wire import FrameType
+from trio_supermachine.devices.vsock.stream import VsockStream
+
+from .agent_process import AgentMachine, open_agent
+
+PATIENCE = 60
+RESET = struct.pack("ii", 1, 0)
+BIG = bytes(range(256)) * 12288  # 3 MiB: more than all that holds anything on the way
+
+#: The host's end, and the program's.
+Pair = tuple[trio.abc.HalfCloseableStream, trio.SocketStream]
+Maker = Callable[[], Awaitable[Pair]]
+
+
+async def listen(host: str = "127.0.0.1", port: int = 0) -> tuple[trio.SocketListener, int]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = trio.socket.socket(family)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    await sock.bind((host, port))
+    sock.listen(4096)
+    return trio.SocketListener(sock), sock.getsockname()[1]
+
+
+@asynccontextmanager
+async def connecting() -> AsyncIterator[tuple[AgentMachine, Maker]]:
+    async with open_agent() as (client, machine):
+        listener, port = await listen()
+
+        async def connect() -> Pair:
+            stream, found = await client.connect(port)
+            assert found == port
+            return stream, await listener.accept()
+
+        async with listener:
+            yield machine, connect
+
+
+@asynccontextmanager
+async def plain_tcp() -> AsyncIterator[Maker]:
+    listener, port = await listen()
+
+    async def connect() -> Pair:
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        return stream, await listener.accept()
+
+    async with listener:
+        yield connect
+
+
+def reset(stream: trio.abc.AsyncResource) -> None:
+    if isinstance(stream, VsockStream):
+        stream.abort()
+    else:
+        assert isinstance(stream, trio.SocketStream)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        stream.socket.close()
+
+
+async def until_fds(machine: AgentMachine, count: int) -> None:
+    """Until the agent has so many descriptors: it closes a moment after it has said so."""
+    with trio.fail_after(PATIENCE):
+        while machine.open_fds() != count:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+
+
+async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
+    return b"".join([bytes(chunk) async for chunk in stream])
+
+
+# --- as streams ---
+
+
+async def clog(stream: trio.abc.SendStream) -> None:
+    """Send until nothing on the way takes any more; TCP may pause a while before it does."""
+    sent = True
+    while sent:
+        with trio.move_on_after(0.8) as scope:
+            await stream.send_all(bytes(65536))
+        sent = not scope.cancelled_caught
+
+
+async def test_it_does_what_a_stream_does() -> None:
+    async with connecting() as (machine, connect):
+        before = machine.open_fds()
+
+        async def clogged_pair() -> Pair:
+            pair = await connect()
+            async with trio.open_nursery() as nursery:
+                for stream in pair:
+                    nursery.start_soon(clog, stream)
+            return pair
+
+        with trio.fail_after(PATIENCE):
+            await trio.testing.check_half_closeable_stream(connect, clogged_pair)
+        await until_fds(machine, before)
+
+
+# --- beside the model ---
+
+
+@attrs.frozen
+class Part:
+    """What one side does: sends chunks, then ends or resets; and reads by so many bytes."""
+
+    chunks: list[int]
+    reads: int
+    resets: bool = False
+
+
+@attrs.frozen
+class Seen:
+    data: bytes
+    end: str
+
+
+def content(size: int, at: int) -> bytes:
+    return bytes((at + n * 7) % 251 for n in range(min(size, 997))).ljust(size, b".")
+
+
+def sent_by(part: Part) -> bytes:
+    return b"".join(content(size, at) for at, size in enumerate(part.chunks))
+
+
+def end_of(seen: Seen | None) -> str | None:
+    return None if seen is None else seen.end
+
+
+async def play(stream: trio.abc.HalfCloseableStream, part: Part, seen: list[Seen | None]) -> None:
+    data = bytearray()
+    me = len(seen)
+    seen.append(None)
+    broken = False  # as the sender found; Linux tells only once
+
+    async def send(both: trio.CancelScope) -> None:
+        nonlocal broken
+        try:
+            for at, size in enumerate(part.chunks):
+                await stream.send_all(content(size, at))
+            if part.resets:
+                both.cancel()
+            else:
+                await stream.send_eof()
+        except trio.BrokenResourceError:
+            broken = True
+
+    async def receive() -> None:
+        end = "eof"
+        try:
+            while chunk := await stream.receive_some(part.reads):
+                data.extend(chunk)
+        except trio.BrokenResourceError:
+            end = "reset"
+        seen[me] = Seen(bytes(data), "reset" if broken else end)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send, nursery.cancel_scope)
+        await receive()
+        if end_of(seen[me]) == "reset":
+            nursery.cancel_scope.cancel()
+    if part.resets:
+        reset(stream)
+
+
+async def conversation(connect: Maker, parts: tuple[Part, Part]) -> list[Seen | None]:
+    seen: list[Seen | None] = []
+    ends = await connect()
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            for stream, part in zip(ends, parts, strict=True):
+                nursery.start_soon(play, stream, part, seen)
+                await trio.lowlevel.checkpoint()
+    for stream in ends:
+        await trio.aclose_forcefully(stream)
+    return seen
+
+
+sizes = st.one_of(st.integers(1, 50), st.integers(1, 300_000))
+orderly = st.builds(Part, st.lists(sizes, max_size=6), st.sampled_from([1000, 65536, 1 << 20]))
+#: While it sends, Linux may well tell a reset to nobody, and then an end.
+listening = st.builds(Part, st.lists(st.integers(1, 50), max_size=1), st.just(1000))
+rude = st.builds(Part, st.lists(sizes, max_size=4), st.just(65536), st.just(True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(host=orderly, program=orderly)
+async def test_what_both_send_arrives_as_by_tcp(host: Part, program: Part) -> None:
+    parts = (host, program)
+    async with plain_tcp() as tcp, connecting() as (machine, connect):
+        before = machine.open_fds()
+        model = await conversation(tcp, parts)
+        assert await conversation(connect, parts) == model
+        assert model == [Seen(sent_by(program), "eof"), Seen(sent_by(host), "eof")]
+        await until_fds(machine, before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(first=rude, second=listening, host_is_rude=st.booleans())
+async def test_a_reset_reaches_the_other_side_as_by_tcp(
+    first: Part, second: Part, host_is_rude: bool
+) -> None:
+    parts = (first, second) if host_is_rude else (second, first)
+    other = 1 if host_is_rude else 0
+    async with plain_tcp() as tcp, connecting() as (machine, connect):
+        before = machine.open_fds()
+        for maker in (tcp, connect):
+            seen = (await conversation(maker, parts))[other]
+            assert seen is not None
+            assert seen.end == "reset"
+            assert sent_by(first).startswith(seen.data)
+        await until_fds(machine, before)
+
+
+# --- what is under way at an end ---
+
+
+async def test_what_was_accepted_is_handed_on_after_the_host_has_left() -> None:
+    async with connecting() as (machine, connect):
+        before = machine.open_fds()
+        stream, program = await connect()
+        with trio.move_on_after(0.3):
+            await stream.send_all(BIG * 4)  # and the program does not read
+        await stream.aclose()
+        with trio.fail_after(PATIENCE):
+            got = await read_all(program)
+        assert len(got) > 65536
+        assert (BIG * 4).startswith(got)
+        await program.aclose()
+        await until_fds(machine, before)
+
+
+async def test_what_was_accepted_is_handed_on_when_both_have_ended() -> None:
+    async with connecting() as (machine, connect):
+        before = machine.open_fds()
+        stream, program = await connect()
+        data = bytes(300_000)
+        program.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await stream.send_all(data)
+        await stream.send_eof()
+        await program.send_eof()
+        assert await stream.receive_some() == b""
+        await stream.aclose()
+        with trio.fail_after(PATIENCE):
+            assert await read_all(program) == data
+        await program.aclose()
+        await until_fds(machine, before)
+
+
+async def test_a_program_that_writes_to_a_host_that_has_left_is_reset() -> None:
+    async with connecting() as (_, connect):
+        stream, program = await connect()
+        await stream.aclose()
+        with trio.fail_after(PATIENCE):
+            assert await program.receive_some() == b""
+            with pytest.raises(trio.BrokenResourceError):
+                while True:
+                    await program.send_all(b"x" * 1000)
+        await program.aclose()
+
+
+async def test_an_answer_that_was_given_without_hearing_the_question_arrives() -> None:
+    async with connecting() as (_, connect):
+        stream, program = await connect()
+        await stream.send_all(b"question")
+        await program.send_all(b"answer")
+        await trio.lowlevel.wait_readable(program.socket)
+        await program.aclose()  # with something unread: by TCP it is a reset
+        with trio.fail_after(PATIENCE):
+            assert await stream.receive_some() == b"answer"
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+        await stream.aclose()
+
+
+async def test_the_end_of_the_machine_breaks_the_stream() -> None:
+    async with connecting() as (machine, connect):
+        stream, program = await connect()
+        machine.kill()
+        with trio.fail_after(PATIENCE), pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        await stream.aclose()
+        await program.aclose()
+
+
+# --- where it leads ---
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", "127.9.8.7"])
+async def test_it_leads_to_whatever_address_listens(host: str) -> None:
+    async with open_agent() as (client, _):
+        listener, port = await listen(host)
+        async with listener:
+            with trio.fail_after(PATIENCE):
+                stream, _ = await client.connect(port)
+                program = await listener.accept()
+                await program.send_all(b"hello")
+                assert await stream.receive_some() == b"hello"
+            await stream.aclose()
+            await program.aclose()
+
+
+async def test_a_port_that_nobody_listens_on_refuses() -> None:
+    async with open_agent() as (client, machine):
+        before = machine.open_fds()
+        listener, port = await listen()
+        await listener.aclose()
+        for connect in (client.connect, client.connect_udp):
+            with pytest.raises(ConnectionRefusedError, match=f"port {port}"):
+                await connect(port)
+        with pytest.raises(ValueError, match="65536"):
+            await client.connect(65536)
+        await until_fds(machine, before)
+
+
+async def test_bytes_and_an_end_right_behind_the_request_are_the_programs() -> None:
+    async with open_agent() as (client, _):
+        listener, port = await listen()
+        async with listener:
+            stream = await client.dial()
+            await stream.send_all(wire.connect(wire.Protocol.TCP, port) + b"early ")
+            await stream.send_all(b"bytes")
+            await stream.send_eof()
+            program = await listener.accept()
+            with trio.fail_after(PATIENCE):
+                assert await read_all(program) == b"early bytes"
+            await program.aclose()
+            assert await read_all(stream) == wire.ok(port)
+            await stream.aclose()
+
+
+async def test_a_cancelled_attempt_leaves_nothing() -> None:
+    async with open_agent() as (client, machine):
+        before = machine.open_fds()
+        listener, port = await listen()
+        listener.socket.listen(0)
+        held: list[trio.abc.Stream] = [await trio.open_tcp_stream("127.0.0.1", port)]
+        async with listener:
+            tried = 0
+            while True:  # until its backlog is full: then connecting waits
+                with trio.move_on_after(0.3) as scope:
+                    held.append((await client.connect(port))[0])
+                tried += 1
+                if scope.cancelled_caught:
+                    break
+            assert tried < 10
+        for stream in held:
+            await stream.aclose()
+        await until_fds(machine, before)
+
+
+# --- datagrams ---
+
+
+async def test_datagrams_keep_their_bounds() -> None:
+    async with open_agent() as (client, machine):
+        before = machine.open_fds()
+        program = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with program:
+            program.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+            await program.bind(("127.0.0.1", 0))
+            flow = await client.connect_udp(program.getsockname()[1])
+            with trio.fail_after(PATIENCE):
+                for size in (1, 0, 65507, 20, 32768, 0, 65507):
+                    data = os.urandom(size)
+                    await flow.send(wire.frame(FrameType.DATA, data))
+                    got, sender = await program.recvfrom(65536)
+                    assert got == data
+                    await program.sendto(data[::-1], sender)
+                    frame = await flow.receive()
+                    assert frame is not None
+                    assert frame == (FrameType.DATA, 0, data[::-1])
+            flow.leave(complete=False)
+        await until_fds(machine, before)
+
+
+async def test_a_datagram_that_nobody_takes_any_more_harms_nothing() -> None:
+    async with open_agent() as (client, _):
+        program = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        await program.bind(("127.0.0.1", 0))
+        address = program.getsockname()
+        flow = await client.connect_udp(address[1])
+        program.close()
+        for _ in range(3):
+            await flow.send(wire.frame(FrameType.DATA, b"lost"))
+        await client.call(wire.frame(FrameType.PING))
+        again = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with again, trio.fail_after(PATIENCE):
+            await again.bind(address)
+            await flow.send(wire.frame(FrameType.DATA, b"found"))
+            assert await again.recv(100) == b"found"
+        flow.leave(complete=False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        wire.frame(FrameType.DATA, bytes(65508)),
+        wire.frame(FrameType.DATA, b"x", stream=1),
+        wire.frame(FrameType.END),
+    ],
+)
+async def test_what_is_no_datagram_ends_the_flow(wrong: bytes) -> None:
+    async with open_agent() as (client, machine):
+        before = machine.open_fds()
+        program = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with program:
+            await program.bind(("127.0.0.1", 0))
+            flow = await client.connect_udp(program.getsockname()[1])
+            await flow.send(wrong)
+            with trio.fail_after(PATIENCE), pytest.raises(trio.BrokenResourceError):
+                await flow.receive()
+            flow.leave(complete=False)
+        await until_fds(machine, before)
+
+
+# --- waiting for a port ---
+
+
+async def awaited(client: AgentClient, port: int, timeout_ms: int) -> int:
+    return wire.decode_u64((await client.call(wire.await_listener(timeout_ms, port))).payload)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_who_waits_for_a_port_is_told_of_this_one(host: str) -> None:
+    async with open_agent() as (client, _), trio.open_nursery() as nursery:
+        other, _ = await listen()
+        listener, port = await listen(host)
+        await listener.aclose()
+        assert await awaited(client, port, 0) == 0
+        assert await awaited(client, port, 30) == 0
+        tell, told = trio.open_memory_channel[int](3)
+
+        async def wait() -> None:
+            await tell.send(await awaited(client, port, 60_000))
+
+        for _ in range(3):
+            nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        async with (await listen(host, port))[0], other:
+            with trio.fail_after(PATIENCE):
+                assert [await told.receive() for _ in range(3)] == [port] * 3
+
+
+# --- many ---
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16384), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files")
+async def test_two_thousand_connections_at_once() -> None:
+    async with connecting() as (machine, connect):
+        before, resident = machine.open_fds(), machine.resident_kib()
+        with trio.fail_after(PATIENCE * 3):
+            pairs = [await connect() for _ in range(2000)]
+            for n, (stream, _) in enumerate(pairs):
+                await stream.send_all(b"%d" % n)
+            for n, (_, program) in enumerate(pairs):
+                assert await program.receive_some() == b"%d" % n
+                await program.send_all(b"%d back" % n)
+            for n, (stream, _) in enumerate(pairs):
+                assert await stream.receive_some() == b"%d back" % n
+            assert machine.resident_kib() - resident < 4096
+            for stream, program in pairs:
+                await stream.aclose()
+                await program.aclose()
+            await until_fds(machine, before)
+
+
+# --- in a machine ---
+
+
+@pytest.mark.vm
+async def test_a_connection_to_a_program_in_a_machine(busybox: Image) -> None:
+    async with Vm.start(busybox) as vm:
+        client = vm._client
+        server = ["nc", "-l", "-p", "8000", "-e", "sh", "-c", "sleep 1; md5sum"]
+        async with vm.exec(server):
+            with trio.fail_after(PATIENCE):
+                assert await awaited(client, 8000, 60_000) == 8000
+                stream, port = await client.connect()
+                assert port == 8000
+                await stream.send_all(BIG)
+                await stream.send_eof()
+                digest = hashlib.md5(BIG).hexdigest()
+                assert await read_all(stream) == f"{digest}  -\n".encode()
+                with pytest.raises(ConnectionRefusedError, match="port 8000"):
+                    await client.connect(8000)
+            await stream.aclose()
