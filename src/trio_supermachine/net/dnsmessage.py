@@ -148,7 +148,7 @@ def pack(message: dns.message.Message, question: Question, *, datagram: bool) ->
         wanted = question.message.payload if question.message.edns >= 0 else 0
         limit = min(max(wanted, _MIN_DATAGRAM), MAX_DATAGRAM)
     try:
-        return message.to_wire(max_size=limit)
+        return message.to_wire(max_size=limit, want_shuffle=False)
     except dns.exception.TooBig:
         short = reply(question, message.rcode())
         short.flags |= dns.flags.TC
