@@ -8,6 +8,7 @@
 
 #include "bpf.h"
 #include "listeners.h"
+#include "listeners.h"
 #include "relay.h"
 
 #define BACKLOG 1024
@@ -33,6 +34,7 @@ int flow_socket(struct watch *watch, int family, int type,
     bool ip6 = family == AF_INET6;
     int fd = socket(family, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), yes = 1;
     if (fd < 0) return -1;
+    listeners_own(fd); /* no service of this machine's */
     watch_add(watch, fd, EPOLLIN, ready);
     sockets[socket_count++] = watch;
     if (ip6 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes)) return -1;
