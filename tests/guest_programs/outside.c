@@ -239,7 +239,8 @@ static void many(int count, const char *text, const char *port) {
         poll(&event, 1, -1);
         fcntl(fds[i], F_SETFL, 0);
         if (write(fds[i], &said, sizeof said) != sizeof said) wrong++;
-        else if (recv(fds[i], &heard, sizeof heard, MSG_WAITALL) != sizeof heard || heard != said) wrong++;
+        else if (recv(fds[i], &heard, sizeof heard, MSG_WAITALL) != sizeof heard || heard != said)
+            wrong++, printf("%d: %s\n", i, strerror(errno));
         close(fds[i]);
     }
     printf("wrong %d\n", wrong);

@@ -360,7 +360,7 @@ class VsockMux:
             raise ConnectionRefusedError(f"nothing listens on vsock port {port}")
         return stream
 
-    def listen(self, port: int, backlog: int = 64) -> VsockListener:
+    def listen(self, port: int, backlog: int = 1024) -> VsockListener:
         """Accept connections to ``port`` from now on; beyond ``backlog`` unaccepted, refuse them.
 
         :raises OSError: (``EADDRINUSE``) the port has a listener.
