@@ -43,6 +43,8 @@ class Agent:
     mux: VsockMux
     server: EgressServer
     host: VsockMux
+    #: What carries the packets, for guests that make their own.
+    channel: socket.socket
 
     async def dial(self) -> VsockStream:
         return await self.mux.dial(PORT)
@@ -106,7 +108,7 @@ async def egress(
         async with trio.open_nursery() as serving:
             serving.start_soon(server.run)
             try:
-                yield Agent(guest, server, host)
+                yield Agent(guest, server, host, right)
             finally:
                 serving.cancel_scope.cancel()
         host.close()
