@@ -94,10 +94,10 @@ async def test_a_refusal_is_a_reset(baked: Image) -> None:
     async with guest(baked) as (vm, outside):
         for port in (REFUSED, ABSENT, BABBLER):
             for address in ("1.2.3.4", "2001:db8::1"):
-                lines = await run(vm, "refused", address, str(port))
-                assert lines == ["read: Connection reset by peer"]
+                (line,) = await run(vm, "refused", address, str(port))
+                assert line in (f"{call}: Connection reset by peer" for call in ("connect", "read"))
         lines = await run(vm, "tcp", "1.2.3.4", str(RUDE), "x")
-        assert lines[2:] == ["read: Connection reset by peer"]
+        assert lines[-1] == "read: Connection reset by peer"
         assert len(outside.opened) == 7
 
 
