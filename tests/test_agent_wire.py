@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv6Address
 from itertools import pairwise
 
 import pytest
@@ -35,6 +36,67 @@ def test_frames_survive_any_chunking(
         got += list(decoder.frames())
     assert whole((f.type, f.payload, f.stream) for f in got) == whole(sent)
     assert not decoder.partial
+
+
+@given(frames, st.lists(st.integers(0, 10_000)))
+def test_whole_frames_are_taken_out_of_what_is_wanted_and_no_more(
+    sent: list[tuple[FrameType, bytes, int]], cuts: list[int]
+) -> None:
+    data = b"".join(wire.frame(type_, payload, stream) for type_, payload, stream in sent)
+    decoder = FrameDecoder(datagrams=True)
+    got: list[wire.Frame] = []
+    at = 0
+    for cut in (*cuts, *[1 << 20] * (2 * len(sent))):
+        size = min(decoder.wanted, cut + 1)
+        decoder.feed(data[at : at + size])
+        at += size
+        frames_now = list(decoder.frames())
+        assert len(frames_now) <= 1
+        got += frames_now
+    assert got == [(type_, stream, payload) for type_, payload, stream in sent]
+    assert not decoder.partial
+
+
+def is_not_mapped(address: IPv4Address | IPv6Address) -> bool:
+    return getattr(address, "ipv4_mapped", None) is None
+
+
+opens = st.builds(
+    wire.Open,
+    st.sampled_from(wire.Protocol),
+    st.ip_addresses().filter(is_not_mapped),
+    st.integers(0, 65535),
+)
+
+
+@given(opens)
+def test_where_a_program_wants_to_go_is_read_as_written(wanted: wire.Open) -> None:
+    (frame,) = decoded(wanted.encode())
+    assert frame.type == FrameType.OPEN
+    assert wire.Open.decode(frame.payload) == wanted
+
+
+@given(st.binary(max_size=40) | st.binary(min_size=24, max_size=24))
+def test_any_bytes_are_a_place_or_break_the_protocol(payload: bytes) -> None:
+    try:
+        wanted = wire.Open.decode(payload)
+    except WireError:
+        return
+    assert wanted.encode()[8:] == payload
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_what_is_no_port_is_not_asked_for(port: int) -> None:
+    with pytest.raises(ValueError, match=str(port)):
+        wire.connect(wire.Protocol.TCP, port)
+    with pytest.raises(ValueError, match=str(port)):
+        wire.await_listener(0, port)
+
+
+def decoded(data: bytes) -> list[wire.Frame]:
+    decoder = FrameDecoder()
+    decoder.feed(data)
+    return list(decoder.frames())
 
 
 def whole(frames: Iterable[tuple[int, bytes, int]]) -> list[tuple[int, bytes, int]]:

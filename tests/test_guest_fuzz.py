@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,7 +155,10 @@ requests = (
     | st.builds(
         frame,
         st.sampled_from(
-            [g.WORKLOAD_SIGNAL, g.WORKLOAD_WAIT, g.SET_CLOCK, g.FREEZE, g.THAW, g.AWAIT_LISTENER]
+            [
+                *(g.WORKLOAD_SIGNAL, g.WORKLOAD_WAIT, g.SET_CLOCK, g.FREEZE, g.THAW),
+                *(g.AWAIT_LISTENER, g.CONNECT),
+            ]
         ),
         small,
     )
@@ -225,6 +229,12 @@ def test_a_damaged_request_concerns_its_connection_alone(
         frame(g.FREEZE, b"x"),
         frame(g.THAW, b"x"),
         frame(g.AWAIT_LISTENER),
+        frame(g.AWAIT_LISTENER, u32(0) + u32(65536)),
+        frame(g.CONNECT),
+        frame(g.CONNECT, u32(g.TCP) + u32(65536)),
+        frame(g.CONNECT, u32(1) + u32(80)),
+        frame(g.CONNECT, u32(g.TCP) + u32(0) + b"x"),
+        frame(g.OPEN, bytes(24)),
     ],
 )
 def test_what_breaks_the_protocol_ends_the_connection(root: Path, request_: bytes) -> None:
@@ -232,6 +242,59 @@ def test_what_breaks_the_protocol_ends_the_connection(root: Path, request_: byte
         connection = agent.dial()
         connection.send(request_)
         connection.wait_end()
+
+
+relayed: st.SearchStrategy[dict[str, int]] = st.builds(
+    dict,
+    op=st.sampled_from([g.RW, g.RW, g.RW, g.SHUT, g.RST, g.CREDIT_UPDATE, g.CREDIT_REQUEST]),
+    size=st.integers(0, 200) | st.just(65536),
+    flags=st.sampled_from([1, 2, 2, 3]),
+    window=st.sampled_from([0, 1, 100, g.HOST_WINDOW, 2**32 - 1]),
+    consumed=st.sampled_from([0, 1, 16, 2**31, 2**32 - 1]),
+)
+
+
+def relayed_packets(port: int, sent: list[dict[str, int]]) -> bytes:
+    return b"".join(
+        packet(
+            port=port,
+            payload=bytes(fields["size"]),
+            **{k: v for k, v in fields.items() if k != "size"},
+        )
+        for fields in sent
+    )
+
+
+@fuzz
+@given(
+    before=st.lists(relayed, max_size=4),
+    after=st.lists(relayed, max_size=10),
+    program=st.sampled_from(["waits", "talks", "ends", "resets"]),
+)
+def test_packets_in_any_order_concern_their_relay_alone(
+    root: Path, before: list[dict[str, int]], after: list[dict[str, int]], program: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, unbreakable(root) as agent:
+        fds = len(os.listdir(f"/proc/{agent.process.pid}/fd"))
+        connection = agent.dial()
+        connection.send(frame(g.CONNECT, u32(g.TCP) + u32(listener.getsockname()[1])))
+        agent.forget(connection, "what follows is not the client's")
+        agent.send(relayed_packets(connection.port, before))
+        taken, _ = listener.accept()
+        with taken:
+            if program == "talks":
+                with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                    taken.send(bytes(100_000), socket.MSG_DONTWAIT)
+            elif program == "ends":
+                with contextlib.suppress(OSError):  # it was reset before
+                    taken.shutdown(socket.SHUT_WR)
+            elif program == "resets":
+                taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                taken.close()
+            agent.send(relayed_packets(connection.port, after))
+        agent.send(packet(g.RST, connection.port))
+        while len(os.listdir(f"/proc/{agent.process.pid}/fd")) != fds:
+            agent.take(0.01)
 
 
 def test_data_in_one_byte_packets_is_the_same(root: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -223,6 +225,67 @@ def test_signals_are_answered_while_output_is_not_read(agent: Agent) -> None:
         connection.sendall(frame(g.WINDOW, u32(1 << 30), 1))
         (end,) = [payload for kind, _, payload in answers if kind == g.EXIT]
     assert struct.unpack_from("<i", end) == (-signal.SIGKILL,)
+
+
+def connect(agent: Agent, port: int) -> socket.socket:
+    connection = agent.dial()
+    connection.sendall(frame(g.CONNECT, u32(g.TCP) + u32(port)))
+    return connection
+
+
+def test_a_programs_connection_is_bytes_and_half_closes(agent: Agent) -> None:
+    data = os.urandom(3_000_000)
+
+    def give_back() -> None:
+        program, _ = server.accept()
+        with program, program.makefile("rb") as file:
+            program.sendall(file.read())
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        thread = threading.Thread(target=give_back)
+        thread.start()
+        with connect(agent, port) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            assert exactly(connection, 16) == frame(g.OK, struct.pack("<Q", port))
+            with connection.makefile("rb") as file:
+                assert file.read() == data
+        thread.join()
+
+
+def test_a_host_that_leaves_without_an_end_resets_the_program(agent: Agent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = connect(agent, server.getsockname()[1])
+        program, _ = server.accept()
+        program.settimeout(g.PATIENCE)
+        with program:
+            exactly(connection, 16)
+            connection.close()
+            with pytest.raises(ConnectionResetError):
+                program.recv(1)
+
+
+def test_a_program_that_resets_ends_its_socket(agent: Agent) -> None:
+    fds = len(os.listdir(f"/proc/{agent.process.pid}/fd"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with connect(agent, server.getsockname()[1]) as connection:
+            program, _ = server.accept()
+            program.send(b"last words")
+            exactly(connection, 16)
+            assert exactly(connection, 10) == b"last words"
+            program.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            program.close()
+            assert connection.recv(1) == b""
+        while len(os.listdir(f"/proc/{agent.process.pid}/fd")) != fds:
+            os.sched_yield()  # what it has shut down it closes a moment later
+
+
+def test_a_port_that_nobody_listens_on_is_told(agent: Agent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ((kind, _, payload),) = agent.ask(frame(g.CONNECT, u32(g.TCP) + u32(port)))
+    assert (kind, struct.unpack_from("<i", payload)) == (g.ERROR, (errno.ECONNREFUSED,))
 
 
 def test_many_sockets_at_once(agent: Agent) -> None:

@@ -386,8 +386,9 @@ static void take_request(struct line *line) {
 }
 
 static void take_shut(struct line *line) {
+    bool in_order = line->peer_shut & 2;
     line->peer_shut |= header.flags & 3;
-    if (line->peer_shut == 3 && leave(line)) owe_nobody();
+    if (line->peer_shut == 3 && in_order && leave(line)) owe_nobody();
     else if (line->peer_shut == 3 || line->state == CLOSING) break_off(line);
     else tell_end(line);
 }

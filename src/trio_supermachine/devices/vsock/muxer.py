@@ -146,14 +146,19 @@ class Mux:
         if connection.state is not State.OPEN:
             self.abort(connection)
             return
-        # As in TCP: the peer may still end in its own time, but what it sends resets.
-        one_way = connection.like_tcp and not connection.peer_ended_sending
+        if connection.like_tcp:
+            telling = False  # but this; the peer ends in its own time, and what it sends resets
+            self.end_sending(connection)
         connection.pending = None
         connection.ended_sending = True
         connection.state = State.CLOSING
         connection.drop()
         if telling:
-            self._owe(connection, _NO_SEND if one_way else _SHUTDOWN)
+            self._owe(connection, _SHUTDOWN)
+        if connection.like_tcp and connection.peer_ended_sending:
+            self._owe(connection, _RST)
+            self._forget(connection)
+            return
         self._closing[connection] = None
         if len(self._closing) > MAX_CLOSING:
             oldest = next(iter(self._closing))
