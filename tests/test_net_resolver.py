@@ -365,6 +365,14 @@ async def name_server(answers: dict[str, list[str]]) -> AsyncIterator[tuple[str,
         async with client:
             head = await client.receive_some(2)
             wire = await client.receive_some(struct.unpack("!H", head)[0])
+            if b"reset" in wire:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
+            if b"empty" in wire:
+                return
+            if b"nonsense" in wire:
+                await client.send_all(b"\x00\x20" + b"\xff" * 32)
+                return
             reply = answer(wire).to_wire(max_size=65535)
             await client.send_all(struct.pack("!H", len(reply)) + reply)
 
@@ -410,6 +418,14 @@ async def test_other_types_are_forwarded_to_the_hosts_name_servers() -> None:
         assert not it.hosts.asked
 
 
+@pytest.mark.parametrize("name", ["reset.example", "empty.example", "nonsense.example"])
+async def test_a_name_server_that_breaks_off_is_a_servfail(name: str) -> None:
+    answers = {f"{name}. TXT": [f'{name}. TXT "{n}"' for n in range(20)]}  # too long for UDP
+    async with name_server(answers) as server:
+        it = desk(EgressPolicy.deny_private(), lookups=asking(server))
+        assert (await it.ask(name, "TXT")).rcode() == dns.rcode.SERVFAIL
+
+
 async def test_other_types_have_the_same_policy() -> None:
     async with name_server({}) as server:
         it = desk(EgressPolicy.allow(hosts=["a.example"]), lookups=asking(server))
@@ -424,9 +440,7 @@ async def test_without_a_name_server_that_answers_there_is_a_servfail() -> None:
 
 
 def test_name_servers_are_read_as_resolv_conf_has_them() -> None:
-    text = (
-        "# c\nnameserver 10.0.0.1\nnameserver  fe80::1%eth0 \nnameserver bad\nnameserver"
-    )
+    text = "# c\nnameserver 10.0.0.1\nnameserver  fe80::1%eth0 \nnameserver bad\nnameserver"
     assert read_name_servers(text) == [("10.0.0.1", 53), ("fe80::1%eth0", 53)]
     assert len(read_name_servers("nameserver 1.1.1.1\n" * 9)) == 3
 

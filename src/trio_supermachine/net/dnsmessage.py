@@ -152,4 +152,6 @@ def pack(message: dns.message.Message, question: Question, *, datagram: bool) ->
     except dns.exception.TooBig:
         short = reply(question, message.rcode())
         short.flags |= dns.flags.TC
-        return short.to_wire()
+    except dns.exception.DNSException:  # a record of a name server's that can be read, not written
+        short = reply(question, dns.rcode.SERVFAIL)
+    return short.to_wire()

@@ -118,7 +118,7 @@ class EgressServer:
                 await self._resolve(stream, wanted)
             else:
                 await self._open(stream, wanted)
-        except _CONNECTION_ERRORS as exc:
+        except (OSError, *_CONNECTION_ERRORS) as exc:
             trace("net", "%r: %s", stream, exc)
         finally:
             stream.abort()

@@ -8,13 +8,13 @@ from ipaddress import ip_address
 from typing import Any, Final, TypeVar, final
 
 import dns.asyncquery
-import dns.exception
 import dns.message
 import dns.name
 import dns.rcode
 import dns.rdatatype
 import trio
 
+from ..trace import trace
 from .addresses import DNS_PORT, Address, unmapped
 
 #: Lookups of one VM that occupy a thread of the host at once, given-up ones included.
@@ -108,7 +108,8 @@ class HostLookups:
                     ignore_unexpected=True,
                     ignore_errors=True,
                 )
-            except (dns.exception.DNSException, OSError, EOFError, ValueError):
+            except Exception as exc:  # whatever it is, it comes from that server's bytes
+                trace("net", "name server %s: %r", server, exc)
                 continue
             if answer.rcode() in _ANSWERS:
                 return answer
