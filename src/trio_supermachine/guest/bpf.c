@@ -11,6 +11,7 @@
 #include "bpf_hooks.h" /* made by build.py from bpf/hooks.c */
 
 #define CGROUP "/sys/fs/cgroup"
+#define JIT "/proc/sys/net/core/bpf_jit_enable"
 #define LOG_SIZE 65536u
 #define MAX_WORDS 1024u
 
@@ -112,13 +113,24 @@ static bool attach(const struct hook *hook, int cgroup) {
     return !failed;
 }
 
+static bool attach_all(int cgroup, bool ip6) {
+    /* As machine code they would take 2 MiB in each snapshot, to be faster once in a connection. */
+    char jit[16];
+    long known = read_text(JIT, jit, sizeof jit);
+    if (known > 0) write_text(JIT, "0"); /* a kernel that must compile refuses */
+    bool attached = true;
+    for (size_t i = 0; attached && i < sizeof hooks / sizeof *hooks; i++)
+        if (ip6 || !hooks[i].ip6) attached = attach(&hooks[i], cgroup);
+    if (known > 0) write_text(JIT, jit);
+    return attached;
+}
+
 bool hooks_attach(bool ip6) {
     int cgroup = open(CGROUP, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     destinations = cgroup < 0 ? -1 : make_map();
     bool attached = destinations >= 0;
     if (!attached) say("no connections to the outside: cgroup-BPF: %s", strerror(errno));
-    for (size_t i = 0; attached && i < sizeof hooks / sizeof *hooks; i++)
-        if (ip6 || !hooks[i].ip6) attached = attach(&hooks[i], cgroup);
+    attached = attached && attach_all(cgroup, ip6);
     if (cgroup >= 0) close(cgroup);
     return attached;
 }
