@@ -279,6 +279,8 @@ class Agent:
             connection.open = True
         elif op == RW:
             connection.receive(payload)
+        elif op == SHUT and flags == 2:
+            return  # an end of sending, which frames have no use for
         elif op == SHUT:
             assert flags == 3
             self.send(connection._packet(RST))

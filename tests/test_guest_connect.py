@@ -23,7 +23,12 @@ from trio_supermachine.agent.client import AgentClient
 from trio_supermachine.agent.wire import FrameType
 from trio_supermachine.devices.vsock.stream import VsockStream
 
+from . import guest_client as g
 from .agent_process import AgentMachine, open_agent
+from .guest_client import Agent
+from .guest_fixtures import agent, bare_agent
+
+__all__ = ["agent", "bare_agent"]  # fixtures
 
 PATIENCE = 60
 RESET = struct.pack("ii", 1, 0)
@@ -299,6 +304,26 @@ async def test_the_end_of_the_machine_breaks_the_stream() -> None:
             await stream.receive_some()
         await stream.aclose()
         await program.aclose()
+
+
+def test_a_copys_programs_read_a_reset_and_its_listeners_are_reached(agent: Agent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        request = g.frame(g.CONNECT, g.u32(g.TCP) + g.u32(listener.getsockname()[1]))
+        connection = agent.dial()
+        connection.send(request)
+        connection.expect(g.OK)
+        program, _ = listener.accept()
+        with program:
+            program.settimeout(PATIENCE)
+            agent.freeze()
+            agent.restore()
+            with pytest.raises(ConnectionResetError):
+                program.recv(1)
+        connection = agent.dial()
+        connection.send(request)
+        connection.expect(g.OK)
+        listener.accept()[0].close()
 
 
 # --- where it leads ---
