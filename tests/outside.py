@@ -146,10 +146,14 @@ def program() -> bytes:
 
 
 @asynccontextmanager
-async def guest(image: Image, config: VmConfig | None = None) -> AsyncIterator[tuple[Vm, Outside]]:
-    """A VM with the program as ``/outside``, served by an :class:`Outside` alone."""
-    config = config or VmConfig()
+async def guest(image: Image, cmdline: str = "") -> AsyncIterator[tuple[Vm, Outside]]:
+    """A VM with the program as ``/outside``, served by an :class:`Outside` alone.
+
+    :param cmdline: for its kernel, if it boots.
+    """
+    config = VmConfig()
     todo = await plan(image, config)
+    todo = attrs.evolve(todo, spec=attrs.evolve(todo.spec, cmdline=cmdline))
     with trio.fail_after(PATIENCE):
         async with (
             launched(todo, image, config) as (client, network),

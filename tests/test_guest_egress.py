@@ -202,3 +202,19 @@ async def test_datagrams_are_whole_or_lost(baked: Image) -> None:
             script = f"echo x | timeout 1 nc -u -w 1 1.2.3.4 {port}"
             await vm.run_process(["sh", "-c", script], check=False)
         assert (await run(vm, "udp", "4", "1.2.3.4"))[1:] == ["same"]
+
+
+@pytest.mark.parametrize("words", ["ipv6.disable=1", "ipv6.disable_ipv6=1"])
+async def test_without_ipv6_there_is_a_line_on_the_console_and_ipv4(
+    busybox: Image, words: str
+) -> None:
+    async with guest(busybox, words) as (vm, outside):
+        assert b"supermachine: no IPv6 to the outside" in vm.console.tail(100_000)
+        assert (await run(vm, "tcp", "1.2.3.4", str(ECHO), "word"))[2:] == ["word"]
+        assert (await run(vm, "udp", "4", "1.2.3.4"))[1:] == ["same"]
+        (line,) = await run(vm, "refused", "2001:db8::1", str(ECHO))
+        assert line.startswith(("socket: ", "connect: "))
+        if "disable_ipv6" in words:  # there are sockets of IPv6, for IPv4
+            lines = await run(vm, "tcp", "::ffff:1.2.3.4", str(ECHO), "word")
+            assert lines == [f"peer ::ffff:1.2.3.4 {ECHO}", f"own ::ffff:{OWN4} 0", "word"]
+        assert {opened.address for opened in outside.opened} == {address_of("1.2.3.4")}

@@ -20,25 +20,24 @@ struct hook {
     const uint64_t *code;
     size_t words;
     enum bpf_attach_type at;
-    bool ip6;
 };
 
 _Static_assert(sizeof to_flow6 <= MAX_WORDS * sizeof *to_flow6, "the longest of them");
 
-#define HOOK(code, at, ip6) {#at, code, sizeof code / sizeof *code, BPF_CGROUP_##at, ip6}
+#define HOOK(code, at) {#at, code, sizeof code / sizeof *code, BPF_CGROUP_##at}
 
 /* What leads out comes last: a program that is led to the agent is understood on its way back. */
 static const struct hook hooks[] = {
-    HOOK(from_flow4, UDP4_RECVMSG, false),
-    HOOK(from_flow4, INET4_GETPEERNAME, false),
-    HOOK(own_address4, INET4_GETSOCKNAME, false),
-    HOOK(from_flow6, UDP6_RECVMSG, true),
-    HOOK(from_flow6, INET6_GETPEERNAME, true),
-    HOOK(own_address6, INET6_GETSOCKNAME, true),
-    HOOK(to_flow4, UDP4_SENDMSG, false),
-    HOOK(to_flow6, UDP6_SENDMSG, true),
-    HOOK(to_flow4, INET4_CONNECT, false),
-    HOOK(to_flow6, INET6_CONNECT, true),
+    HOOK(from_flow4, UDP4_RECVMSG),
+    HOOK(from_flow4, INET4_GETPEERNAME),
+    HOOK(own_address4, INET4_GETSOCKNAME),
+    HOOK(from_flow6, UDP6_RECVMSG),
+    HOOK(from_flow6, INET6_GETPEERNAME),
+    HOOK(own_address6, INET6_GETSOCKNAME),
+    HOOK(to_flow4, UDP4_SENDMSG),
+    HOOK(to_flow6, UDP6_SENDMSG),
+    HOOK(to_flow4, INET4_CONNECT),
+    HOOK(to_flow6, INET6_CONNECT),
 };
 
 static int destinations = -1;
@@ -113,24 +112,24 @@ static bool attach(const struct hook *hook, int cgroup) {
     return !failed;
 }
 
-static bool attach_all(int cgroup, bool ip6) {
+static bool attach_all(int cgroup) {
     /* As machine code they would take 2 MiB in each snapshot, to be faster once in a connection. */
     char jit[16];
     long known = read_text(JIT, jit, sizeof jit);
     if (known > 0) write_text(JIT, "0"); /* a kernel that must compile refuses */
     bool attached = true;
     for (size_t i = 0; attached && i < sizeof hooks / sizeof *hooks; i++)
-        if (ip6 || !hooks[i].ip6) attached = attach(&hooks[i], cgroup);
+        attached = attach(&hooks[i], cgroup);
     if (known > 0) write_text(JIT, jit);
     return attached;
 }
 
-bool hooks_attach(bool ip6) {
+bool hooks_attach(void) {
     int cgroup = open(CGROUP, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     destinations = cgroup < 0 ? -1 : make_map();
     bool attached = destinations >= 0;
     if (!attached) say("no connections to the outside: cgroup-BPF: %s", strerror(errno));
-    attached = attached && attach_all(cgroup, ip6);
+    attached = attached && attach_all(cgroup);
     if (cgroup >= 0) close(cgroup);
     return attached;
 }

@@ -4,9 +4,9 @@
 #include "flow.h"
 #include "util.h"
 
-/* Load the hooks and attach them to the root cgroup; without `ip6`, those of IPv4. False: this
- * kernel cannot, which the console tells. */
-bool hooks_attach(bool ip6);
+/* Load the hooks and attach them to the root cgroup. False: this kernel cannot, which the console
+ * tells. Those of IPv6 are for IPv4 in its sockets, too. */
+bool hooks_attach(void);
 
 /* What an id stands for. False: nothing (any more). */
 bool destination_find(uint32_t id, struct destination *destination);

@@ -31,5 +31,5 @@ void network_open(const struct carrier *carrier) {
         say("no connections to the outside: sockets: %s", strerror(errno));
         return;
     }
-    if (hooks_attach(ip6)) name_resolver();
+    if (hooks_attach()) name_resolver();
 }
