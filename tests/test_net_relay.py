@@ -21,6 +21,8 @@ from trio_supermachine.devices.vsock.carrier import SocketCarrier
 from trio_supermachine.devices.vsock.stream import VsockListener, VsockMux, VsockStream
 from trio_supermachine.net.relay import relay, reset
 
+from .conftest import PATIENCE
+
 PORT = 1028
 BIG = bytes(range(256)) * 8192  # 2 MiB: more than all that holds anything on the way
 
@@ -210,6 +212,21 @@ async def test_a_half_close_leaves_the_other_half() -> None:
         await server.aclose()
         assert await read_all(client) == b""
         await client.aclose()
+
+
+async def test_a_guest_that_is_reset_after_its_end_of_data_resets_an_end_that_is_silent() -> None:
+    async with open_tunnel() as tunnel:
+        client, host_side = await tcp_pair()
+        host_end, guest_end = await tunnel.vsock_pair()
+        tunnel.nursery.start_soon(relay, host_end, host_side)
+        await guest_end.send_all(b"the end")
+        await guest_end.send_eof()
+        assert await read_all(client) == b"the end"
+        guest_end.abort()
+        async with client:
+            with pytest.raises(trio.BrokenResourceError), trio.fail_after(PATIENCE):
+                while True:
+                    await client.send_all(b"x")
 
 
 async def test_what_was_sent_just_before_a_close_arrives() -> None:

@@ -1,11 +1,14 @@
 #include "relay.h"
 
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <string.h>
 #include <sys/socket.h>
 
 #include "loop.h"
 
+#define PROBE_AFTER 20 /* seconds */
 #define ANSWER_SIZE (FRAME_HEADER + 8u) /* of OK with its value */
 
 struct relay {
@@ -53,6 +56,15 @@ static void end_if_both_have(struct relay *relay) {
 
 /* --- to the host --- */
 
+/* A program that was killed looks like one that still listens, until it is sent something: the
+ * kernel forgets its socket in a minute (tcp_fin_timeout), and answers probes by RST from then on. */
+static void watch_for_death(int fd) {
+    int yes = 1, seconds = PROBE_AFTER;
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &seconds, sizeof seconds);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &seconds, sizeof seconds);
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &yes, sizeof yes);
+}
+
 static bool send_ahead(struct relay *relay) {
     uint8_t *at;
     size_t size = relay->conn->carrier->reserve(relay->conn, &at);
@@ -86,6 +98,7 @@ static bool pump(struct conn *conn) {
         break_off(relay);
     } else {
         relay->program_ended = true;
+        watch_for_death(relay->watch.fd);
         conn->carrier->end(conn);
         end_if_both_have(relay);
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, final
 
 import attrs
@@ -90,6 +91,10 @@ class PacedStream(trio.abc.HalfCloseableStream):
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+    def when_gone(self, call: Callable[[], None]) -> None:
+        """See :meth:`.VsockStream.when_gone`."""
+        self._stream.when_gone(call)
 
     def abort(self) -> None:
         """Leave by resetting the connection. Plain."""

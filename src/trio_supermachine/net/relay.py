@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol, runtime_checkable
 
@@ -22,6 +23,11 @@ _NO_LINGER: Final = struct.pack("ii", 1, 0)
 @runtime_checkable
 class _Abortable(Protocol):
     def abort(self) -> None: ...
+
+
+@runtime_checkable
+class _Watchable(Protocol):
+    def when_gone(self, call: Callable[[], None]) -> None: ...
 
 
 async def reset(stream: trio.abc.AsyncResource) -> None:
@@ -58,7 +64,8 @@ async def relay(
     """Move bytes both ways until both directions have ended, then close both streams.
 
     The end of data of one stream becomes that of the other, while the opposite direction goes
-    on. A stream whose data breaks off resets the other. A stream that takes no more data, but
+    on. A stream whose data breaks off resets the other, and so does a guest's whose data has
+    ended when it is reset. A stream that takes no more data, but
     still gives some, gives it to its end, and then both are reset. In each direction at most
     64 KiB are held.
 
@@ -132,3 +139,5 @@ class _Direction:
             with suppress(*_GONE):
                 await sink.send_eof()
                 self.ended = True
+                if isinstance(source, _Watchable):
+                    source.when_gone(both.cancel)

@@ -185,6 +185,18 @@ class VsockStream(trio.abc.HalfCloseableStream):
             raise trio.WouldBlock
         self._mux._offer(self._connection, memoryview(data))
 
+    def when_gone(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called once nothing moves in any direction, in the manner of :meth:`watch`.
+
+        For who has received the end of data, and would not hear of a reset that follows.
+        """
+
+        def changed() -> None:
+            if self._connection.state is State.GONE:
+                call()
+
+        self.watch(changed)
+
     def end_like_tcp(self) -> None:
         """Let this end as TCP's connections do, which the peer must know. Plain.
 
