@@ -99,7 +99,8 @@ class Outside:
             self.heard.append(b"".join([chunk async for chunk in stream]))
         elif port == HOLDER:
             await stream.send_all(b"!")
-            await stream.receive_some()
+            async for _ in stream:
+                pass
         elif port == RUDE:
             await stream.receive_some()
             stream.abort()
