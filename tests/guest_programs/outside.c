@@ -2,7 +2,7 @@
  *
  * outside tcp ADDRESS PORT TEXT       connect, send, end sending; tell both addresses and what came
  * outside nonblocking ADDRESS PORT    the same, connecting as event loops do
- * outside refused ADDRESS PORT        connect, send, and tell the error of the first read
+ * outside refused ADDRESS PORT        connect, send, read, and tell what failed
  * outside hold ADDRESS PORT           the same, having read a byte, and said so
  * outside udp FAMILY ADDRESS...       one socket for all: send to each its own address from port 7
  * outside connected FAMILY ADDRESS... a connected socket for each, and back again; tell its addresses
@@ -123,7 +123,7 @@ static void nonblocking(const char *text, const char *port) {
 static void refused(const char *text, const char *port, int hold) {
     int fd = connected(text, port, SOCK_STREAM);
     char byte = 'x';
-    send(fd, &byte, 1, MSG_NOSIGNAL);
+    if (send(fd, &byte, 1, MSG_NOSIGNAL) < 0) fail("send");
     if (hold) {
         if (read(fd, &byte, 1) != 1) fail("first");
         puts("open");
