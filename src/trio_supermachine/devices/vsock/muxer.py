@@ -132,10 +132,10 @@ class Mux:
         return data
 
     def end_sending(self, connection: Connection) -> None:
-        """Tell the peer that no more data comes. Idempotent."""
+        """Tell the peer that no more data comes, after what is pending. Idempotent."""
         if not connection.ended_sending:
             connection.ended_sending = True
-            if connection.state is State.OPEN:
+            if connection.state is State.OPEN and connection.pending is None:
                 self._owe(connection, _NO_SEND)
 
     def close(self, connection: Connection, *, telling: bool = True) -> None:
@@ -146,10 +146,10 @@ class Mux:
         if connection.state is not State.OPEN:
             self.abort(connection)
             return
+        connection.pending = None
         if connection.like_tcp:
             telling = False  # but this; the peer ends in its own time, and what it sends resets
             self.end_sending(connection)
-        connection.pending = None
         connection.ended_sending = True
         connection.state = State.CLOSING
         connection.drop()
@@ -363,6 +363,8 @@ class Mux:
             connection.pending = None
             connection.queued = False
             self.drained.append(connection)
+            if connection.ended_sending:
+                self._owe(connection, _NO_SEND)
         connection.spend(take)
         return self._header(connection, take, Op.RW, 0), payload
 
