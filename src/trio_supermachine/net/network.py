@@ -42,12 +42,14 @@ class VmNetwork:
 
         :raises OSError: unix sockets cannot be made in the directory.
         """
+        if self._directory is not None:
+            self._sockets = self._make_sockets()
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self.egress.run)
-                if self._directory is not None:
-                    self.sockets()
+                if self._sockets is not None:
+                    nursery.start_soon(self._sockets.run)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -68,9 +70,12 @@ class VmNetwork:
         """The VM's unix sockets, made if they are not yet."""
         if self._sockets is None:
             nursery = self._live()
-            self._sockets = UnixSockets(self._directory, self.connect, self._client.dial)
+            self._sockets = self._make_sockets()
             nursery.start_soon(self._sockets.run)
         return self._sockets
+
+    def _make_sockets(self) -> UnixSockets:
+        return UnixSockets(self._directory, self.connect, self._client.dial)
 
     async def expose_tcp(
         self, host: str, host_port: int, guest_port: int, max_connections: int

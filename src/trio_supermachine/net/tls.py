@@ -121,18 +121,29 @@ def _load_certificates(context: ssl.SSLContext, file: Path) -> None:
 class TlsStream(trio.abc.HalfCloseableStream):
     """One side of a TLS connection, each of whose directions ends by its own close_notify.
 
+    It is a server's, unless it is told which server it shall find.
+
     RFC 8446, 6.1, has it so; :class:`trio.SSLStream` cannot go on receiving once it has said
     its end. An end without close_notify is :exc:`trio.BrokenResourceError`: somebody may have
     cut the connection.
     """
 
     def __init__(
-        self, transport: trio.SocketStream, context: ssl.SSLContext, *, server_side: bool = True
+        self,
+        transport: trio.SocketStream,
+        context: ssl.SSLContext,
+        *,
+        server_hostname: str | None = None,
     ) -> None:
         self._transport = transport
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._tls = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=server_hostname is None,
+            server_hostname=server_hostname,
+        )
         self._early = bytearray()  # what was decrypted before anybody asked for it
         self._ended = False  # by send_eof
         self._broken = False
