@@ -9,7 +9,7 @@ import stat
 import struct
 import tempfile
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, final
 
@@ -137,10 +137,11 @@ class UnixSockets:
         with ExitStack() as stack:
             if directory is None:
                 directory = Path(tempfile.mkdtemp(prefix="supermachine-"))
-                stack.callback(directory.rmdir)
+                stack.callback(_remove, directory.rmdir)
+                check_directory(directory)
             else:
+                check_directory(directory)
                 directory.mkdir(mode=0o700, exist_ok=True)
-            check_directory(directory)
             name = directory.absolute() / f"vm-{secrets.token_hex(8)}"
             self.vsock_path = Path(f"{name}-vsock.sock")
             self.exec_path = Path(f"{name}-exec.sock")
@@ -183,6 +184,11 @@ def _listen(path: Path, stack: ExitStack) -> trio.SocketListener:
     # Not the coroutine of Trio's socket, which resolves names: this has none.
     with socket.socket(fileno=os.dup(sock.fileno())) as plain:
         plain.bind(os.fspath(path))
-        stack.callback(path.unlink, missing_ok=True)
+        stack.callback(_remove, path.unlink)
     sock.listen(socket.SOMAXCONN)
     return trio.SocketListener(sock)
+
+
+def _remove(remove: Callable[[], None]) -> None:
+    with suppress(OSError):  # somebody was faster, or has put something there
+        remove()
