@@ -17,7 +17,7 @@ CATEGORIES: Final[dict[str, str]] = {
     "vm": "the life of a VM: configuration, start, ready, exit",
     "exec": "programs run in a guest: start, exit, signals",
     "agent": "calls to the guest's agent",
-    "net": "connections through forwards and unix sockets, and those of guests to the outside",
+    "net": "connections through forwards, unix sockets and to the outside",
     "vsock": "connections and credit of the vsock muxer",
     "qemu": "the QEMU process: its command line and QMP",
     "kvm": "the KVM engine: ends of vCPUs, faults of drivers, registers not restored",
