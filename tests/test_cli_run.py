@@ -15,11 +15,13 @@ import tarfile
 import termios
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pexpect
 import pytest
 
-from trio_supermachine import hostfiles
+from trio_supermachine import ConfigError, hostfiles
+from trio_supermachine.cli.publish import Publish
 
 pytestmark = pytest.mark.vm
 
@@ -228,6 +230,57 @@ def test_a_stopping_signal_leaves_nothing_behind(signum: signal.Signals, engine_
             assert process.stderr.read() == b""
         finally:
             process.kill()
+
+
+def test_published_ports_lead_into_the_vm_and_free_ones_are_printed() -> None:
+    serve = "echo served >/tmp/page; httpd -p 8080 -h /tmp && echo ready && sleep 1000"
+    with start("-p", "8080", "-p", "53/udp", BUSYBOX, "sh", "-c", serve) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            arrow = b"8080/tcp -> "
+            first, second = process.stderr.readline(), process.stderr.readline()
+            assert first.startswith(arrow + b"127.0.0.1:")
+            assert second.startswith(b"53/udp -> 127.0.0.1:")
+            assert process.stdout.readline() == b"ready\n"
+            address = first.removeprefix(arrow).decode().strip()
+            with urlopen(f"http://{address}/page", timeout=ANSWER) as response:
+                assert response.read() == b"served\n"
+            taken = run("-p", f"{address}:8080", BUSYBOX, "true")
+            assert taken.returncode == 125
+            assert address in taken.stderr.decode()
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "host_port", "guest_port", "protocol"),
+    [
+        ("80", "127.0.0.1", 0, 80, "tcp"),
+        ("8080:80", "127.0.0.1", 8080, 80, "tcp"),
+        (":80", "127.0.0.1", 0, 80, "tcp"),
+        ("53:5353/udp", "127.0.0.1", 53, 5353, "udp"),
+        ("0.0.0.0:80:80/tcp", "0.0.0.0", 80, 80, "tcp"),
+        ("0.0.0.0::80", "0.0.0.0", 0, 80, "tcp"),
+        ("0.0.0.0:80", "0.0.0.0", 0, 80, "tcp"),
+        ("[::1]:8080:80", "::1", 8080, 80, "tcp"),
+        ("localhost:8080:80", "localhost", 8080, 80, "tcp"),
+    ],
+)
+def test_ports_are_published_as_docker_has_it(
+    text: str, host: str, host_port: int, guest_port: int, protocol: str
+) -> None:
+    assert Publish.parse(text) == Publish(host, host_port, guest_port, protocol)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "80/sctp", "0", "65536", "65536:80", "1:2:3", "::1:80:80", "80-90:80-90", "[::1:80",
+     "-1", "80:", "8080:80/", "\u0661", "123456", "a:b:c:d"],
+)  # fmt: skip
+def test_what_names_no_ports_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="-p"):
+        Publish.parse(text)
 
 
 def descendants(pid: int) -> list[int]:
