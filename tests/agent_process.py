@@ -12,7 +12,7 @@ from typing import final
 
 import trio
 
-from trio_supermachine.agent import wire
+from trio_supermachine.agent import greeting
 from trio_supermachine.agent.client import AgentClient
 from trio_supermachine.devices.vsock.carrier import SocketCarrier
 from trio_supermachine.devices.vsock.stream import VsockListener, VsockMux, VsockStream
@@ -97,7 +97,7 @@ async def open_agent() -> AsyncIterator[tuple[AgentClient, AgentMachine]]:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(mux.run)
                 client = AgentClient(machine)
-                await client.set_up(wire.Setup(seed=bytes(32), hostname="tester", layers=0))
+                await client.set_up(greeting.Setup(seed=bytes(32), hostname="tester", layers=0))
                 yield client, machine
                 nursery.cancel_scope.cancel()
         finally:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_supermachine.agent import wire
+from trio_supermachine.agent import greeting, wire
 from trio_supermachine.agent.wire import ExecRequest, FrameDecoder, FrameType, Reader, WireError
 
 frames = st.lists(
@@ -144,7 +144,7 @@ def test_a_frame_beyond_its_bound_is_refused_by_its_header(type_: FrameType, len
 @given(st.binary(max_size=64))
 def test_decoders_of_payloads_raise_wire_error_and_nothing_else(payload: bytes) -> None:
     for decode in (
-        wire.Hello.decode,
+        greeting.Hello.decode,
         wire.GuestError.decode,
         wire.Exit.decode,
         wire.decode_u32,
@@ -173,31 +173,31 @@ def test_arguments_are_carried_as_they_are(argv: list[bytes]) -> None:
 
 def test_two_machines_are_told_different_names() -> None:
     seed = bytes(32)
-    one, two = (wire.Restore(seed=seed).encode(0) for _ in range(2))
+    one, two = (greeting.Restore(seed=seed).encode(0) for _ in range(2))
     assert one != two
     assert (
-        wire.Setup(seed=seed, hostname="", layers=1).machine_id
-        != wire.Restore(seed=seed).machine_id
+        greeting.Setup(seed=seed, hostname="", layers=1).machine_id
+        != greeting.Restore(seed=seed).machine_id
     )
 
 
 def test_a_renewal_holds_what_the_page_says() -> None:
-    restore = wire.Restore(seed=b"\0" * 32, hostname="h", machine_id="1" * 32, boot_id="2")
+    restore = greeting.Restore(seed=b"\0" * 32, hostname="h", machine_id="1" * 32, boot_id="2")
     reader = Reader(restore.encode(5), 8)
     assert (reader.u32(), reader.u64(), reader.string()) == (wire.VERSION, 5, "h")
     assert (reader.string(), reader.string(), reader.string()) == ("\0" * 32, "1" * 32, "2")
     reader.end()
 
 
-@pytest.mark.parametrize("kind", wire.HelloKind)
-def test_a_greeting_tells_its_kind(kind: wire.HelloKind) -> None:
+@pytest.mark.parametrize("kind", greeting.HelloKind)
+def test_a_greeting_tells_its_kind(kind: greeting.HelloKind) -> None:
     payload = struct.pack("<III", 2, kind, 1) + b"k"
-    assert wire.Hello.decode(payload) == wire.Hello(2, kind, "k")
+    assert greeting.Hello.decode(payload) == greeting.Hello(2, kind, "k")
 
 
 def test_a_greeting_of_unknown_kind_is_refused() -> None:
     with pytest.raises(WireError, match="kind"):
-        wire.Hello.decode(struct.pack("<III", 2, 2, 0))
+        greeting.Hello.decode(struct.pack("<III", 2, 2, 0))
 
 
 def test_nul_is_refused_in_strings() -> None:

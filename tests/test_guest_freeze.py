@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from trio_supermachine import Vm
-from trio_supermachine.agent import wire
+from trio_supermachine.agent import greeting, wire
 from trio_supermachine.agent.client import AgentClient
 
 from .conftest import read_until
@@ -117,13 +117,13 @@ async def test_a_chain_that_is_frozen_between_its_programs_goes_on(vm: Vm) -> No
         assert await read_until(child.stdout, b"after\n") == b"after\n"
 
 
-async def renew(vm: Vm, restore: wire.Restore) -> AgentClient:
+async def renew(vm: Vm, restore: greeting.Restore) -> AgentClient:
     """End the guest's lifeline, as a restore does, and answer the next one."""
     client = AgentClient(vm._machine)
     assert vm._client._lifeline is not None
     await trio.aclose_forcefully(vm._client._lifeline.stream)
     hello = await client.restored(restore)
-    assert hello.kind == wire.HelloKind.RESTORE
+    assert hello.kind == greeting.HelloKind.RESTORE
     return client
 
 
@@ -138,7 +138,7 @@ async def test_a_copy_gets_names_of_its_own_before_anything_runs(vm: Vm) -> None
         for hostname in ("", "second", "third"):
             await call(vm, wire.freeze())
             there = await count(vm)
-            restore = wire.Restore(seed=bytes(64), hostname=hostname, boot_id=str(uuid.uuid4()))
+            restore = greeting.Restore(seed=bytes(64), hostname=hostname, boot_id=str(uuid.uuid4()))
             client = await renew(vm, restore)
             vm._client = client
             await wait_past(vm, there)  # thawed by the renewal
@@ -152,7 +152,7 @@ async def test_a_copy_gets_names_of_its_own_before_anything_runs(vm: Vm) -> None
 async def test_a_copys_clock_is_right(vm: Vm) -> None:
     await sh(vm, "date -s 2001-01-01")
     before = time.time()
-    vm._client = await renew(vm, wire.Restore(seed=bytes(32)))
+    vm._client = await renew(vm, greeting.Restore(seed=bytes(32)))
     assert before - 1 <= int(await sh(vm, "date +%s")) <= time.time() + 1
 
 
@@ -169,7 +169,7 @@ async def test_a_copys_clock_is_right(vm: Vm) -> None:
 async def test_the_machine_id_is_renewed_wherever_it_is(vm: Vm, before: str, file: str) -> None:
     await sh(vm, before)
     await call(vm, wire.freeze())
-    restore = wire.Restore(seed=bytes(32))
+    restore = greeting.Restore(seed=bytes(32))
     vm._client = await renew(vm, restore)
     for path in (file, "/etc/machine-id"):
         assert (await vm.read_file(path)).decode() == restore.machine_id + "\n"
@@ -178,7 +178,7 @@ async def test_the_machine_id_is_renewed_wherever_it_is(vm: Vm, before: str, fil
 async def test_a_machine_id_that_is_no_file_is_left_alone(vm: Vm) -> None:
     await sh(vm, "ln -sf /dev/null /etc/machine-id")
     await call(vm, wire.freeze())
-    vm._client = await renew(vm, wire.Restore(seed=bytes(32)))
+    vm._client = await renew(vm, greeting.Restore(seed=bytes(32)))
     assert await sh(vm, "cat /dev/null; test -c /dev/null && echo whole") == "whole\n"
 
 
@@ -187,6 +187,6 @@ async def test_the_trial_program_is_in_every_guest(vm: Vm) -> None:
 
 
 async def test_in_a_copy_users_make_namespaces_with_a_proc_of_their_own(vm: Vm) -> None:
-    vm._client = await renew(vm, wire.Restore(seed=bytes(32)))
+    vm._client = await renew(vm, greeting.Restore(seed=bytes(32)))
     inner = "unshare -U -r -p -f -m --mount-proc sh -c 'echo $$; ls /proc | grep -c ^[0-9]'"
     assert (await sh(vm, inner, user="1000")).split()[0] == "1"

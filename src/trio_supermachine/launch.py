@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import attrs
 import trio
 
-from .agent import wire
+from .agent import greeting
 from .agent.client import AgentClient
 from .config import VmConfig
 from .errors import (
@@ -226,7 +226,7 @@ def _removed(name: str, plan: Plan, image: Image) -> Exception:
 
 async def _set_up(client: AgentClient, plan: Plan, image: Image) -> None:
     await client.set_up(
-        wire.Setup(
+        greeting.Setup(
             seed=secrets.token_bytes(_SEED),
             hostname=plan.hostname,
             layers=len(plan.spec.disks),
@@ -239,8 +239,8 @@ async def _set_up(client: AgentClient, plan: Plan, image: Image) -> None:
     )
 
 
-def _renewal(hostname: str | None) -> wire.Restore:
-    return wire.Restore(
+def _renewal(hostname: str | None) -> greeting.Restore:
+    return greeting.Restore(
         seed=secrets.token_bytes(_SEED),
         hostname=hostname or "",
         machine_id=secrets.token_hex(16),
@@ -250,12 +250,12 @@ def _renewal(hostname: str | None) -> wire.Restore:
 
 async def _answer(
     client: AgentClient,
-    greeting: Awaitable[object],
+    greeted: Awaitable[object],
     error: type[StartTimeout] | type[RestoreTimeout],
     seconds: float,
 ) -> None:
     with trio.move_on_after(seconds) as scope:
-        await greeting
+        await greeted
     if scope.cancelled_caught:
         console = client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
         raise error(seconds, console=console)

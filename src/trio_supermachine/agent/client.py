@@ -16,7 +16,8 @@ from ..devices.vsock.stream import VsockStream
 from ..errors import ExecEof, FileTooLarge, VmExited
 from ..hv.base import Machine, MachineExit
 from . import wire
-from .wire import Frame, FrameType, GuestError, HelloKind, Protocol, WireError
+from .greeting import Hello, HelloKind, Restore, Setup
+from .wire import Frame, FrameType, GuestError, Protocol, WireError
 
 _RECEIVE = 65536
 _EXIT_GRACE = 1.0  # seconds to learn that a broken connection was the machine's end
@@ -90,7 +91,7 @@ class AgentClient:
         if self._lifeline is not None:
             await trio.aclose_forcefully(self._lifeline.stream)
 
-    async def set_up(self, setup: wire.Setup) -> wire.Hello:
+    async def set_up(self, setup: Setup) -> Hello:
         """Wait until the guest has booted, tell it what to be, and wait until it is.
 
         :raises VmExited: the machine ended first.
@@ -98,7 +99,7 @@ class AgentClient:
         """
         return await self._greeted(HelloKind.BOOT, setup.encode, "setting up the guest")
 
-    async def restored(self, restore: wire.Restore) -> wire.Hello:
+    async def restored(self, restore: Restore) -> Hello:
         """Wait until the restored guest asks, tell it what to be, and wait until it is.
 
         Before it is, none of its programs runs.
@@ -107,15 +108,13 @@ class AgentClient:
         """
         return await self._greeted(HelloKind.RESTORE, restore.encode, "waking the restored guest")
 
-    async def _greeted(
-        self, kind: HelloKind, encode: Callable[[int], bytes], what: str
-    ) -> wire.Hello:
+    async def _greeted(self, kind: HelloKind, encode: Callable[[int], bytes], what: str) -> Hello:
         try:
             stream = await self._lifeline_listener.accept()
             await self._lifeline_listener.aclose()
             self._lifeline = FrameStream(stream)
             frame = await self._expect(self._lifeline, FrameType.HELLO)
-            hello = wire.Hello.decode(frame.payload)
+            hello = Hello.decode(frame.payload)
             if hello.version != wire.VERSION:
                 raise WireError(f"the guest speaks version {hello.version}, not {wire.VERSION}")
             if hello.kind != kind:

@@ -8,7 +8,6 @@ whatever breaks a bound raises :exc:`WireError`.
 from __future__ import annotations
 
 import struct
-import uuid
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
 from ipaddress import IPv4Address, IPv6Address
@@ -300,76 +299,6 @@ def strings(values: Sequence[str | bytes]) -> bytes:
     return _U32.pack(len(values)) + b"".join(map(string, values))
 
 
-def _new_machine_id() -> str:
-    return uuid.uuid4().hex  # as systemd makes them
-
-
-@attrs.frozen(kw_only=True)
-class Setup:
-    """What a freshly booted guest is told."""
-
-    seed: bytes = attrs.field(repr=False)
-    hostname: str
-    layers: int
-    environment: Sequence[str] = ()
-    workdir: str = "/"
-    user: str = ""
-    workload: Sequence[str] = ()
-    stop_signal: int = 15
-    #: 32 hexadecimal digits, for an image without a machine id of its own.
-    machine_id: str = attrs.field(factory=_new_machine_id)
-
-    def encode(self, realtime_ns: int) -> bytes:
-        """As a SETUP frame, with the time of now."""
-        return frame(
-            FrameType.SETUP,
-            b"".join(
-                (
-                    struct.pack("<IQ", VERSION, realtime_ns),
-                    string(self.hostname),
-                    blob(self.seed),
-                    _U32.pack(self.layers),
-                    strings(self.environment),
-                    string(self.workdir),
-                    string(self.user),
-                    strings(self.workload),
-                    struct.pack("<i", self.stop_signal),
-                    string(self.machine_id),
-                )
-            ),
-        )
-
-
-@attrs.frozen(kw_only=True)
-class Restore:
-    """What a restored guest is told, to be a machine of its own.
-
-    ``seed`` is 32 to 512 bytes of entropy; an empty ``hostname`` keeps the one it has.
-    """
-
-    seed: bytes = attrs.field(repr=False)
-    hostname: str = ""
-    #: 32 hexadecimal digits.
-    machine_id: str = attrs.field(factory=_new_machine_id)
-    #: A UUID with its dashes.
-    boot_id: str = attrs.field(factory=lambda: str(uuid.uuid4()))
-
-    def encode(self, realtime_ns: int) -> bytes:
-        """As a RESTORE frame, with the time of now."""
-        return frame(
-            FrameType.RESTORE,
-            b"".join(
-                (
-                    struct.pack("<IQ", VERSION, realtime_ns),
-                    string(self.hostname),
-                    blob(self.seed),
-                    string(self.machine_id),
-                    string(self.boot_id),
-                )
-            ),
-        )
-
-
 @attrs.frozen(kw_only=True)
 class StagedFile:
     """A file that the guest writes before a program starts."""
@@ -511,32 +440,6 @@ class Open:
         if isinstance(self.address, IPv4Address):
             raw = _MAPPED + raw
         return frame(FrameType.OPEN, _OPEN.pack(self.protocol, _port(self.port), raw))
-
-
-class HelloKind(IntEnum):
-    """Why a guest opens its lifeline."""
-
-    BOOT = 0
-    RESTORE = 1
-
-
-@attrs.frozen
-class Hello:
-    """The guest's first words."""
-
-    version: int
-    kind: HelloKind
-    kernel: str
-
-    @classmethod
-    def decode(cls, payload: bytes) -> Hello:
-        reader = Reader(payload)
-        version, kind, kernel = reader.u32(), reader.u32(), reader.string()
-        reader.end()
-        try:
-            return cls(version, HelloKind(kind), kernel)
-        except ValueError:
-            raise WireError(f"a greeting of unknown kind {kind}") from None
 
 
 @attrs.frozen
