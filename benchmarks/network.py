@@ -2,9 +2,10 @@
 
 usage: python benchmarks/network.py [--rounds N] [--seconds N]
 
-The channel is what an exec's stdout and stdin take; vm.connect adds TCP in the guest, and
-expose_tcp adds TCP on the host. Requests are made by wrk (the Debian package) to busybox httpd in
-the guest and, in turns, to the same on the host. The memory is that of this process.
+The floor is a raw virtio-serial port of a QEMU driven by hand. An exec's stdout and stdin take the
+engine's channel; vm.connect adds TCP in the guest, and expose_tcp adds TCP on the host. Requests
+are made by wrk (the Debian package) to busybox httpd in the guest and, in turns, to the same on the
+host. The memory is that of this process.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 
 import trio
 from common import Rows, idle_builder, start
-from streams import rate, vm_stdin, vm_stdout
+from streams import rate, raw_streams, vm_stdin, vm_stdout
 
 from trio_supermachine import TcpForwarder, Vm
+from trio_supermachine.hv.qemu.command import CPU
+from trio_supermachine.kernels import prepare_kernel
 
 SIZE = 64 << 20
 IDLE = 500
@@ -144,7 +147,10 @@ async def main(rounds: int, seconds: int) -> None:
         async def by_forward(port: int) -> trio.SocketStream:
             return await trio.open_tcp_stream(*forwards[port].local_addr)
 
+        kernel = (await prepare_kernel()).kernel
         for _ in range(rounds):
+            if vm.engine == "qemu":
+                raw_streams(kernel, CPU, rows)
             await vm_stdout(vm, rows)
             await throughput(vm.connect, "vm.connect", rows)
             await throughput(by_forward, "expose_tcp", rows)
