@@ -13,8 +13,9 @@ class Progress:
 
     :attr:`phase` is ``"download"``, ``"load"`` (from an archive), ``"convert"`` or
     ``"verify"``, in a bake ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``,
-    and for a kernel ``"unpack"`` or ``"build"``; :attr:`item` is what it works on, for people; :attr:`done` and :attr:`total` are
-    bytes, or for ``"build"`` steps (``total`` is `None` if unknown).
+    and for a kernel ``"unpack"`` or ``"build"``; :attr:`item` is what it works on, for people;
+    :attr:`done` and :attr:`total` are bytes, or for ``"build"`` steps (``total`` is `None` if
+    unknown).
     """
 
     phase: str
