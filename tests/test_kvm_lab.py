@@ -63,7 +63,7 @@ def test_two_labs_at_once_run_their_commands_unchanged_or_end_by_the_limit(tmp_p
     arguments = ["a b", "$HOME", "'\"\\", "", "ü"]
     with ThreadPoolExecutor() as threads:
         limited = threads.submit(
-            lab, "-t", "30", "sh", "-c", "echo begun; sleep 1000", where=tmp_path
+            lab, "-t", "60", "sh", "-c", "echo begun; sleep 1000", where=tmp_path
         )
         program = ("-o", "kept", sys.executable, "-c", PROGRAM, *arguments)
         done = lab(*program, where=tmp_path, GIVEN="x\ny'z")
