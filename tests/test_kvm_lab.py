@@ -82,7 +82,8 @@ def test_two_labs_at_once_run_their_commands_unchanged_or_end_by_the_limit(tmp_p
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_at_once(tmp_path: Path, signum: signal.Signals) -> None:
     with subprocess.Popen(
-        [LAB, "sh", "-c", "echo begun; sleep 1000"],
+        # Whoever runs the tests may have them ignore some signals.
+        ["env", "--default-signal=INT,HUP,TERM", LAB, "sh", "-c", "echo begun; sleep 1000"],
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         start_new_session=True,
