@@ -155,7 +155,7 @@ async def test_a_snapshot_restores_by_its_path_wherever_it_was_moved(tmp_path: P
     moved = image.snapshot.directory.rename(tmp_path / "moved")
     for path in (moved, moved / "restore.snap"):
         found = await Image.from_snapshot(path)
-        assert (found.memory_mib, found.vcpus, found.guest_port) == (128, 1, 80)
+        assert (found.memory_mib, found.vcpus, found.guest_port) == (128, VCPUS, 80)
         assert (found.reference, found.digest) == (BUSYBOX, image.digest)
         assert found.config == image.config
         async with found.start() as vm:

@@ -206,8 +206,9 @@ def test_all_output_arrives_however_slow_its_reader_is() -> None:
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
+    # Whoever runs the tests may have them ignore some signals.
     return subprocess.Popen(
-        [*PROGRAM, "run", *arguments],
+        ["env", "--default-signal=INT,HUP,TERM", *PROGRAM, "run", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -63,7 +63,7 @@ def test_two_labs_at_once_run_their_commands_unchanged_or_end_by_the_limit(tmp_p
     arguments = ["a b", "$HOME", "'\"\\", "", "ü"]
     with ThreadPoolExecutor() as threads:
         limited = threads.submit(
-            lab, "-t", "30", "sh", "-c", "echo begun; sleep 1000", where=tmp_path
+            lab, "-t", "60", "sh", "-c", "echo begun; sleep 1000", where=tmp_path
         )
         program = ("-o", "kept", sys.executable, "-c", PROGRAM, *arguments)
         done = lab(*program, where=tmp_path, GIVEN="x\ny'z")
@@ -75,14 +75,15 @@ def test_two_labs_at_once_run_their_commands_unchanged_or_end_by_the_limit(tmp_p
     assert not (tmp_path / "lost").exists()
     hung = limited.result()
     assert (hung.returncode, hung.stdout) == (124, b"begun\n")
-    assert hung.stderr == b"kvm-lab: ended after 30 seconds\n"
+    assert hung.stderr == b"kvm-lab: ended after 60 seconds\n"
     assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_at_once(tmp_path: Path, signum: signal.Signals) -> None:
     with subprocess.Popen(
-        [LAB, "sh", "-c", "echo begun; sleep 1000"],
+        # Whoever runs the tests may have them ignore some signals.
+        ["env", "--default-signal=INT,HUP,TERM", LAB, "sh", "-c", "echo begun; sleep 1000"],
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         start_new_session=True,

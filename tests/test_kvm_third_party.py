@@ -33,8 +33,10 @@ MEMORY_MIB = 389
 PATIENCE = 600
 
 FIO = "fio --filename=/dev/vdb --verify=crc32c --verify_fatal=1 --do_verify=1"
+# A million timer signals a second, as is its default, would be all that a slow host does.
 STRESS = (
-    "stress-ng --verify --timeout 30 --cpu 1 --vm 1 --vm-bytes 64m --switch 1 --timer 1 --fork 1"
+    "stress-ng --verify --timeout 60 --cpu 1 --vm 1 --vm-bytes 64m --switch 1 --timer 1"
+    " --timer-freq 1000 --fork 1"
     " --futex 1 --pipe 1 --memcpy 1 --hdd 1 --hdd-bytes 16m --temp-path /tmp"
 )
 

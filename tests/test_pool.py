@@ -283,7 +283,8 @@ async def test_a_random_history_of_real_vms_keeps_the_laws(baked: Image, admissi
             except VmExited:
                 pass
 
-    async with baked.pool().min(1).max(3).build() as pool, trio.open_nursery() as nursery:
+    pooling = baked.pool().min(1).max(3).config(VmConfig(restore_timeout=PATIENCE))
+    async with pooling.build() as pool, trio.open_nursery() as nursery:
         users: list[tuple[trio.Event, trio.CancelScope]] = []
         for _ in range(30):
             what = source.choice(["acquire", "acquire", "release", "cancel", "kill", "resize"])

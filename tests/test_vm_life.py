@@ -138,9 +138,15 @@ async def test_a_guest_whose_agent_is_stopped_is_killed_at_the_end_of_the_grace(
     busybox: Image,
 ) -> None:
     async with Vm.start(busybox) as vm:
-        with trio.move_on_after(1):
+        async with trio.open_nursery() as nursery:
             # The agent is the parent of what it runs.
-            await vm.run_process(["sh", "-c", "kill -STOP $PPID"])
+            nursery.start_soon(vm.run_process, ["sh", "-c", "kill -STOP $PPID"])
+            silent = False
+            while not silent:
+                with trio.move_on_after(2) as scope:
+                    await vm.ping()
+                silent = scope.cancelled_caught
+            nursery.cancel_scope.cancel()
         await vm.stop(grace=0.2)
         with pytest.raises(VmExited) as caught:
             await vm.run_process(["true"])

@@ -11,10 +11,11 @@ import attrs
 class Progress:
     """One step of progress.
 
-    :attr:`phase` is ``"convert"``, ``"verify"`` or ``"download"``, in a bake ``"boot"``,
-    ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``, and for a kernel ``"unpack"`` or
-    ``"build"``; :attr:`item` is what it works on, for people; :attr:`done` and :attr:`total` are
-    bytes, or for ``"build"`` steps (``total`` is `None` if unknown).
+    :attr:`phase` is ``"download"``, ``"load"`` (from an archive), ``"convert"`` or
+    ``"verify"``, in a bake ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``,
+    and for a kernel ``"unpack"`` or ``"build"``; :attr:`item` is what it works on, for people;
+    :attr:`done` and :attr:`total` are bytes, or for ``"build"`` steps (``total`` is `None` if
+    unknown).
     """
 
     phase: str
