@@ -56,3 +56,10 @@ def ping(agent: Agent) -> int:
     (value,) = struct.unpack("<Q", connection.expect(g.OK))
     assert connection.wait_end() == "shut"
     return int(value)
+
+
+def wait_until_idle(agent: Agent) -> None:
+    """Until the agent sleeps: what it is held back from is all that it could do."""
+    stat = Path(f"/proc/{agent.process.pid}/stat")
+    while stat.read_text().rpartition(") ")[2][0] != "S":
+        os.sched_yield()

@@ -12,18 +12,19 @@ import pytest
 
 from . import guest_client as g
 from .guest_client import Agent, frame, packet, restore_payload, string, u32
-from .guest_fixtures import agent, bare_agent, open_fds, ping, run, wait_until_gone
+from .guest_fixtures import (
+    agent,
+    bare_agent,
+    open_fds,
+    ping,
+    run,
+    wait_until_gone,
+    wait_until_idle,
+)
 
 __all__ = ["agent", "bare_agent"]  # fixtures
 
 # --- the silence ---
-
-
-def wait_until_idle(agent: Agent) -> None:
-    """Until the agent sleeps: what it is held back from is all that it could do."""
-    stat = Path(f"/proc/{agent.process.pid}/stat")
-    while stat.read_text().rpartition(") ")[2][0] != "S":
-        os.sched_yield()
 
 
 def test_a_silent_agent_says_nothing_and_goes_on_after_it(agent: Agent) -> None:

@@ -12,7 +12,15 @@ import pytest
 
 from . import guest_client as g
 from .guest_client import Agent, frame
-from .guest_fixtures import agent, bare_agent, open_fds, ping, run, wait_until_gone
+from .guest_fixtures import (
+    agent,
+    bare_agent,
+    open_fds,
+    ping,
+    run,
+    wait_until_gone,
+    wait_until_idle,
+)
 
 __all__ = ["agent", "bare_agent"]  # fixtures
 
@@ -221,6 +229,27 @@ def test_a_host_that_only_asks_and_never_reads_makes_nothing_grow(agent: Agent) 
     assert sent < 200_000
     ping(agent)
     done.connection.reset()
+
+
+@pytest.mark.parametrize("left", range(10))
+def test_credit_that_is_too_small_for_a_frame_is_waited_for_like_none(
+    agent: Agent, tmp_path: Path, left: int
+) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    path = g.string(str(tmp_path / "file"))
+    window = 16 + left  # the first answer, OK, and so many bytes of what follows it
+    connection = agent._add(6000, g.AGENT_PORT)
+    agent.send(g.packet(g.REQUEST, 6000, window=window))
+    request = frame(g.READ_FILE, path + struct.pack("<Q", 100))
+    connection.sent = len(request)
+    agent.send(g.packet(g.RW, 6000, request, window=window))
+    assert connection.expect(g.OK) == struct.pack("<Q", len(b"content"))
+    wait_until_idle(agent)
+    agent.send(g.packet(g.CREDIT_UPDATE, 6000))
+    read = b""
+    while (following := connection.next_frame())[0] == g.DATA:
+        read += following[2]
+    assert (following[0], read) == (g.END, b"content")
 
 
 def test_nothing_leaks_over_many_execs(agent: Agent) -> None:

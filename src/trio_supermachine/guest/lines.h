@@ -29,6 +29,7 @@ struct line {
     uint32_t local_port, peer_port;
     uint32_t window; /* from the host, not used: at the most */
     uint32_t sent, peer_window, peer_consumed;   /* towards the host */
+    bool short_of_credit;                        /* it would have sent more */
     uint32_t received, consumed, told_consumed;  /* from the host */
     uint8_t *rest;                               /* received and not used yet */
     size_t rest_at, rest_size, rest_room;

@@ -106,6 +106,7 @@ size_t sending_reserve(struct conn *conn, uint8_t **at) {
     if (line->state != OPEN || out_at || used >= WRITE_SIZE) return 0;
     uint32_t in_flight = line->sent - line->peer_consumed;
     uint32_t credit = in_flight < line->peer_window ? line->peer_window - in_flight : 0;
+    if (credit < WRITE_SIZE - used) line->short_of_credit = true;
     *at = out + used;
     return smaller(credit, WRITE_SIZE - used);
 }

@@ -21,7 +21,7 @@ static struct packet header; /* of the packet being taken in */
 static size_t header_size, body_left;
 static bool body_is_wanted;
 
-static uint32_t listening_port, next_local_port = FIRST_LOCAL_PORT;
+static uint32_t listening_port, last_local_port;
 
 static const struct carrier serial;
 
@@ -91,7 +91,8 @@ static void take_shut(struct line *line) {
 
 static void take_reset(struct line *line) {
     /* Where both have ended it is how the host closes. */
-    if (line->ended && line->peer_shut & 2 && leave(line)) return;
+    bool both = line->ended && !(line->owes & OWES_END) && line->peer_shut & 2;
+    if (both && leave(line)) return;
     line_let_user_go(line);
     line_drop(line);
 }
@@ -146,10 +147,10 @@ static const char *take_header(void) {
         if (header.op != RST) owe_nobody();
         return NULL;
     }
-    bool had_no_credit = line->sent - line->peer_consumed >= line->peer_window;
     line->peer_window = header.buf_alloc;
     line->peer_consumed = header.fwd_cnt;
-    if (had_no_credit) conn_queue(&line->conn);
+    if (line->short_of_credit) conn_queue(&line->conn);
+    line->short_of_credit = false;
     switch (header.op) {
     case RESPONSE:
         if (line->state != DIALING) break_off(line);
@@ -223,8 +224,15 @@ static void port_ready(struct watch *watch, uint32_t events) {
     if (events & ~(uint32_t)EPOLLIN) sending_may_go_on();
 }
 
+static uint32_t free_port(uint32_t to) {
+    do
+        if (++last_local_port < FIRST_LOCAL_PORT) last_local_port = FIRST_LOCAL_PORT;
+    while (line_find(last_local_port, to));
+    return last_local_port;
+}
+
 static struct conn *dial(uint32_t to) {
-    struct line *line = line_add(&serial, next_local_port++, to, DIALING);
+    struct line *line = line_add(&serial, free_port(to), to, DIALING);
     line_owe(line, OWES_REQUEST);
     return &line->conn;
 }
