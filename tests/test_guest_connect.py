@@ -8,6 +8,7 @@ import resource
 import socket
 from collections.abc import Iterator
 
+import attrs
 import pytest
 import trio
 import trio.testing
@@ -352,3 +353,34 @@ async def test_a_connection_to_a_program_in_a_machine(busybox: Image) -> None:
                 with pytest.raises(ConnectionRefusedError, match="port 8000"):
                     await client.connect(8000)
             await stream.aclose()
+
+
+@pytest.mark.vm
+async def test_a_port_that_the_kernel_gives_to_clients_is_not_connected_to_itself(
+    busybox: Image,
+) -> None:
+    async with Vm.start(busybox) as vm:
+        ports = "/proc/sys/net/ipv4/ip_local_port_range"
+        await vm.run_process(["sh", "-c", f"echo 40000 40000 >{ports}"])
+        with trio.fail_after(PATIENCE), pytest.raises(ConnectionRefusedError, match="port 40000"):
+            await vm._client.connect(40000)
+
+
+@pytest.mark.vm
+async def test_the_first_listener_stays_the_first_whatever_processor_the_next_runs_on(
+    busybox: Image,
+) -> None:
+    async with Vm.start(attrs.evolve(busybox, vcpus=2)) as vm:
+        client = vm._client
+        for masks in ("12", "21"):  # in one of the two orders the second socket's number is lower
+            async with vm.exec(["taskset", masks[0], "nc", "-l", "-p", "8000"]) as first:
+                with trio.fail_after(PATIENCE):
+                    assert await awaited(client, 0, 60_000) == 8000
+                    async with vm.exec(["taskset", masks[1], "nc", "-l", "-p", "7000"]):
+                        assert await awaited(client, 7000, 60_000) == 7000
+                        assert await awaited(client, 0, 0) == 8000
+                        first.kill()
+                        await first.wait()
+                        stream, port = await client.connect()
+                        assert port == 7000
+                        await stream.aclose()

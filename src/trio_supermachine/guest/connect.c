@@ -95,6 +95,16 @@ static bool try_next(struct attempt *attempt) {
     return false;
 }
 
+/* A port that nobody listens on and that is one of those that the kernel gives to clients may be
+ * given to this very socket: then it is connected to itself. */
+static bool is_its_own_peer(int fd) {
+    struct sockaddr_storage own = {0}, peer = {0};
+    socklen_t own_size = sizeof own, peer_size = sizeof peer;
+    return !getsockname(fd, (struct sockaddr *)&own, &own_size) &&
+           !getpeername(fd, (struct sockaddr *)&peer, &peer_size) && own_size == peer_size &&
+           !memcmp(&own, &peer, own_size);
+}
+
 static void place_ready(struct watch *watch, uint32_t events) {
     struct attempt *attempt = CONTAINER(watch, struct attempt, watch);
     struct session *session = attempt->session;
@@ -102,6 +112,7 @@ static void place_ready(struct watch *watch, uint32_t events) {
     socklen_t size = sizeof error;
     (void)events;
     getsockopt(watch->fd, SOL_SOCKET, SO_ERROR, &error, &size);
+    if (!error && is_its_own_peer(watch->fd)) error = ECONNREFUSED;
     if (!error) {
         succeed(attempt);
         return;
