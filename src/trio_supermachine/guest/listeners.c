@@ -40,6 +40,7 @@ static struct waiter *waiters;
 static struct timer next_look;
 static unsigned long own[MAX_OWN];
 static size_t own_count;
+static uint32_t first_port; /* known to be listened on before others; 0: none */
 
 void listeners_own(int fd) {
     struct stat status;
@@ -65,8 +66,9 @@ static bool read_entry(const char *line, struct entry *entry) {
     return true;
 }
 
-/* Sockets are numbered as they are made: the lowest number is the first. The kernel lists those
- * that listen before all others, so that many connections cost nothing. */
+/* Sockets are numbered as they are made, though by each processor in blocks of its own: the lowest
+ * number is the first. The kernel lists those that listen before all others, so that many connections
+ * cost nothing. */
 static void search_in(struct search *search, const char *table, int family, unsigned state) {
     FILE *file = fopen(table, "re");
     char line[512];
@@ -90,6 +92,22 @@ static void search_tcp(struct search *search) {
     search_in(search, "/proc/net/tcp6", AF_INET6, LISTEN);
 }
 
+/* The first of all ports: what was it once stays it, since numbers say that of sockets of one
+ * processor alone. */
+static void search_first(struct search *search) {
+    if (first_port) {
+        struct search known = *search;
+        known.port = first_port;
+        search_tcp(&known);
+        if (known.family) {
+            *search = known;
+            return;
+        }
+    }
+    search_tcp(search);
+    first_port = search->family ? search->found.port : 0;
+}
+
 static void place_of(const struct search *search, struct sockaddr_storage *place) {
     static const uint32_t none[4];
     const struct entry *entry = &search->found;
@@ -111,8 +129,10 @@ static void place_of(const struct search *search, struct sockaddr_storage *place
 
 bool listeners_find(uint32_t protocol, uint32_t *port, struct sockaddr_storage *place) {
     struct search search = {.port = *port};
-    if (protocol == IPPROTO_TCP) {
+    if (protocol == IPPROTO_TCP && *port) {
         search_tcp(&search);
+    } else if (protocol == IPPROTO_TCP) {
+        search_first(&search);
     } else {
         search_in(&search, "/proc/net/udp", AF_INET, UNCONNECTED);
         search_in(&search, "/proc/net/udp6", AF_INET6, UNCONNECTED);
@@ -136,7 +156,7 @@ static void look(struct timer *timer) {
     uint64_t now = now_ns();
     (void)timer;
     memset(ports, 0, sizeof ports);
-    search_tcp(&search);
+    search_first(&search);
     for (struct waiter *waiter = waiters, *next; waiter; waiter = next) {
         uint32_t port = waiter->port ? waiter->port : search.found.port;
         bool there = port && ports[port / 8] >> port % 8 & 1;

@@ -9,7 +9,7 @@
 void listeners_own(int fd);
 
 /* Where a TCP port is listened on, or a UDP socket is bound that anyone may send to; for TCP's port
- * 0 the one that was made first, whose port is given, too. A place that programs reach: loopback for
+ * 0 the first, whose port is given, too: the first that this knew of, as long as it is listened on. A place that programs reach: loopback for
  * a socket that is bound to none. False: there is nothing. */
 bool listeners_find(uint32_t protocol, uint32_t *port, struct sockaddr_storage *place);
 
