@@ -8,13 +8,12 @@
 
 #include "bpf.h"
 #include "listeners.h"
-#include "listeners.h"
 #include "relay.h"
 
 #define BACKLOG 1024
 #define ACCEPTS_PER_TURN 16
 #define SOCKETS 4
-/* More wait in the backlog: whoever opens too many slows down nobody else's programs. */
+/* More wait in the backlog. */
 #define MAX_RELAYS 1024u
 /* The host's backlog is a short one, and it refuses what is beyond. */
 #define MAX_DIALS 32u
@@ -23,7 +22,7 @@ static const struct carrier *carrier;
 static struct watch listeners[2] = {{.fd = -1}, {.fd = -1}};
 static struct watch *sockets[SOCKETS];
 static unsigned socket_count, relays, dials;
-static bool waiting; /* for the host, or for a relay to end */
+static bool waiting; /* for the host, for a relay to end, or for what the kernel lacks */
 
 /* --- the sockets --- */
 
@@ -139,8 +138,12 @@ static void acceptable(struct watch *watch, uint32_t events) {
     for (int accepted = 0; accepted < ACCEPTS_PER_TURN; accepted++) {
         if (!may_relay()) return;
         int fd = accept4(watch->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-        if (fd >= 0) lead_out(fd);
-        else if (errno != ECONNABORTED && errno != EINTR) return;
+        if (fd >= 0) {
+            lead_out(fd);
+        } else if (errno != ECONNABORTED && errno != EINTR) {
+            waiting |= errno != EAGAIN; /* no event would tell of what is left */
+            return;
+        }
     }
     flow_socket_again(watch);
 }

@@ -202,7 +202,7 @@ static bool turn(struct conn *conn) {
         more = conn->user->pump(conn);
     if (out_size) send_out(line);
     if (line->rude) line->unsent_size = 0;
-    if (line->ending && !line->unsent_size) {
+    if (line->ending && !line->unsent_size && !line->broken) { /* broken: a reset is told, not an end */
         line->ending = false;
         line->shut = true;
         shutdown(line->watch.fd, SHUT_WR);
