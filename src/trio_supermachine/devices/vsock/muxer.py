@@ -146,10 +146,12 @@ class Mux:
         if connection.state is not State.OPEN:
             self.abort(connection)
             return
+        end_is_told = connection.ended_sending and connection.pending is None
         connection.pending = None
         if connection.like_tcp:
             telling = False  # but this; the peer ends in its own time, and what it sends resets
-            self.end_sending(connection)
+            if not end_is_told:
+                self._owe(connection, _NO_SEND)
         connection.ended_sending = True
         connection.state = State.CLOSING
         connection.drop()
