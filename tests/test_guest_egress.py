@@ -59,6 +59,16 @@ async def test_a_connection_arrives_where_it_was_meant_to_go(baked: Image) -> No
         assert not outside.opened
 
 
+async def test_sockets_of_mptcp_are_led_out_like_those_of_tcp(baked: Image) -> None:
+    async with guest(baked) as (vm, outside):
+        for address, own in PLACES:
+            lines = await run(vm, "mptcp", address, str(ECHO), "said")
+            if lines == ["socket: Protocol not supported"]:
+                pytest.skip("the guest's kernel has no MPTCP")
+            assert lines == [f"peer {address} {ECHO}", f"own {own} 0", "said"]
+            assert outside.opened.pop() == Opened(TCP, address_of(address), ECHO)
+
+
 async def test_datagrams_arrive_and_are_answered_from_where_they_went(baked: Image) -> None:
     async with guest(baked) as (vm, outside):
         for family in "46":

@@ -1,6 +1,7 @@
 /* A program that talks to the outside, and tells what it sees of it.
  *
  * outside tcp ADDRESS PORT TEXT       connect, send, end sending; tell both addresses and what came
+ * outside mptcp ADDRESS PORT TEXT     the same by a socket of MPTCP
  * outside nonblocking ADDRESS PORT    the same, connecting as event loops do
  * outside refused ADDRESS PORT        connect, send, read, and tell what failed
  * outside hold ADDRESS PORT           the same, having read a byte, and said so
@@ -82,13 +83,17 @@ static void tell_own(int fd) {
     tell("own", &address);
 }
 
-static int connected(const char *text, const char *port, int type) {
+static int connected_by(const char *text, const char *port, int type, int protocol) {
     union address address;
     socklen_t size = parse(&address, text, port);
-    int fd = socket(address.any.sa_family, type, 0);
+    int fd = socket(address.any.sa_family, type, protocol);
     if (fd < 0) fail("socket");
     if (connect(fd, &address.any, size) && errno != EINPROGRESS) fail("connect");
     return fd;
+}
+
+static int connected(const char *text, const char *port, int type) {
+    return connected_by(text, port, type, 0);
 }
 
 static void copy(int fd) {
@@ -293,6 +298,8 @@ static void ports(int count, const char *text) {
 int main(int count, char **words) {
     const char *what = count > 1 ? words[1] : "";
     if (!strcmp(what, "tcp") && count == 5) tcp(connected(words[2], words[3], SOCK_STREAM), words[4]);
+    else if (!strcmp(what, "mptcp") && count == 5)
+        tcp(connected_by(words[2], words[3], SOCK_STREAM, 262 /* IPPROTO_MPTCP */), words[4]);
     else if (!strcmp(what, "nonblocking") && count == 4) nonblocking(words[2], words[3]);
     else if (!strcmp(what, "refused") && count == 4) refused(words[2], words[3], 0);
     else if (!strcmp(what, "hold") && count == 4) refused(words[2], words[3], 1);

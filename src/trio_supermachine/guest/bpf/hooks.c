@@ -16,6 +16,7 @@
 #define NO_ID (~0u)
 #define TCP 6
 #define UDP 17
+#define MPTCP 262 /* the names of a socket; it connects as TCP does */
 #define ONLY_IF_NEW 1 /* BPF_NOEXIST */
 
 #define htons(value) __builtin_bswap16(value)
@@ -47,7 +48,8 @@ static uint64_t (*const netns_cookie)(volatile void *context) = (void *)122;
  * program that was put into it to be cut off stays so. */
 INLINE bool is_ours(volatile struct context *context) {
     uint32_t protocol = context->protocol;
-    return (protocol == TCP || protocol == UDP) && netns_cookie(context) == netns_cookie(0);
+    return (protocol == TCP || protocol == UDP || protocol == MPTCP) &&
+           netns_cookie(context) == netns_cookie(0);
 }
 
 INLINE uint32_t mix(uint32_t hash, uint32_t word) {
