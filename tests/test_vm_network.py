@@ -490,8 +490,8 @@ async def test_what_an_acquirer_exposed_ends_with_its_turn(baked: Image) -> None
             forward = await vm.expose_tcp(guest_port=ECHO)
         async with pool.acquire() as vm:
             assert vm.reused
-            await forward.stop()
             await check_refused(forward)
+            await forward.stop()
 
 
 # --- cancellation ---

@@ -111,10 +111,10 @@ class VmNetwork:
         except VmExited:
             forwarder.cancel()
             raise
+        self._forwards.add(forwarder)  # here: its task may not have run when all are ended
         trace("net", "%r", forwarder)
 
     async def _run(self, forwarder: TcpForwarder | UdpForwarder) -> None:
-        self._forwards.add(forwarder)
         try:
             await forwarder.run()
         finally:
