@@ -22,6 +22,7 @@ from trio_supermachine.agent.wire import FrameType, WireError
 from trio_supermachine.devices.vsock.connection import State
 from trio_supermachine.devices.vsock.packet import Op, pack_header
 from trio_supermachine.devices.vsock.stream import VsockStream
+from trio_supermachine.errors import VmExited
 from trio_supermachine.net.addresses import HOST_NAME
 from trio_supermachine.net.datagrams import DatagramDecoder, DatagramStream, encode
 from trio_supermachine.net.egress import MAX_RESOLVING, MAX_UNDECIDED, OPEN_TIMEOUT
@@ -781,6 +782,14 @@ async def test_the_machines_end_ends_the_server_quietly() -> None:
         assert [e async for e in events] == []
         with pytest.raises(trio.BrokenResourceError):
             await stream.receive_some()
+
+
+async def test_the_machines_end_ends_the_server_quietly_as_engines_tell_it() -> None:
+    async with egress(NAMED) as agent:
+        events = agent.server.subscribe()
+        await trio.testing.wait_all_tasks_blocked()
+        agent.host.close(lambda: VmExited("shutdown"))
+        assert [e async for e in events] == []
 
 
 @attrs.frozen
