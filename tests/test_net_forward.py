@@ -188,6 +188,12 @@ async def test_addresses_that_cannot_be_had_are_named() -> None:
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "nobody.invalid", ""])
+async def test_what_is_no_address_is_told_so(host: str) -> None:
+    with pytest.raises(ConfigError, match="address"):
+        await bind(host, 0, socket.SOCK_STREAM)
+
+
 # --- TLS ---
 
 

@@ -120,8 +120,9 @@ async def bind(host: str, port: int, kind: socket.SocketKind) -> trio.socket.Soc
         raise ConfigError(f"the host's address must be an IP address or a name, not {host!r}")
     try:
         found = await trio.socket.getaddrinfo(host, port, type=kind)
-    except socket.gaierror as exc:
-        raise ConfigError(f"{host!r} is no address of this host: {exc.strerror}") from exc
+    except (socket.gaierror, UnicodeError) as exc:  # a label that is empty, or too long
+        why = exc.strerror if isinstance(exc, OSError) else "no name of a host"
+        raise ConfigError(f"{host!r} is no address of this host: {why}") from exc
     family, _, protocol, _, address = found[0]
     sock = trio.socket.socket(family, kind, protocol)
     try:
