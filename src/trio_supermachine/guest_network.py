@@ -32,7 +32,9 @@ class GuestNetwork:
         direction, or by :exc:`trio.BrokenResourceError` when the guest resets it. Close it when
         done. Cancelled, nothing is left of it.
 
-        :param port: the port; ``None`` is the one that was listened on first.
+        :param port: the port; ``None`` is the one that was listened on first. Of several that began
+            before anyone asked, in a guest with several processors, it may be another; then it
+            stays this one as long as it is listened on.
         :raises ConnectionRefusedError: nothing listens there; see :meth:`wait_listening`.
         """
         return await self._network.connect(0 if port is None else check_port("port", port, 1))
