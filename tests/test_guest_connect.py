@@ -333,6 +333,32 @@ async def test_two_thousand_connections_at_once() -> None:
             await until_fds(machine, before)
 
 
+async def test_connections_that_are_never_idle_starve_nobody() -> None:
+    async with open_agent() as (client, _), trio.open_nursery() as nursery:
+        listener, port = await listen()
+
+        async def talk(stream: trio.abc.SendStream) -> None:
+            while True:
+                await stream.send_all(BIG)
+
+        async def hear(stream: trio.abc.ReceiveStream) -> None:
+            async for _ in stream:
+                pass
+
+        streams: list[trio.abc.Stream] = []
+        for _ in range(8):
+            streams += [(await client.connect(port))[0], await listener.accept()]
+        for stream in streams:
+            nursery.start_soon(talk, stream)
+            nursery.start_soon(hear, stream)
+        with trio.fail_after(PATIENCE):
+            for _ in range(50):
+                await client.call(wire.frame(FrameType.PING))
+        nursery.cancel_scope.cancel()
+    for left in (listener, *streams):
+        await trio.aclose_forcefully(left)
+
+
 # --- in a machine ---
 
 
