@@ -14,7 +14,6 @@ import trio
 from ..agent import wire
 from ..agent.wire import FrameType, Protocol, WireError
 from ..devices.vsock.stream import VsockStream
-from ..errors import VmExited
 from ..trace import trace
 from .addresses import DNS_PORT, RESOLVER, Address, is_host, is_own
 from .events import MAX_BUFFER, EgressEvent, EventFeed
@@ -97,7 +96,7 @@ class EgressServer:
         while True:
             try:
                 stream = await self._listener.accept()
-            except (VmExited, *_CONNECTION_ERRORS):  # as the machine's end is told
+            except _CONNECTION_ERRORS:
                 return
             if self._undecided >= MAX_UNDECIDED:
                 stream.abort()
