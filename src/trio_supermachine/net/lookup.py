@@ -97,7 +97,11 @@ class HostLookups:
 
         :raises LookupFailed: none of them answers.
         """
-        for server, port in await self._name_servers():
+        try:
+            servers = await self._name_servers()
+        except RuntimeError as exc:  # the system has no thread that reads a file
+            raise LookupFailed(str(exc)) from exc
+        for server, port in servers:
             question = dns.message.make_query(name, kind, use_edns=0, payload=_PAYLOAD)
             try:
                 answer, _ = await dns.asyncquery.udp_with_fallback(
@@ -116,7 +120,10 @@ class HostLookups:
         raise LookupFailed("no name server answers")
 
     async def _in_thread(self, ask: Callable[[], _T]) -> _T:
-        return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._threads)
+        try:
+            return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._threads)
+        except RuntimeError as exc:  # the system has no thread for it
+            raise LookupFailed(str(exc)) from exc
 
 
 async def host_name_servers() -> list[tuple[str, int]]:

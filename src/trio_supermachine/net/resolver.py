@@ -18,6 +18,8 @@ from .policy import Decision, EgressPolicy
 TTL: Final = 30
 #: Seconds for one question.
 TIMEOUT: Final = 5.0
+#: Addresses that are told for one question; a hostile name server gives thousands.
+MAX_TOLD: Final = 256
 #: Questions of one VM at once.
 MAX_QUESTIONS: Final = 64
 
@@ -112,13 +114,13 @@ class Resolver:
         version = 4 if question.kind == m.A else 6
         told: list[Address] = []
         try:
-            for address in await self._lookups.addresses(name):
-                if address.version == version:
-                    fit = self._policy.decide_answer(address, own=is_own)
-                    if fit.allowed:
-                        told.append(address)
-                    else:
-                        decision = fit
+            found = await self._lookups.addresses(name)
+            for address in [a for a in found if a.version == version][:MAX_TOLD]:
+                fit = self._policy.decide_answer(address, own=is_own)
+                if fit.allowed:
+                    told.append(address)
+                else:
+                    decision = fit
         finally:
             # A name may lead to addresses of both kinds: it counts what the guest is told.
             if told:
