@@ -181,6 +181,12 @@ def test_nonsense_is_refused_with_what_was_wrong(text: str) -> None:
         EgressPolicy.parse(text)
 
 
+@pytest.mark.parametrize("item", ["example.org:443", "10.0.0.1:443", "[::1]:443"])
+def test_a_host_with_a_port_is_refused_with_how_to_write_it(item: str) -> None:
+    with pytest.raises(ConfigError, match=r"list them apart, as .*,:443"):
+        EgressPolicy.parse("allowlist:" + item)
+
+
 @given(st.text(max_size=30))
 def test_any_text_is_a_policy_or_a_config_error(text: str) -> None:
     for prefix in ("", "allowlist:", "denylist:"):

@@ -32,6 +32,7 @@ _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 # The last label of what inet_aton(3) reads as an address: 127.1, 0x7f000001, 017700000001.
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PORT_ITEM = re.compile(r":[0-9]{1,5}")
+_HOST_AND_PORT = re.compile(r"(.*[^:])(:[0-9]{1,5})")
 
 
 class PolicyKind(Enum):
@@ -367,6 +368,12 @@ def _parse_list(text: str, kind: PolicyKind, rest: str) -> EgressPolicy:
         try:
             if _PORT_ITEM.fullmatch(item):
                 ports.append(_port(int(item[1:])))
+            elif (both := _HOST_AND_PORT.fullmatch(item)) and not _is_address(item):
+                host, port = both.groups()
+                raise ConfigError(
+                    f"{item!r} is a host with a port; list them apart, as {host},{port}"
+                    " (a port is that of all that is listed)"
+                )
             elif _looks_numeric(item):
                 cidrs.append(str(_cidr(item)))
             else:
@@ -378,10 +385,14 @@ def _parse_list(text: str, kind: PolicyKind, rest: str) -> EgressPolicy:
 
 def _looks_numeric(item: str) -> bool:
     """Whether an item is meant as an address or a network."""
-    if "/" in item or ":" in item:
+    if "/" in item or ":" in item or _is_address(item):
         return True
+    return bool(_NUMBER.fullmatch(item.rpartition(".")[2]))
+
+
+def _is_address(item: str) -> bool:
     try:
         ip_address(item)
     except ValueError:
-        return bool(_NUMBER.fullmatch(item.rpartition(".")[2]))
+        return False
     return True
