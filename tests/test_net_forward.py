@@ -371,6 +371,7 @@ async def test_files_that_are_not_the_pem_they_should_be_are_named(
         {"listen_addr": ("", 80)},
         {"listen_addr": ("127.0.0.1", "80")},
         {"alpn": "h2"},
+        {"alpn": 5},
         {"alpn": [""]},
         {"alpn": ["x" * 256]},
         {"alpn": [b"h2"]},

@@ -38,7 +38,10 @@ def _address(value: Any) -> tuple[str, int]:
 def _alpn(values: Any) -> tuple[str, ...]:
     if isinstance(values, str):
         raise ConfigError(f"alpn must be a sequence of names, not one: {values!r}")
-    names = tuple(values)
+    try:
+        names = tuple(values)
+    except TypeError:
+        raise ConfigError(f"alpn must be a sequence of names, not {values!r}") from None
     for name in names:
         if not isinstance(name, str) or not name.isascii() or not 0 < len(name) <= _MAX_ALPN:
             raise ConfigError(f"an ALPN name is 1 to 255 ASCII characters, not {name!r}")
