@@ -36,6 +36,8 @@ class GuestNetwork:
             before anyone asked, in a guest with several processors, it may be another; then it
             stays this one as long as it is listened on.
         :raises ConnectionRefusedError: nothing listens there; see :meth:`wait_listening`.
+        :raises VmExited: the VM has ended.
+        :raises ConfigError: ``port`` is none.
         """
         return await self._network.connect(0 if port is None else check_port("port", port, 1))
 
@@ -45,6 +47,8 @@ class GuestNetwork:
         A cancel scope is the timeout.
 
         :param port: the port to wait for; ``None`` is any, and gives the one that was first.
+        :raises VmExited: the VM has ended.
+        :raises ConfigError: ``port`` is none.
         """
         wanted = 0 if port is None else check_port("port", port, 1)
         while True:
@@ -63,7 +67,8 @@ class GuestNetwork:
         """Have a TCP port of the host lead to one of the guest, until it is closed or the VM ends.
 
         Each client's connection is connected to the guest as it comes: one that finds nothing
-        listening there is reset. Ends of data and resets pass through, both ways.
+        listening there is reset. Ends of data and resets pass through, both ways. Cancelled,
+        it has taken nothing.
 
         :param host_port: the host's port; 0 is a free one, see :attr:`TcpForwarder.local_addr`.
         :param guest_port: the guest's; 0 is the one that was listened on first.
@@ -72,6 +77,7 @@ class GuestNetwork:
         :param max_connections: how many there are at once; more wait in the listener's backlog.
         :raises OSError: the address cannot be had; ``EADDRINUSE`` if another program has it.
         :raises ConfigError: a value makes no sense.
+        :raises VmExited: the VM has ended.
         """
         return await self._network.expose_tcp(host, host_port, guest_port, max_connections)
 
@@ -84,6 +90,7 @@ class GuestNetwork:
         close_notify is an end of data for the guest, and the guest's end is close_notify for the
         client. A connection that ends without is reset in the guest.
 
+        :param max_connections: as of :meth:`expose_tcp`.
         :raises ConfigError: a file is not the PEM that it should be; the message names it.
         :raises OSError: a file cannot be read, or as of :meth:`expose_tcp`.
         """
@@ -97,6 +104,7 @@ class GuestNetwork:
         Each client has a flow of its own, which ends after 60 s of silence; of more than 256 the
         one that was silent for the longest goes. Datagrams are dropped where the guest is slow.
 
+        :param host_port: as of :meth:`expose_tcp`, and so ``host``.
         :param guest_port: the guest's port, which has to be given.
         :raises OSError: as of :meth:`expose_tcp`.
         :raises ConfigError: a value makes no sense.
@@ -114,6 +122,8 @@ class GuestNetwork:
         this in a private directory, until the VM ends.
 
         :raises ConfigError: the path of the directory is too long for a unix socket.
+        :raises OSError: the sockets cannot be made.
+        :raises VmExited: the VM has ended, and nobody has asked before.
         """
         return self._network.sockets().vsock_path
 
@@ -129,5 +139,8 @@ class GuestNetwork:
 
         The channel ends with the VM. A slow reader loses the oldest events, which
         :attr:`EgressEvent.missed` counts; the guest never waits for it.
+
+        :param max_buffer: the events that wait for the reader.
+        :raises ConfigError: ``max_buffer`` is no integer above 0.
         """
         return self._network.egress.subscribe(max_buffer)
