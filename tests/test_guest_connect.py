@@ -393,6 +393,15 @@ async def test_a_port_that_the_kernel_gives_to_clients_is_not_connected_to_itsel
 
 
 @pytest.mark.vm
+async def test_the_agents_own_port_is_none_that_is_listened_on(busybox: Image) -> None:
+    async with Vm.start(busybox) as vm:
+        for connect in (vm._client.connect, vm._client.connect_udp):
+            with trio.fail_after(PATIENCE), pytest.raises(ConnectionRefusedError):
+                await connect(61030)
+        assert await awaited(vm._client, 61030, 0) == 0
+
+
+@pytest.mark.vm
 async def test_the_first_listener_stays_the_first_whatever_processor_the_next_runs_on(
     busybox: Image,
 ) -> None:

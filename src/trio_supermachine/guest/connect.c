@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "flow.h"
 #include "listeners.h"
 #include "loop.h"
 #include "relay.h"
@@ -124,8 +125,10 @@ static void place_ready(struct watch *watch, uint32_t events) {
 
 static void connect_tcp(struct session *session, uint32_t port) {
     struct sockaddr_storage unused;
-    if (!port && !listeners_find(IPPROTO_TCP, &port, &unused)) {
-        session_fail(session, ECONNREFUSED, 0, "nothing listens");
+    /* The agent's own port would take it. */
+    bool must_look = !port || port == FLOW_PORT;
+    if (must_look && !listeners_find(IPPROTO_TCP, &port, &unused)) {
+        session_fail(session, ECONNREFUSED, port, "nothing listens");
         return;
     }
     struct attempt *attempt = must_alloc(sizeof *attempt);
