@@ -7,7 +7,6 @@ import struct
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
@@ -20,6 +19,7 @@ import dns.rdatatype
 import dns.rrset
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +28,7 @@ from trio_supermachine.net import dnsmessage
 from trio_supermachine.net.addresses import HOST_NAME
 from trio_supermachine.net.lookup import HostLookups, read_name_servers
 from trio_supermachine.net.names import ToldNames
+from trio_supermachine.net.nameserver import MAX_RECORDS
 from trio_supermachine.net.policy import Decision, EgressPolicy
 from trio_supermachine.net.resolver import MAX_TOLD, TTL, Resolver
 
@@ -399,12 +400,19 @@ async def name_server(answers: dict[str, list[str]]) -> AsyncIterator[tuple[str,
             reply = answer(wire).to_wire(max_size=65535)
             await client.send_all(struct.pack("!H", len(reply)) + reply)
 
-    with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    while True:  # until a free port of UDP is one of TCP, too
+        udp = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         await udp.bind(("127.0.0.1", 0))
         port = udp.getsockname()[1]
+        try:
+            listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
+            break
+        except OSError:
+            udp.close()
+    with udp:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(datagrams)
-            await nursery.start(partial(trio.serve_tcp, stream, port, host="127.0.0.1"))
+            await nursery.start(trio.serve_listeners, stream, listeners)
             yield "127.0.0.1", port
             nursery.cancel_scope.cancel()
 
@@ -439,6 +447,46 @@ async def test_other_types_are_forwarded_to_the_hosts_name_servers() -> None:
         answer = await it.ask("alias.example", "SRV")
         assert [rrset.rdtype for rrset in answer.answer] == [dns.rdatatype.CNAME]
         assert not it.hosts.asked
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(MAX_RECORDS - 20, "x"), (MAX_RECORDS + 1, "x"), (40, "x" * 250)]
+)
+async def test_of_answers_no_more_is_parsed_than_takes_a_moment(count: int, text: str) -> None:
+    answers = {"a.example. TXT": [f'a.example. TXT "{text}{n}"' for n in range(count)]}
+    async with name_server(answers) as server:
+        it = desk(EgressPolicy.deny_private(), lookups=asking(server))
+        answer = await it.ask("a.example", "TXT", datagram=False)
+        if count < MAX_RECORDS and len(text) == 1:
+            assert len(answer.answer[0]) == count
+        else:
+            assert answer.rcode() == dns.rcode.SERVFAIL
+
+
+async def test_the_program_goes_on_while_the_worst_answer_is_parsed() -> None:
+    deep = ".".join("abcdefghij" * 11) + ".a.example."
+    answers = {"a.example. MX": [f"{deep} MX {n} {deep}" for n in range(100)]}
+    turns = 0
+    async with name_server(answers) as server, trio.open_nursery() as nursery:
+        it = desk(EgressPolicy.deny_private(), lookups=asking(server))
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await trio.sleep(0.001)
+                turns += 1
+
+        nursery.start_soon(count)
+        parsing = it.resolver._lookups._parsing
+        async with parsing:  # the answer waits to be parsed
+            nursery.start_soon(it.ask, "a.example", "MX")
+            while not parsing.statistics().tasks_waiting:
+                await trio.lowlevel.checkpoint()
+        turns = 0
+        while parsing.borrowed_tokens:
+            await trio.lowlevel.checkpoint()
+        assert turns
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("name", ["reset.example", "empty.example", "nonsense.example"])
@@ -512,6 +560,17 @@ def test_any_bytes_are_a_question_or_refused_or_dropped(wire: bytes) -> None:
             packed = dnsmessage.pack(reply, read, datagram=datagram)
             assert packed[:2] == wire[:2]
             assert read.message.is_response(dns.message.from_wire(packed))
+
+
+def test_records_in_a_question_are_refused_before_they_are_parsed() -> None:
+    query = dns.message.make_query("a.example", "A")
+    for section in (query.answer, query.authority):
+        section.append(dns.rrset.from_text("a.example.", 1, "IN", "MX", "1 b.example."))
+        answer = dnsmessage.read(query.to_wire())
+        assert isinstance(answer, bytes)
+        assert dns.message.from_wire(answer).rcode() == dns.rcode.FORMERR
+        section.clear()
+    assert isinstance(dnsmessage.read(query.to_wire()), dnsmessage.Question)
 
 
 async def test_strange_queries_are_refused() -> None:

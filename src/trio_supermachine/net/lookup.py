@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 from typing import Any, Final, TypeVar, final
 
-import dns.asyncquery
 import dns.message
 import dns.name
 import dns.rcode
@@ -16,6 +15,7 @@ import trio
 
 from ..trace import trace
 from .addresses import DNS_PORT, Address, unmapped
+from .nameserver import MAX_DATAGRAM, ask
 
 #: Lookups of one VM that occupy a thread of the host at once, given-up ones included.
 MAX_THREADS: Final = 8
@@ -25,7 +25,6 @@ _T = TypeVar("_T")
 _RESOLV_CONF: Final = "/etc/resolv.conf"
 _MAX_SERVERS: Final = 3  # as resolv.conf(5) has it
 _ATTEMPT: Final = 2.0  # seconds for one name server
-_PAYLOAD: Final = 1232
 _ANSWERS: Final = (dns.rcode.NOERROR, dns.rcode.NXDOMAIN)
 
 
@@ -53,6 +52,7 @@ class HostLookups:
         # Not Trio's default limiter: a guest that asks for names whose servers are silent must
         # not hold the threads that the host program needs.
         self._threads = trio.CapacityLimiter(MAX_THREADS)
+        self._parsing = trio.CapacityLimiter(1)
         self._name_servers = name_servers or host_name_servers
 
     async def addresses(self, name: str) -> list[Address]:
@@ -102,17 +102,11 @@ class HostLookups:
         except RuntimeError as exc:  # the system has no thread that reads a file
             raise LookupFailed(str(exc)) from exc
         for server, port in servers:
-            question = dns.message.make_query(name, kind, use_edns=0, payload=_PAYLOAD)
+            question = dns.message.make_query(name, kind, use_edns=0, payload=MAX_DATAGRAM)
             try:
-                answer, _ = await dns.asyncquery.udp_with_fallback(
-                    question,
-                    server,
-                    timeout=_ATTEMPT,
-                    port=port,
-                    ignore_unexpected=True,
-                    ignore_errors=True,
-                )
-            except Exception as exc:  # whatever it is, it comes from that server's bytes
+                with trio.fail_after(_ATTEMPT):
+                    answer = await ask(question, server, port, self._parsing)
+            except (OSError, ValueError, trio.BrokenResourceError, trio.TooSlowError) as exc:
                 trace("net", "name server %s: %r", server, exc)
                 continue
             if answer.rcode() in _ANSWERS:
