@@ -369,7 +369,7 @@ def _parse_list(text: str, kind: PolicyKind, rest: str) -> EgressPolicy:
             if _PORT_ITEM.fullmatch(item):
                 ports.append(_port(int(item[1:])))
             elif (both := _HOST_AND_PORT.fullmatch(item)) and not _is_address(item):
-                host, port = both.groups()
+                host, port = both[1].strip("[]"), both[2]
                 raise ConfigError(
                     f"{item!r} is a host with a port; list them apart, as {host},{port}"
                     " (a port is that of all that is listed)"
