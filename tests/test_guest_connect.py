@@ -23,6 +23,7 @@ from .agent_process import open_agent
 from .connecting import BIG, PATIENCE, connecting, listen, read_all, until_fds
 from .guest_client import Agent
 from .guest_fixtures import agent, bare_agent
+from .outside import program
 
 __all__ = ["agent", "bare_agent"]  # fixtures
 
@@ -419,3 +420,26 @@ async def test_the_first_listener_stays_the_first_whatever_processor_the_next_ru
                         stream, port = await client.connect()
                         assert port == 7000
                         await stream.aclose()
+
+
+@pytest.mark.vm
+@pytest.mark.usefixtures("many_files")
+@pytest.mark.qemu  # on others the windows are those of the guest's kernel
+async def test_connections_that_a_program_never_takes_leave_memory_for_others(
+    busybox: Image,
+) -> None:
+    async with Vm.start(attrs.evolve(busybox, memory_mib=128)) as vm:
+        await vm.write_file("/outside", program(), mode=0o755)
+        await vm.run_process(["sh", "-c", "echo 4096 >/proc/sys/net/core/somaxconn"])
+        async with vm.exec(["/outside", "deaf", "8000"]) as deaf, trio.open_nursery() as nursery:
+            with trio.fail_after(PATIENCE * 2):
+                await vm.wait_listening(8000)
+                streams = [await vm.connect(8000) for _ in range(900)]
+                for stream in streams:
+                    nursery.start_soon(stream.send_all, BIG)
+                for _ in range(30):
+                    await vm.run_process(["true"])
+            deaf.kill()
+            nursery.cancel_scope.cancel()
+        for stream in streams:
+            await trio.aclose_forcefully(stream)

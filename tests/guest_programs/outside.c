@@ -8,6 +8,7 @@
  * outside udp FAMILY ADDRESS...       one socket for all: send to each its own address from port 7
  * outside connected FAMILY ADDRESS... a connected socket for each, and back again; tell its addresses
  * outside inside ADDRESS              a server on it, and a client, both of which tell the addresses
+ * outside deaf PORT                   listen, and take no connection
  * outside garbage                     talk to the agent's port as no hook would lead there
  * outside many COUNT ADDRESS PORT     as many connections at once; then use each
  * outside resolve NAME                what a resolver that looks for addresses of this machine finds
@@ -215,6 +216,14 @@ static void inside(const char *text) {
     close(server);
 }
 
+static void deaf(const char *port) {
+    union address address;
+    socklen_t size = parse(&address, "127.0.0.1", port);
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    if (bind(listener, &address.any, size) || listen(listener, 4096)) fail("listen");
+    pause();
+}
+
 static void garbage(void) {
     static const char *const places[] = {
         "127.0.0.1", "127.64.0.0", "127.100.1.2", "192.0.0.2", "::1", "fd73:6d00::2", "fd73:6d00:0:1::5",
@@ -306,6 +315,7 @@ int main(int count, char **words) {
     else if (!strcmp(what, "udp") && count > 3) unconnected_udp(words[2], words + 3);
     else if (!strcmp(what, "connected") && count > 3) connected_udp(words[2], words + 3);
     else if (!strcmp(what, "inside") && count == 3) inside(words[2]);
+    else if (!strcmp(what, "deaf") && count == 3) deaf(words[2]);
     else if (!strcmp(what, "garbage")) garbage();
     else if (!strcmp(what, "many") && count == 5) many(atoi(words[2]), words[3], words[4]);
     else if (!strcmp(what, "resolve") && count == 3) resolve(words[2]);

@@ -1,13 +1,17 @@
 #include "lines.h"
 
 #include <string.h>
+#include <sys/sysinfo.h>
 
 #include "loop.h"
 
-/* What each may have sent that is not used; the memory of this machine bounds their sum. */
+/* What each may have sent that is not used. The first few have the wide window, those beyond have the
+ * narrow one, which is less in a small machine: 1024 of all take an eighth of its memory. */
 #define WIDE_WINDOW 262144u
+#define WIDE_LINES 256u
 #define NARROW_WINDOW 65536u
-#define WIDE_LINES 256u /* those beyond have the narrow one */
+#define LEAST_WINDOW 4096u
+#define MANY_LINES 1024u
 #define BUCKETS 256u
 
 static struct line *buckets[BUCKETS];
@@ -26,6 +30,15 @@ struct line *line_find(uint32_t local_port, uint32_t peer_port) {
     return line;
 }
 
+static uint32_t next_window(void) {
+    static size_t share; /* of this machine's memory */
+    struct sysinfo machine;
+    if (!share) share = sysinfo(&machine) ? 1 : machine.totalram / 16 * machine.mem_unit;
+    if (!lines || lines < smaller(WIDE_LINES, share / WIDE_WINDOW)) return WIDE_WINDOW;
+    size_t narrow = smaller(share / MANY_LINES, NARROW_WINDOW);
+    return narrow < LEAST_WINDOW ? LEAST_WINDOW : (uint32_t)narrow;
+}
+
 bool lines_are_full(void) { return lines >= MAX_LINES; }
 
 struct line *line_add(const struct carrier *carrier, uint32_t local_port, uint32_t peer_port,
@@ -33,7 +46,7 @@ struct line *line_add(const struct carrier *carrier, uint32_t local_port, uint32
     struct line *line = must_alloc(sizeof *line);
     line->conn.carrier = carrier;
     line->state = state;
-    line->window = lines < WIDE_LINES ? WIDE_WINDOW : NARROW_WINDOW;
+    line->window = next_window();
     line->local_port = local_port;
     line->peer_port = peer_port;
     struct line **place = bucket(local_port, peer_port);
