@@ -28,7 +28,7 @@ from trio_supermachine import (
 )
 from trio_supermachine.snapshots import verify_snapshot
 
-from .conftest import engines, read_until
+from .conftest import VCPUS, engines, read_until
 
 pytestmark = pytest.mark.vm
 
@@ -223,7 +223,7 @@ async def test_other_hardware_boots_and_require_restore_refuses(vm: Vm, tmp_path
     image = await vm.snapshot(tmp_path / "snap")
     async with Vm.start(image, VmConfig(memory_mib=300)) as booted:
         assert booted.started_by == "boot"
-    async with Vm.start(image, VmConfig(require_restore=True, memory_mib=256, vcpus=1)) as copy:
+    async with Vm.start(image, VmConfig(require_restore=True, memory_mib=256, vcpus=VCPUS)) as copy:
         assert copy.started_by == "restore"
     with pytest.raises(SnapshotIncompatible, match="300 MiB"):
         async with Vm.start(image, VmConfig(require_restore=True, memory_mib=300)):
