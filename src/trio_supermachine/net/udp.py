@@ -12,10 +12,10 @@ from typing import Any, Final, final
 import attrs
 import trio
 
-from ..agent import wire
 from ..agent.client import FrameStream
-from ..agent.wire import MAX_DATAGRAM, FrameType, WireError
+from ..agent.wire import MAX_DATAGRAM
 from ..trace import trace
+from .datagrams import DatagramStream
 from .serving import CONNECTION_ERRORS, bind, check_port, format_address, local_addr
 
 #: Seconds of silence, in both directions, after which a flow ends.
@@ -38,7 +38,7 @@ class _Flow:
 
     address: Any
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    guest: FrameStream | None = None
+    guest: DatagramStream | None = None
     early: deque[bytes] = attrs.field(factory=deque)
     early_bytes: int = 0
 
@@ -46,20 +46,17 @@ class _Flow:
         self.scope.deadline = trio.current_time() + IDLE
 
     def send(self, data: bytes) -> bool:
+        if self.guest is not None:
+            return self.guest.send_nowait(data)
         if len(data) > MAX_DATAGRAM:
             return False
-        if self.guest is not None:
-            if not self.guest.stream.sendable():
-                return False
-            self.guest.stream.send_nowait(wire.frame(FrameType.DATA, data))
-            return True
         if len(self.early) >= _EARLY_DATAGRAMS or self.early_bytes + len(data) > _EARLY_BYTES:
             return False
         self.early.append(data)
         self.early_bytes += len(data)
         return True
 
-    def connected(self, guest: FrameStream) -> None:
+    def connected(self, guest: DatagramStream) -> None:
         self.guest = guest
         while self.early:
             self.send(self.early.popleft())
@@ -143,17 +140,16 @@ class UdpForwarder(trio.abc.AsyncResource):
     async def _serve(self, flow: _Flow) -> None:
         try:
             with flow.scope:
-                guest = await self._connect(self.guest_port)
+                connection = await self._connect(self.guest_port)
                 try:
+                    guest = DatagramStream(connection.stream)
                     flow.connected(guest)
-                    while (frame := await guest.receive()) is not None:
-                        if frame.type != FrameType.DATA or len(frame.payload) > MAX_DATAGRAM:
-                            raise WireError(f"frame {frame.type} in the place of a datagram")
+                    while (datagram := await guest.receive()) is not None:
                         self._touch(flow)
-                        await self._answer(frame.payload, flow.address)
+                        await self._answer(datagram, flow.address)
                 finally:
-                    guest.leave(complete=False)
-        except (*CONNECTION_ERRORS, WireError) as exc:
+                    connection.leave(complete=False)
+        except CONNECTION_ERRORS as exc:
             trace("net", "%r: a flow ended: %s", self, exc)
         finally:
             if self._flows.get(flow.address) is flow:
