@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, final
 
@@ -280,14 +281,12 @@ async def _connect_any(wanted: wire.Open) -> trio.socket.SocketType:
         if wanted.address.version == 6:
             targets.reverse()
     kind = socket.SOCK_STREAM if wanted.protocol is Protocol.TCP else socket.SOCK_DGRAM
-    for target in targets:
-        try:
+    *others, last = targets
+    for target in others:
+        # A service on the host's loopback may listen on one of its two addresses only.
+        with suppress(ConnectionRefusedError):
             return await _connect_one(target, wanted.port, kind)
-        except ConnectionRefusedError:
-            # A service on the host's loopback may listen on one of its two addresses only.
-            if target is targets[-1]:
-                raise
-    raise AssertionError("there is a target")
+    return await _connect_one(last, wanted.port, kind)
 
 
 async def _connect_one(
