@@ -33,7 +33,7 @@ class _NoConsole(Console):
 
 @final
 class AgentMachine(Machine):
-    """As much of a machine as its channel."""
+    """As much of a machine as its channel: an ordinary process cannot be paused or captured."""
 
     engine = "process"
     console = _NoConsole()

@@ -40,19 +40,9 @@ from trio_supermachine.net.serving import bind
 from trio_supermachine.net.tls import HANDSHAKE, TlsConfig, TlsStream
 from trio_supermachine.net.udp import IDLE, MAX_FLOWS, UdpForwarder, open_udp
 
-from .test_net_relay import read_all, tcp_pair
+from .test_net_relay import echo, read_all, tcp_pair
 
 GUEST_PORT = 80
-
-
-async def echo(stream: trio.SocketStream) -> None:
-    async with stream:
-        try:
-            async for chunk in stream:
-                await stream.send_all(chunk)
-            await stream.send_eof()
-        except trio.BrokenResourceError:
-            pass
 
 
 @asynccontextmanager

@@ -81,6 +81,17 @@ async def clogged(stream: trio.abc.SendStream) -> None:
         sent = not scope.cancelled_caught
 
 
+async def echo(stream: trio.SocketStream) -> None:
+    """Send back what comes, and its end."""
+    async with stream:
+        try:
+            async for chunk in stream:
+                await stream.send_all(chunk)
+            await stream.send_eof()
+        except trio.BrokenResourceError:
+            pass
+
+
 async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
     return b"".join([bytes(chunk) async for chunk in stream])
 

@@ -26,7 +26,7 @@ from trio_supermachine.net.sockets import (
     sniff,
 )
 
-from .test_net_relay import read_all, tcp_pair
+from .test_net_relay import echo, read_all, tcp_pair
 
 bodies = st.binary(max_size=40)
 ports = st.integers(0, 65535)
@@ -157,16 +157,6 @@ async def serving(directory: Path | None) -> AsyncIterator[tuple[UnixSockets, li
         nursery.start_soon(sockets.run)
         yield sockets, asked
         nursery.cancel_scope.cancel()
-
-
-async def echo(stream: trio.SocketStream) -> None:
-    async with stream:
-        try:
-            async for chunk in stream:
-                await stream.send_all(chunk)
-            await stream.send_eof()
-        except trio.BrokenResourceError:
-            pass
 
 
 async def test_bytes_behind_a_header_are_the_guests() -> None:
