@@ -180,11 +180,13 @@ async def test_the_driver_hears_together_of_packets_that_were_taken_from_it(
     told = tx.interrupts
     for _ in range(31):
         await two.send_all(b"x")
+    await trio.testing.wait_all_tasks_blocked()
     assert tx.interrupts == told
     await trio.sleep(1)
     assert tx.interrupts == told + 1
     for _ in range(64):
         await two.send_all(b"x")
+    await trio.testing.wait_all_tasks_blocked()
     assert tx.interrupts == told + 3
     await trio.sleep(1)
     assert tx.interrupts == told + 3
