@@ -42,8 +42,8 @@ class AgentMachine(Machine):
         self.mux = mux
         self.process = process
 
-    async def dial(self, port: int) -> VsockStream:
-        return await self.mux.dial(port)
+    async def dial(self, port: int, opening: bytes = b"") -> VsockStream:
+        return await self.mux.dial(port, opening)
 
     def listen(self, port: int) -> VsockListener:
         return self.mux.listen(port)

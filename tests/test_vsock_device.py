@@ -171,6 +171,27 @@ async def test_both_ways_at_once_with_packets_as_large_as_their_buffers(ends: En
     assert got == {"one": DATA, "two": DATA}
 
 
+async def test_the_driver_hears_together_of_packets_that_were_taken_from_it(
+    ends: Ends, autojump_clock: trio.testing.MockClock
+) -> None:
+    _, two = await ends.connect()
+    tx = ends.driver.queues[TX]
+    await trio.sleep(1)
+    told = tx.interrupts
+    for _ in range(31):
+        await two.send_all(b"x")
+    await trio.testing.wait_all_tasks_blocked()
+    assert tx.interrupts == told
+    await trio.sleep(1)
+    assert tx.interrupts == told + 1
+    for _ in range(64):
+        await two.send_all(b"x")
+    await trio.testing.wait_all_tasks_blocked()
+    assert tx.interrupts == told + 3
+    await trio.sleep(1)
+    assert tx.interrupts == told + 3
+
+
 async def test_a_pause_loses_nothing(ends: Ends) -> None:
     one, two = await ends.connect()
     got: dict[str, bytes] = {}

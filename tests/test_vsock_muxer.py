@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from trio_supermachine.devices.vsock import muxer
-from trio_supermachine.devices.vsock.connection import WINDOW, Connection, State
+from trio_supermachine.devices.vsock.connection import OPENING, WINDOW, Connection, State
 from trio_supermachine.devices.vsock.framing import Framing
 from trio_supermachine.devices.vsock.muxer import MAX_CONNECTIONS, MAX_CONTROL, Mux
 from trio_supermachine.devices.vsock.packet import (
@@ -91,9 +91,19 @@ class Pipes(RuleBasedStateMachine):
         return end, self.pairs[index][end]
 
     @precondition(lambda self: len(self.pairs) + len(self.dialing) < 4)
-    @rule(end=ends)
-    def dial(self, end: int) -> None:
-        self.dialing.append((end, self.muxes[end].dial(PORT)))
+    @rule(end=ends, opening=st.just(0) | sizes)
+    def dial(self, end: int, opening: int) -> None:
+        connection = self.muxes[end].dial(PORT)
+        self.dialing.append((end, connection))
+        self.written[connection] = bytearray()
+        if opening:
+            self.write(end, connection, opening)
+
+    def write(self, end: int, connection: Connection, size: int) -> None:
+        self.stamp += 1
+        chunk = (self.stamp.to_bytes(4, "big") * (size // 4 + 1))[:size]
+        self.written[connection] += chunk
+        self.muxes[end].offer(connection, memoryview(chunk))
 
     @precondition(lambda self: self.pairs)
     @rule(data=st.data(), size=sizes)
@@ -105,10 +115,7 @@ class Pipes(RuleBasedStateMachine):
             or connection.pending is not None
         ):
             return
-        self.stamp += 1
-        chunk = (self.stamp.to_bytes(4, "big") * (size // 4 + 1))[:size]
-        self.written[connection] += chunk
-        self.muxes[end].offer(connection, memoryview(chunk))
+        self.write(end, connection, size)
 
     @precondition(lambda self: self.pairs)
     @rule(data=st.data(), limit=st.sampled_from([None, 1, 5000, 100_000]))
@@ -164,9 +171,9 @@ class Pipes(RuleBasedStateMachine):
             )
             self.dialing.remove((1 - end, dialed))
             self.pairs.append([connection, dialed] if end == 0 else [dialed, connection])
-            for one in (connection, dialed):
-                self.written[one] = bytearray()
-                self.read[one] = bytearray()
+            self.written[connection] = bytearray()
+            self.read[connection] = bytearray()
+            self.read[dialed] = bytearray()
 
     @invariant()
     def what_is_read_is_what_was_written_in_order(self) -> None:
@@ -222,6 +229,27 @@ def test_a_payload_is_no_larger_than_the_room_that_there_is(host: Mux) -> None:
         pulled.append(bytes(host.pull(4)[1]))
     assert pulled == [b"0123", b"4567", b"89"]
     assert host.drained == [connection]
+
+
+def test_what_opens_a_connection_goes_behind_its_request_as_far_as_any_window_goes() -> None:
+    mux = Mux()
+    connection = mux.dial(PORT)
+    mux.offer(connection, memoryview(bytes(OPENING + 1)))
+    request, data = packets(mux)
+    assert (request.op, data.op, len(data.payload)) == (Op.REQUEST, Op.RW, OPENING)
+    answer = Packet(3, 2, PORT, connection.local_port, Op.RESPONSE, buf_alloc=WINDOW)
+    assert mux.receive(answer) is connection
+    assert [len(p.payload) for p in packets(mux)] == [1]
+
+
+def test_a_refused_connection_forgets_what_should_open_it() -> None:
+    mux = Mux()
+    connection = mux.dial(PORT)
+    mux.offer(connection, memoryview(bytes(OPENING + 1)))
+    packets(mux)
+    assert mux.receive(Packet(3, 2, PORT, connection.local_port, Op.RST)) is connection
+    assert connection.state is State.GONE
+    assert not packets(mux)
 
 
 def test_data_waits_for_credit_and_goes_on_with_it(host: Mux) -> None:

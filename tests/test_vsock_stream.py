@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from trio_supermachine.devices.vsock.carrier import SocketCarrier
-from trio_supermachine.devices.vsock.connection import WINDOW
+from trio_supermachine.devices.vsock.connection import OPENING, WINDOW
 from trio_supermachine.devices.vsock.packet import Op, Packet, VsockProtocolError
 from trio_supermachine.devices.vsock.stream import VsockListener, VsockMux, VsockStream
 
@@ -153,6 +153,33 @@ async def test_an_abort_breaks_the_peer(ends: Ends) -> None:
 async def test_a_port_without_listener_refuses(ends: Ends) -> None:
     with pytest.raises(ConnectionRefusedError, match="port 7"):
         await ends.host.dial(7)
+
+
+@pytest.mark.parametrize("size", [1, OPENING, OPENING + 1, len(DATA)])
+async def test_a_dial_with_an_opening_waits_for_nothing(ends: Ends, size: int) -> None:
+    with trio.CancelScope() as scope:
+        dialed = await ends.host.dial(PORT, DATA[:size])
+        scope.cancel()
+        await trio.lowlevel.checkpoint()
+    async with dialed, await ends.listener.accept() as accepted, trio.open_nursery() as nursery:
+        nursery.start_soon(dialed.send_all, b"more")
+        nursery.start_soon(accepted.send_all, b"answer")
+        got = b""
+        while len(got) < size + 4:
+            got += await accepted.receive_some()
+        assert got == DATA[:size] + b"more"
+        assert await dialed.receive_some() == b"answer"
+
+
+async def test_a_refusal_breaks_a_stream_that_was_dialed_with_an_opening(ends: Ends) -> None:
+    dialed = await ends.host.dial(PORT + 1, b"hello?")
+    with pytest.raises(trio.BrokenResourceError):
+        await dialed.receive_some()
+    await dialed.aclose()
+    await trio.testing.wait_all_tasks_blocked()
+    for mux in (ends.host, ends.guest):
+        assert not mux.core._connections
+        assert not mux._streams
 
 
 async def test_a_port_has_one_listener_until_it_is_closed(ends: Ends) -> None:

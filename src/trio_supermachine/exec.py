@@ -61,10 +61,8 @@ class _Connection:
         self._cause: WireError | None = None
         self._left = False
 
-    def start(self, encoded: bytes) -> None:
-        """Send the request, and take in what comes, until :meth:`close`."""
-        if self._stream.sendable():
-            self._stream.send_nowait(encoded)
+    def start(self) -> None:
+        """Take in what comes, until :meth:`close`."""
         self._stream.watch(self._take_in)
 
     def _take_in(self) -> None:
@@ -422,14 +420,13 @@ async def open_exec(client: AgentClient, request: ExecRequest) -> AsyncIterator[
     """
     trace("exec", "start %r", request.chain)
     try:
-        encoded = b"".join(request.encode())
-        stream = await client.dial()
-    except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:
+        stream = await client.ask(b"".join(request.encode()))
+    except (trio.BrokenResourceError, WireError) as exc:
         raise await client.failure(exc, "an exec", setup=True) from exc
     connection = _Connection(client, stream, request)
     try:
         try:
-            connection.start(encoded)
+            connection.start()
             await connection.wait_started()
             yield ExecChild(connection, request)
             await connection.drain()

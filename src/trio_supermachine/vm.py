@@ -310,6 +310,7 @@ class Vm(GuestFiles, GuestNetwork):
                     if answer.payload == wire.ALL_IS_WRITTEN:
                         self._machine.kill("shutdown")
                 await self._machine.wait_exit()
+                return
         finally:
             self._machine.kill()
         await self._machine.wait_exit()

@@ -40,14 +40,6 @@ class FrameStream:
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
 
-    def ask(self, request: bytes) -> None:
-        """Send what a new connection begins with, without waiting for room.
-
-        To a guest that has gone meanwhile nothing is sent; :meth:`receive` tells.
-        """
-        if self.stream.sendable():
-            self.stream.send_nowait(request)
-
     def leave(self, *, complete: bool) -> None:
         """Close: ``complete`` says that the guest has said all, and closes too."""
         if complete:
@@ -129,6 +121,13 @@ class AgentClient:
         """A new connection to the agent."""
         return await self._machine.dial(wire.AGENT_PORT)
 
+    async def ask(self, request: bytes) -> VsockStream:
+        """A new connection that begins with ``request``.
+
+        Does not wait for the guest, whose refusal is the stream's early end.
+        """
+        return await self._machine.dial(wire.AGENT_PORT, request)
+
     async def call(self, request: bytes, *, path: str | bytes | None = None) -> Frame:
         """Make a one-shot request and give its answer.
 
@@ -136,14 +135,13 @@ class AgentClient:
         :raises VmExited: the machine is gone.
         """
         try:
-            connection = FrameStream(await self.dial())
+            connection = FrameStream(await self.ask(request))
             frame: Frame | None = None
             try:
-                connection.ask(request)
                 frame = await connection.receive()
             finally:
                 connection.leave(complete=frame is not None)
-        except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:
+        except (trio.BrokenResourceError, WireError) as exc:
             await self.raise_failure(exc, "a call to the guest's agent")
         if frame is None:
             await self.raise_failure(None, "a call to the guest's agent")
@@ -185,7 +183,8 @@ class AgentClient:
         try:
             if protocol is Protocol.TCP:
                 stream.end_like_tcp()
-            connection.ask(request)
+            if stream.sendable():  # else the guest has gone: receiving tells
+                stream.send_nowait(request)
             try:
                 answer = await self._expect(connection, FrameType.OK)
                 return connection, wire.decode_u64(answer.payload) & 0xFFFF
@@ -266,10 +265,9 @@ class AgentClient:
         connection: FrameStream | None = None
         try:
             try:
-                connection = FrameStream(await self.dial())
-                connection.ask(request)
+                connection = FrameStream(await self.ask(request))
                 return connection, await self.file_answer(connection, path, max_bytes)
-            except (trio.BrokenResourceError, ConnectionRefusedError, WireError) as exc:
+            except (trio.BrokenResourceError, WireError) as exc:
                 await self.raise_failure(exc, f"opening {os.fsdecode(path)}")
         except BaseException:
             if connection is not None:

@@ -3,7 +3,6 @@
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,11 +33,7 @@ static void end_and_write_all(void) {
     workload_kill();
     exec_kill_all();
     if (!machine_is_ours) return;
-    int console = open("/dev/console", O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
-    if (console >= 0) {
-        tcdrain(console);
-        close(console);
-    }
+    tcdrain(STDERR_FILENO); /* the console */
     sync();
 }
 
@@ -66,8 +61,11 @@ static void leave(void) {
     timer_set(&grace, now_ns() + FOR_THE_HOST_MS * NS_PER_MS, power_off_by);
 }
 
-/* Whether it is a program that runs: neither a thread of the kernel nor a zombie. */
+/* Whether it is a program that runs: neither a thread of the kernel nor a zombie. All that is begun
+ * here has a group of its own, or one of its family's; most of the others can be told by that, and
+ * what the kernel says of a process takes it long to write. */
 static bool is_program(pid_t pid) {
+    if (getpgid(pid) <= 0) return false;
     char path[32], text[512];
     snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
     if (read_text(path, text, sizeof text) < 0) return false;

@@ -190,7 +190,8 @@ size_t session_room(struct session *session, uint8_t **at) {
     size_t room = session->conn->carrier->reserve(session->conn, at);
     if (room <= FRAME_HEADER) return 0;
     *at += FRAME_HEADER;
-    return smaller(room - FRAME_HEADER, MAX_DATA);
+    /* With its header it fills a packet of AF_VSOCK: a few bytes more would be another one. */
+    return smaller(room - FRAME_HEADER, MAX_DATA - FRAME_HEADER);
 }
 
 void session_send_data(struct session *session, uint8_t stream, size_t size) {

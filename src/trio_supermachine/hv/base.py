@@ -125,8 +125,11 @@ class Machine(ABC):
     console: Console
 
     @abstractmethod
-    async def dial(self, port: int) -> VsockStream:
+    async def dial(self, port: int, opening: bytes = b"") -> VsockStream:
         """Open a stream to vsock ``port`` in the guest.
+
+        With an ``opening``, the first bytes to send, it does not wait for the guest's answer; a
+        refusal breaks the stream then.
 
         :raises ConnectionRefusedError: nothing listens there.
         :raises VmExited: the machine is gone.

@@ -10,6 +10,8 @@ import attrs
 
 #: Twice that of an exec's output, whose WINDOW frames then carry the credit too.
 WINDOW: Final = 512 * 1024
+#: What a peer has room for before it says so: the least of the agent's windows.
+OPENING: Final = 4096
 _U32: Final = 0xFFFF_FFFF
 
 #: Payloads below this are gathered, so that a peer that sends single bytes cannot make a full

@@ -44,6 +44,10 @@ _STATE: Final = struct.Struct("<I")
 _EVENT_TRANSPORT_RESET: Final = struct.pack("<I", 0)
 #: Packets handled before other tasks get a turn.
 _TURN: Final = 64
+#: With a tx chain that comes back a driver does nothing but free memory. It hears of so many of
+#: them together, or of fewer so many seconds after the first: interrupts cost both sides much.
+_TOLD_TOGETHER: Final = 32
+_TOLD_AFTER: Final = 0.1
 
 
 class _Rx(Enum):
@@ -85,6 +89,8 @@ class VsockDevice(VirtioDevice, Carrier):
         self._rx_wait = _Rx.NOTHING
         self._rx_task = Parking()
         self._tx_task = Parking()
+        self._untold = 0  # packets taken from the driver
+        self._teller = Parking()
         self._scope = trio.CancelScope()
         self._fault: QueueFault | GuestMemoryError | None = None
         self._peer_reset = _PeerReset.DONE
@@ -98,11 +104,12 @@ class VsockDevice(VirtioDevice, Carrier):
     async def run(self, queues: Sequence[Queue]) -> None:
         """Move packets until cancelled. The muxer must have been made."""
         rx, tx, events = queues
-        self._rx, self._rx_wait, self._fault = rx, _Rx.NOTHING, None
+        self._rx, self._rx_wait, self._fault, self._untold = rx, _Rx.NOTHING, None, 0
         try:
             async with open_flat_nursery() as nursery:
                 self._scope = nursery.cancel_scope
                 nursery.start_soon(self._guard, self._tx_loop, tx)
+                nursery.start_soon(self._guard, self._tell_late, tx)
                 nursery.start_soon(self._guard, self._rx_loop, rx)
                 if self._peer_reset is not _PeerReset.DONE:
                     nursery.start_soon(self._guard, self._say_reset, events)
@@ -256,15 +263,28 @@ class VsockDevice(VirtioDevice, Carrier):
                 del chain
                 if connection is not None:
                     mux.touched(connection)
+                self._untold += 1
+                if self._untold == _TOLD_TOGETHER:
+                    tx.interrupt()
+                    self._untold = 0
                 left -= 1
                 if not left:
-                    tx.interrupt()
                     self.flush()
                     await trio.lowlevel.checkpoint()
                     left = _TURN
-            tx.interrupt()
+            self._teller.wake()
             if core.has_output:
                 self.flush()
+
+    async def _tell_late(self, tx: Queue) -> None:
+        """Tell the driver of what it has not heard of for a while."""
+        while True:
+            if self._untold:
+                await trio.sleep(_TOLD_AFTER)
+                tx.interrupt()
+                self._untold = 0
+            else:
+                await self._teller.park()
 
     def _receive(self, chain: Chain) -> Connection | None:
         views = chain.readable

@@ -13,7 +13,7 @@ from typing import Final
 
 import attrs
 
-from .connection import WINDOW, Connection, PeerFault, State
+from .connection import OPENING, WINDOW, Connection, PeerFault, State
 from .packet import (
     GUEST_CID,
     HOST_CID,
@@ -90,13 +90,17 @@ class Mux:
     # --- what the local user does ---
 
     def dial(self, port: int) -> Connection:
-        """Ask for a connection to the peer's ``port``. :raises OSError: EMFILE, too many."""
+        """Ask for a connection to the peer's ``port``. :raises OSError: EMFILE, too many.
+
+        What is offered before the peer's answer goes behind the request, `OPENING` bytes of it.
+        """
         if len(self._connections) >= MAX_CONNECTIONS:
             raise OSError(errno.EMFILE, "too many vsock connections")
         while (local := self._next_port, port) in self._connections:
             self._advance_port()
         self._advance_port()
         connection = Connection(local, port, State.DIALING)
+        connection.learn_credit(OPENING, 0)
         self._connections[local, port] = connection
         self._owe(connection, _REQUEST)
         return connection
@@ -331,7 +335,7 @@ class Mux:
         senders = self._senders
         while senders:
             connection = senders[0]
-            if connection.pending and connection.state is State.OPEN and connection.credit:
+            if connection.pending and connection.credit:
                 return True
             connection.queued = False
             senders.popleft()
@@ -400,7 +404,7 @@ class Mux:
         connection.due |= bits
 
     def _enqueue(self, connection: Connection) -> None:
-        if not connection.queued and connection.credit and connection.state is State.OPEN:
+        if not connection.queued and connection.credit:
             connection.queued = True
             self._senders.append(connection)
 

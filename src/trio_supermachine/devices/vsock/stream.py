@@ -57,6 +57,9 @@ class VsockStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint_if_cancelled()
             if data:
                 connection = self._connection
+                while connection.pending is not None:  # an opening, or what was sent without a wait
+                    await self._sender.park()
+                    self._check_sending()
                 self._mux._offer(connection, memoryview(data).cast("B"))
                 if connection.pending is not None:
                     await self._wait_sent()
@@ -347,8 +350,11 @@ class VsockMux:
         finally:
             self.end("the machine's channel has ended")
 
-    async def dial(self, port: int) -> VsockStream:
+    async def dial(self, port: int, opening: bytes = b"") -> VsockStream:
         """Connect to the peer's ``port``; waits for its answer. Cancelling gives the attempt up.
+
+        With an ``opening`` this does not wait: that follows the request at once, and a refusal
+        breaks the stream.
 
         :raises ConnectionRefusedError: nothing listens there.
         :raises trio.BrokenResourceError: the carrier has ended (or what ``close`` was given).
@@ -358,6 +364,10 @@ class VsockMux:
         self.check_alive()
         connection = self.core.dial(port)
         stream = self._adopt(connection)
+        if opening:
+            stream._dialing = False
+            self._offer(connection, memoryview(opening))
+            return stream
         self._carrier.flush()
         try:
             while connection.state is State.DIALING:

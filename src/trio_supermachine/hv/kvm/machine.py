@@ -127,8 +127,8 @@ class KvmMachine(Machine):
                 counts[reason] = counts.get(reason, 0) + count
         return counts
 
-    async def dial(self, port: int) -> VsockStream:
-        return await self._board.mux.dial(port)
+    async def dial(self, port: int, opening: bytes = b"") -> VsockStream:
+        return await self._board.mux.dial(port, opening)
 
     def listen(self, port: int) -> trio.abc.Listener[VsockStream]:
         return self._board.mux.listen(port)

@@ -14,14 +14,16 @@ import errno
 import signal
 import threading
 from collections.abc import Callable
-from typing import Final, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final
 
 import attrs
 import trio
 
-from ..._nursery import open_flat_nursery
 from ._kvm import ffi, lib
 from .api import KvmVcpu
+
+if TYPE_CHECKING:
+    import outcome
 
 _INTERRUPTED: Final = (-errno.EINTR, -errno.EAGAIN)
 _MASKS: Final = tuple((1 << 8 * size) - 1 for size in range(9))
@@ -76,7 +78,6 @@ class VcpuThread:
         self._vcpu = vcpu
         self._handlers = handlers
         self._signal = _kick_signal()
-        self._limiter = trio.CapacityLimiter(1)
         self._exits: dict[int, int] = {}
         # What is below is written with the lock held, by either side.
         self._changed = threading.Condition()
@@ -101,13 +102,20 @@ class VcpuThread:
         A cancellation stops the vCPU. However this ends, the thread is out of it by then, and the
         vCPU may be closed.
         """
-        self._token = trio.lowlevel.current_trio_token()
-        async with open_flat_nursery() as nursery:
-            nursery.start_soon(self._stop_when_cancelled)
-            result = await trio.to_thread.run_sync(
-                self._serve, thread_name=f"vcpu {self._vcpu.index}", limiter=self._limiter
-            )
-            nursery.cancel_scope.cancel()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        task = trio.lowlevel.current_task()
+        token = self._token = trio.lowlevel.current_trio_token()
+
+        def ended(result: outcome.Outcome[VcpuExit]) -> None:
+            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+
+        def stop(_: object) -> trio.lowlevel.Abort:
+            self.stop()
+            return trio.lowlevel.Abort.FAILED  # the thread is waited for all the same
+
+        trio.lowlevel.start_thread_soon(self._serve, ended, f"vcpu {self._vcpu.index}")
+        result: VcpuExit = await trio.lowlevel.wait_task_rescheduled(stop)
+        await trio.lowlevel.checkpoint_if_cancelled()
         return result
 
     async def pause(self) -> None:
@@ -140,12 +148,6 @@ class VcpuThread:
             self._wanted = "stop"
             self._changed.notify()
             self._kick()
-
-    async def _stop_when_cancelled(self) -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            self.stop()
 
     def _kick(self) -> None:
         if self._thread is not None and not self._still:

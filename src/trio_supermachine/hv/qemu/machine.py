@@ -91,8 +91,8 @@ class QemuMachine(Machine):
         """QEMU's process id."""
         return self._process.pid
 
-    async def dial(self, port: int) -> VsockStream:
-        return await self._or_exited(self._mux.dial, port)
+    async def dial(self, port: int, opening: bytes = b"") -> VsockStream:
+        return await self._or_exited(self._mux.dial, port, opening)
 
     def listen(self, port: int) -> trio.abc.Listener[VsockStream]:
         return _Listener(self, self._mux.listen(port))
