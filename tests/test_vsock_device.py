@@ -190,6 +190,10 @@ async def test_the_driver_hears_together_of_packets_that_were_taken_from_it(
     assert tx.interrupts == told + 3
     await trio.sleep(1)
     assert tx.interrupts == told + 3
+    # Of what fills a socket's buffer it hears at once.
+    await two.send_all(bytes(64 * 1024))
+    await trio.testing.wait_all_tasks_blocked()
+    assert tx.interrupts > told + 3
 
 
 async def test_a_pause_loses_nothing(ends: Ends) -> None:

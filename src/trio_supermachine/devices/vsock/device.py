@@ -44,10 +44,13 @@ _STATE: Final = struct.Struct("<I")
 _EVENT_TRANSPORT_RESET: Final = struct.pack("<I", 0)
 #: Packets handled before other tasks get a turn.
 _TURN: Final = 64
-#: With a tx chain that comes back a driver does nothing but free memory. It hears of so many of
-#: them together, or of fewer so many seconds after the first: interrupts cost both sides much.
-_TOLD_TOGETHER: Final = 32
-_TOLD_AFTER: Final = 0.1
+#: With a tx chain that comes back a driver does nothing but free memory, and interrupts cost both
+#: sides much. It hears of chains with so many bytes together, or of fewer so many seconds after the
+#: first. Linux lets a socket have 208 KiB on their way, counted as generously as here, by default.
+_TOLD_TOGETHER: Final = 64 * 1024
+_TOLD_AFTER: Final = 0.02
+#: What a packet counts for, beside its bytes.
+_PACKET_COST: Final = 2048
 
 
 class _Rx(Enum):
@@ -89,7 +92,7 @@ class VsockDevice(VirtioDevice, Carrier):
         self._rx_wait = _Rx.NOTHING
         self._rx_task = Parking()
         self._tx_task = Parking()
-        self._untold = 0  # packets taken from the driver
+        self._untold = 0  # bytes taken from the driver, which has not heard of it
         self._teller = Parking()
         self._scope = trio.CancelScope()
         self._fault: QueueFault | GuestMemoryError | None = None
@@ -259,12 +262,12 @@ class VsockDevice(VirtioDevice, Carrier):
                 if chain is None:
                     break
                 connection = self._receive(chain)
+                self._untold += _PACKET_COST + chain.readable_size
                 tx.push(chain)
                 del chain
                 if connection is not None:
                     mux.touched(connection)
-                self._untold += 1
-                if self._untold == _TOLD_TOGETHER:
+                if self._untold >= _TOLD_TOGETHER:
                     tx.interrupt()
                     self._untold = 0
                 left -= 1
