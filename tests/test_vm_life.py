@@ -128,6 +128,7 @@ async def test_stop_is_orderly_and_keeps_the_block_going(busybox: Image) -> None
             async with vm.exec(["sh", "-c", script]) as child:
                 await read_until(child.stdout, b"up\n")
                 await vm.stop()
+                assert "exited (shutdown)" in repr(vm)  # from here on nobody takes it for alive
         assert b"bye" in vm.console.tail()
         with pytest.raises(VmExited) as caught:
             await vm.run_process(["true"])

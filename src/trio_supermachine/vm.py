@@ -310,16 +310,20 @@ class Vm(GuestFiles, GuestNetwork):
                     if answer.payload == wire.ALL_IS_WRITTEN:
                         self._machine.kill("shutdown")
                 await self._machine.wait_exit()
-                return
         finally:
             self._machine.kill()
-        await self._machine.wait_exit()
+        await self._wait_end()
+
+    async def _wait_end(self) -> None:
+        """Wait until the machine has ended, and have all that is asked about this VM say so."""
+        exit_ = await self._machine.wait_exit()
+        if self._exited is None:
+            trace("vm", "%r exited: %s", self, exit_.reason)
+            self._exited = exited(exit_, self._machine)
+            self._network.end(self._exited)
 
     async def _watch(self) -> None:
-        exit_ = await self._machine.wait_exit()
-        trace("vm", "%r exited: %s", self, exit_.reason)
-        self._exited = exited(exit_, self._machine)
-        self._network.end(self._exited)
+        await self._wait_end()
         if not self._stopping:
             self._body.cancel()
 
