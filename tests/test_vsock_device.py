@@ -196,6 +196,23 @@ async def test_the_driver_hears_together_of_packets_that_were_taken_from_it(
     assert tx.interrupts > told + 3
 
 
+async def test_what_was_taken_before_a_pause_is_told_after_it(
+    ends: Ends, autojump_clock: trio.testing.MockClock
+) -> None:
+    _, two = await ends.connect()
+    tx = ends.driver.queues[TX]
+    await trio.sleep(1)
+    told = tx.interrupts
+    await two.send_all(b"x")
+    await trio.testing.wait_all_tasks_blocked()
+    await ends.pause()
+    await trio.sleep(1)
+    assert tx.interrupts == told
+    ends.nursery.start_soon(ends.go_on)
+    await trio.sleep(1)
+    assert tx.interrupts == told + 1
+
+
 async def test_a_pause_loses_nothing(ends: Ends) -> None:
     one, two = await ends.connect()
     got: dict[str, bytes] = {}

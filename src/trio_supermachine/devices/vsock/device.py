@@ -107,7 +107,7 @@ class VsockDevice(VirtioDevice, Carrier):
     async def run(self, queues: Sequence[Queue]) -> None:
         """Move packets until cancelled. The muxer must have been made."""
         rx, tx, events = queues
-        self._rx, self._rx_wait, self._fault, self._untold = rx, _Rx.NOTHING, None, 0
+        self._rx, self._rx_wait, self._fault = rx, _Rx.NOTHING, None
         try:
             async with open_flat_nursery() as nursery:
                 self._scope = nursery.cancel_scope
