@@ -88,6 +88,8 @@ class ImageStore:
 
         ``write`` runs in a worker thread; its errors pass through.
         """
+        # A caller that finds it being removed comes again: that must not keep the remover waiting.
+        await trio.lowlevel.checkpoint()
         while (found := self.find_made(kind, fingerprint)) is None:
             async with self._making([fingerprint]) as scratch:
                 if self.find_made(kind, fingerprint) is None:
