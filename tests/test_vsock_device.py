@@ -153,8 +153,8 @@ async def test_they_pass_trios_own_checks(ends: Ends) -> None:
     await trio.testing.check_half_closeable_stream(ends.connect, ends.clogged)
 
 
-async def test_both_ways_at_once_with_packets_as_large_as_their_buffers(ends: Ends) -> None:
-    one, two = await ends.connect()
+async def exchange(one: VsockStream, two: VsockStream) -> None:
+    """Send both ways at once, and their ends."""
     got: dict[str, bytes] = {}
 
     async def send(stream: VsockStream) -> None:
@@ -169,6 +169,10 @@ async def test_both_ways_at_once_with_packets_as_large_as_their_buffers(ends: En
             nursery.start_soon(send, stream)
             nursery.start_soon(receive, name, stream)
     assert got == {"one": DATA, "two": DATA}
+
+
+async def test_both_ways_at_once_with_packets_as_large_as_their_buffers(ends: Ends) -> None:
+    await exchange(*await ends.connect())
 
 
 async def test_the_driver_hears_together_of_packets_that_were_taken_from_it(
@@ -215,25 +219,13 @@ async def test_what_was_taken_before_a_pause_is_told_after_it(
 
 async def test_a_pause_loses_nothing(ends: Ends) -> None:
     one, two = await ends.connect()
-    got: dict[str, bytes] = {}
-
-    async def receive(name: str, stream: VsockStream) -> None:
-        got[name] = await read_all(stream)
-
-    async def send(stream: VsockStream) -> None:
-        await stream.send_all(DATA)
-        await stream.send_eof()
-
     async with trio.open_nursery() as nursery:
-        for name, stream in (("one", one), ("two", two)):
-            nursery.start_soon(receive, name, stream)
-            nursery.start_soon(send, stream)
+        nursery.start_soon(exchange, one, two)
         for _ in range(20):
             for _ in range(5):
                 await trio.lowlevel.checkpoint()
             await ends.pause()
             ends.nursery.start_soon(ends.go_on)
-    assert got == {"one": DATA, "two": DATA}
 
 
 async def test_users_go_on_through_a_pause(ends: Ends) -> None:

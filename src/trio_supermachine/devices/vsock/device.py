@@ -254,7 +254,7 @@ class VsockDevice(VirtioDevice, Carrier):
             left = _TURN
             while True:
                 while self._held or core.congested:
-                    tx.interrupt()
+                    self._tell(tx)
                     self.flush()
                     if self._held or core.congested:
                         await self._tx_task.park()
@@ -268,8 +268,7 @@ class VsockDevice(VirtioDevice, Carrier):
                 if connection is not None:
                     mux.touched(connection)
                 if self._untold >= _TOLD_TOGETHER:
-                    tx.interrupt()
-                    self._untold = 0
+                    self._tell(tx)
                 left -= 1
                 if not left:
                     self.flush()
@@ -284,10 +283,13 @@ class VsockDevice(VirtioDevice, Carrier):
         while True:
             if self._untold:
                 await trio.sleep(_TOLD_AFTER)
-                tx.interrupt()
-                self._untold = 0
+                self._tell(tx)
             else:
                 await self._teller.park()
+
+    def _tell(self, tx: Queue) -> None:
+        tx.interrupt()
+        self._untold = 0
 
     def _receive(self, chain: Chain) -> Connection | None:
         views = chain.readable
