@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,11 @@ pytestmark = [
 
 # What a lab's command does here: all of its ways to say something.
 PROGRAM = """
-import os, pathlib, sys
+import os, pathlib, resource, sys
 print("out", sys.argv[1:], os.environ["GIVEN"], os.getcwd(), sys.stdin.read(), flush=True)
 sys.stderr.write("err, not mixed with out\\n")
 print(*sorted(os.sched_getaffinity(0)), flush=True)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], flush=True)
 with open("/dev/stdout", "wb") as again:
     again.write(bytes(range(256)))
 pathlib.Path("kept/file").write_text("kept")
@@ -72,6 +74,7 @@ def test_two_labs_at_once_run_their_commands_unchanged_or_end_by_the_limit(tmp_p
     # Guests of the first processor fall.
     processors = range(1, min(len(os.sched_getaffinity(0)), 4) + 1)
     text = f"out {arguments} x\ny'z {tmp_path} \n{' '.join(map(str, processors))}\n"
+    text += f"{min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)}\n"
     assert done.stdout == text.encode() + bytes(range(256))
     assert done.stderr == b"err, not mixed with out\n"
     assert (tmp_path / "kept" / "file").read_text() == "kept"
