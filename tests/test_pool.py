@@ -159,6 +159,12 @@ async def test_a_kept_vm_is_handed_out_again_and_marked(baked: Image) -> None:
         async with pool.acquire() as third:  # one that was stopped is not kept
             assert not third.reused
             await third.run_process(["true"])
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await third.stop()
+        async with pool.acquire() as fourth:  # nor one that is about to end
+            assert not fourth.reused
+            await fourth.run_process(["true"])
 
 
 @pytest.mark.vm

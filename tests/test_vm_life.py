@@ -6,12 +6,15 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from trio_supermachine import (
     AssetPaths,
@@ -154,14 +157,58 @@ async def test_a_guest_whose_agent_is_stopped_is_killed_at_the_end_of_the_grace(
         assert caught.value.reason == "stopped"
 
 
-async def test_a_paused_guest_stands_still_and_its_clock_is_right_afterwards(vm: Vm) -> None:
+async def test_a_call_that_waits_for_a_paused_guest_hears_of_its_end(busybox: Image) -> None:
+    async with Vm.start(busybox) as vm:
+        await vm.pause()
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def call() -> None:
+                with pytest.raises(VmExited):
+                    await vm.run_process(["true"])
+
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            await vm.stop(0)
+
+
+async def test_a_pause_waits_for_a_capture_whose_programs_then_go_on(
+    vm: Vm, tmp_path: Path
+) -> None:
+    async with vm.exec(["sh", "-c", "while read word; do echo $word; done"], stdin=True) as child:
+        assert child.stdin is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vm.snapshot, tmp_path / "snap")
+            await trio.testing.wait_all_tasks_blocked()
+            await vm.pause()
+            assert (tmp_path / "snap").exists()
+        await vm.resume()
+        await child.stdin.send_all(b"on\n")
+        await read_until(child.stdout, b"on\n")
+
+
+async def test_a_paused_guest_stands_still_and_its_clock_is_right_afterwards(
+    vm: Vm, tmp_path: Path
+) -> None:
     await vm.pause()
     await vm.pause()
-    with trio.move_on_after(0.5) as scope:
-        await vm.run_process(["true"])
-    assert scope.cancelled_caught
+    calls: list[Callable[[], Awaitable[object]]] = [
+        vm.ping,
+        partial(vm.write_file, "/tmp/said", b""),
+        partial(vm.run_process, ["touch", "/tmp/said"]),
+        partial(vm.snapshot, tmp_path / "snap"),
+    ]
+    for call in calls:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(call)
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                scope.cancel()
+        assert scope.cancelled_caught
     await vm.resume()
     await vm.resume()
+    # The guest has not heard of a call that was given up.
+    with pytest.raises(FileNotFoundError):
+        await vm.read_file("/tmp/said")
     before = time.time()
     done = await vm.run_process(["date", "+%s"], capture_stdout=True)
     assert before - 1 <= int(done.stdout) <= time.time() + 1

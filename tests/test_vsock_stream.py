@@ -171,6 +171,28 @@ async def test_a_dial_with_an_opening_waits_for_nothing(ends: Ends, size: int) -
         assert await dialed.receive_some() == b"answer"
 
 
+async def test_the_end_of_data_follows_an_opening(ends: Ends) -> None:
+    dialed = await ends.host.dial(PORT, b"all")
+    await dialed.send_eof()
+    async with dialed, await ends.listener.accept() as accepted:
+        assert [chunk async for chunk in accepted] == [b"all"]
+
+
+async def test_a_dial_that_fails_lets_others_run(ends: Ends) -> None:
+    async with trio.open_nursery() as nursery:
+        ends.host.close()
+        ran = False
+
+        @nursery.start_soon
+        async def run() -> None:
+            nonlocal ran
+            ran = True
+
+        while not ran:
+            with pytest.raises(trio.BrokenResourceError):
+                await ends.host.dial(PORT)
+
+
 async def test_a_refusal_breaks_a_stream_that_was_dialed_with_an_opening(ends: Ends) -> None:
     dialed = await ends.host.dial(PORT + 1, b"hello?")
     with pytest.raises(trio.BrokenResourceError):

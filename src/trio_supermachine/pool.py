@@ -225,7 +225,7 @@ async def _open_warm(image: Image, config: VmConfig) -> AsyncIterator[Vm]:
 
 
 def _is_alive(vm: Vm) -> bool:
-    return vm._exited is None
+    return vm._exited is None and not vm._stopping
 
 
 def _check_min(settings: PoolSettings) -> None:

@@ -230,12 +230,22 @@ class Vm(GuestFiles, GuestNetwork):
         await self._client.call(wire.frame(wire.FrameType.PING))
 
     async def pause(self) -> None:
-        """Stop the guest's CPUs. Idempotent. Calls to the guest wait until :meth:`resume`."""
-        await self._machine.pause()
+        """Stop the guest's CPUs. Idempotent. Calls to the guest wait until :meth:`resume`.
+
+        The guest never hears of a call that begins after this and is cancelled before that. A
+        capture that is under way is waited for: it has to let the guest's programs go on.
+        """
+        if self._client.holding:
+            await trio.lowlevel.checkpoint()
+            return
+        async with self._capturing:
+            await self._machine.pause()
+            self._client.hold()
 
     async def resume(self) -> None:
         """Let the guest's CPUs run again, and set its clock. Idempotent."""
         await self._machine.resume()
+        self._client.release()
         await self._client.call(wire.set_clock(time.time_ns()))
 
     # Snapshots
@@ -321,6 +331,7 @@ class Vm(GuestFiles, GuestNetwork):
             trace("vm", "%r exited: %s", self, exit_.reason)
             self._exited = exited(exit_, self._machine)
             self._network.end(self._exited)
+            self._client.release()
 
     async def _watch(self) -> None:
         await self._wait_end()

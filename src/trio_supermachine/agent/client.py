@@ -72,6 +72,7 @@ class AgentClient:
         self._machine = machine
         self._lifeline_listener = machine.listen(wire.LIFELINE_PORT)
         self._lifeline: FrameStream | None = None
+        self._held: trio.Event | None = None
 
     @property
     def machine(self) -> Machine:
@@ -124,9 +125,28 @@ class AgentClient:
     async def ask(self, request: bytes) -> VsockStream:
         """A new connection that begins with ``request``.
 
-        Does not wait for the guest, whose refusal is the stream's early end.
+        Does not wait for the guest, whose refusal is the stream's early end; but waits while
+        requests are held, so that the guest never hears of one that is given up meanwhile.
         """
+        while self._held is not None:
+            await self._held.wait()
         return await self._machine.dial(wire.AGENT_PORT, request)
+
+    @property
+    def holding(self) -> bool:
+        """Whether requests wait."""
+        return self._held is not None
+
+    def hold(self) -> None:
+        """Let requests wait until :meth:`release`. Idempotent."""
+        if self._held is None:
+            self._held = trio.Event()
+
+    def release(self) -> None:
+        """Let requests go again. Idempotent."""
+        if self._held is not None:
+            self._held.set()
+            self._held = None
 
     async def call(self, request: bytes, *, path: str | bytes | None = None) -> Frame:
         """Make a one-shot request and give its answer.

@@ -44,9 +44,10 @@ _STATE: Final = struct.Struct("<I")
 _EVENT_TRANSPORT_RESET: Final = struct.pack("<I", 0)
 #: Packets handled before other tasks get a turn.
 _TURN: Final = 64
-#: With a tx chain that comes back a driver does nothing but free memory, and interrupts cost both
-#: sides much. It hears of chains with so many bytes together, or of fewer so many seconds after the
-#: first. Linux lets a socket have 208 KiB on their way, counted as generously as here, by default.
+#: With a tx chain that comes back a driver frees memory and wakes who waits for room, and
+#: interrupts cost both sides much. It hears of chains with so many bytes together, or of fewer so
+#: many seconds after the first. Linux lets a socket have 208 KiB on their way, counted as
+#: generously as here, by default.
 _TOLD_TOGETHER: Final = 64 * 1024
 _TOLD_AFTER: Final = 0.02
 #: What a packet counts for, beside its bytes.

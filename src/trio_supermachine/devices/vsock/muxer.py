@@ -139,7 +139,8 @@ class Mux:
         """Tell the peer that no more data comes, after what is pending. Idempotent."""
         if not connection.ended_sending:
             connection.ended_sending = True
-            if connection.state is State.OPEN and connection.pending is None:
+            begun = connection.state in (State.DIALING, State.OPEN)
+            if begun and connection.pending is None:
                 self._owe(connection, _NO_SEND)
 
     def close(self, connection: Connection, *, telling: bool = True) -> None:

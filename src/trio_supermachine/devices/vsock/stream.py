@@ -33,7 +33,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._receiving = OneAtATime("another task is receiving on this stream")
         self._sender = Parking()
         self._receiver = Parking()
-        self._dialing = connection.state is State.DIALING
+        self._awaits_answer = connection.state is State.DIALING
         self._watcher: Callable[[], None] | None = None
         self._room_wanted = False
 
@@ -257,7 +257,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         if connection.state is State.GONE or connection.peer_ended_receiving:
             self._wake()
             return
-        if connection.buffered or connection.peer_ended_sending or self._dialing:
+        if connection.buffered or connection.peer_ended_sending or self._awaits_answer:
             self._receiver.wake()
             if self._watcher is not None:
                 self._watcher()
@@ -354,18 +354,22 @@ class VsockMux:
         """Connect to the peer's ``port``; waits for its answer. Cancelling gives the attempt up.
 
         With an ``opening`` this does not wait: that follows the request at once, and a refusal
-        breaks the stream.
+        breaks the stream. To leave it by any way before the answer gives the attempt up.
 
         :raises ConnectionRefusedError: nothing listens there.
         :raises trio.BrokenResourceError: the carrier has ended (or what ``close`` was given).
         :raises OSError: (``EMFILE``) too many connections.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        self.check_alive()
-        connection = self.core.dial(port)
+        try:
+            self.check_alive()
+            connection = self.core.dial(port)
+        except BaseException:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            raise
         stream = self._adopt(connection)
         if opening:
-            stream._dialing = False
+            stream._awaits_answer = False
             self._offer(connection, memoryview(opening))
             return stream
         self._carrier.flush()
@@ -375,7 +379,7 @@ class VsockMux:
         except BaseException:
             stream.abort()
             raise
-        stream._dialing = False
+        stream._awaits_answer = False
         self.check_alive()
         if connection.state is State.GONE and not connection.peer_ended_sending:
             stream.abort()

@@ -185,21 +185,23 @@ class KvmMachine(Machine):
         self, state_fd: int, copy_memory: Callable[[], Awaitable[None]]
     ) -> float:
         began = trio.current_time()
-        self._capturing = True
-        stood = False
-        try:
-            async with self._moving:
-                await self._stand()
-            stood = True
-            self._check_alive()
-            await trio.to_thread.run_sync(_write, state_fd, self._board.save)
-            await copy_memory()
-        finally:
-            self._capturing = False
-            if not self._paused:
-                if stood:
-                    self._board.stood_still()
-                self._go_on()
+        # What is said to the guest from here on is not said to its copies, too.
+        async with self._board.mux.quiet():
+            self._capturing = True
+            stood = False
+            try:
+                async with self._moving:
+                    await self._stand()
+                stood = True
+                self._check_alive()
+                await trio.to_thread.run_sync(_write, state_fd, self._board.save)
+                await copy_memory()
+            finally:
+                self._capturing = False
+                if not self._paused:
+                    if stood:
+                        self._board.stood_still()
+                    self._go_on()
         return trio.current_time() - began
 
     async def wait_exit(self) -> MachineExit:
