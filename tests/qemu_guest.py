@@ -52,7 +52,7 @@ def _archive(directory: Path, kernel: CachedKernel, script: str) -> Path:
 async def console_until(machine: Machine, marker: bytes) -> bytes:
     """Read the console from its start until ``marker`` has come."""
     seen = b""
-    with trio.fail_after(60):
+    with trio.fail_after(240):  # QEMU in the lab translates what is translated
         async for chunk in machine.console:
             seen += chunk
             if marker in seen:
