@@ -164,7 +164,7 @@ def greeted(listener: socket.socket, answer: bytes) -> Iterator[VsockGuest]:
         kind, _, payload = next(answers)
         assert kind == g.READY, payload
         yield VsockGuest(cid, lifeline)
-        answers.close()  # type: ignore[attr-defined]
+        answers.close()
 
 
 @contextmanager

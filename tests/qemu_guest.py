@@ -49,10 +49,10 @@ def _archive(directory: Path, kernel: CachedKernel, script: str) -> Path:
     return archive
 
 
-async def console_until(machine: Machine, marker: bytes) -> bytes:
-    """Read the console from its start until ``marker`` has come."""
+async def console_until(machine: Machine, marker: bytes, *, patience: float = 60) -> bytes:
+    """Read the console from its start until ``marker`` has come, for ``patience`` seconds."""
     seen = b""
-    with trio.fail_after(240):  # QEMU in the lab translates what is translated
+    with trio.fail_after(patience):
         async for chunk in machine.console:
             seen += chunk
             if marker in seen:

@@ -145,7 +145,7 @@ def command_argv(command: Command, *, shell: bool = False) -> list[StrOrBytes]:
 
 def check_no_nul(text: StrOrBytes) -> None:
     """:raises ValueError: ``text`` holds NUL, which cannot be passed to a program."""
-    if (b"\0" if isinstance(text, bytes) else "\0") in text:  # type: ignore[operator]
+    if b"\0" in text if isinstance(text, bytes) else "\0" in text:
         raise ValueError("embedded null byte")
 
 

@@ -177,7 +177,8 @@ class KvmMachine(Machine):
             os.ftruncate(memory_fd, self._board.memory.size)
             copying = Copying.of(self._board.memory.pages, memory_fd, self._spec.restore, since)
             await trio.to_thread.run_sync(copying.prepare)
-            async with at_rest:
+            # In the innermost block nothing is said to the guest that its copies would hear, too.
+            async with at_rest, self._board.mux.quiet():
                 standstill = await self._capture_at_rest(state_fd, copying.finish)
         return Captured(runs=copying.runs, complete=copying.whole, standstill=standstill)
 
@@ -185,23 +186,21 @@ class KvmMachine(Machine):
         self, state_fd: int, copy_memory: Callable[[], Awaitable[None]]
     ) -> float:
         began = trio.current_time()
-        # What is said to the guest from here on is not said to its copies, too.
-        async with self._board.mux.quiet():
-            self._capturing = True
-            stood = False
-            try:
-                async with self._moving:
-                    await self._stand()
-                stood = True
-                self._check_alive()
-                await trio.to_thread.run_sync(_write, state_fd, self._board.save)
-                await copy_memory()
-            finally:
-                self._capturing = False
-                if not self._paused:
-                    if stood:
-                        self._board.stood_still()
-                    self._go_on()
+        self._capturing = True
+        stood = False
+        try:
+            async with self._moving:
+                await self._stand()
+            stood = True
+            self._check_alive()
+            await trio.to_thread.run_sync(_write, state_fd, self._board.save)
+            await copy_memory()
+        finally:
+            self._capturing = False
+            if not self._paused:
+                if stood:
+                    self._board.stood_still()
+                self._go_on()
         return trio.current_time() - began
 
     async def wait_exit(self) -> MachineExit:
