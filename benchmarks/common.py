@@ -16,7 +16,7 @@ import attrs
 import trio
 
 from trio_supermachine import Image, OciImageBuilder
-from trio_supermachine.config import EngineName
+from trio_supermachine.config.vm import EngineName
 from trio_supermachine.kernels import CachedKernel, list_kernels, preferred_kernel, prepare_kernel
 
 Key = tuple[str, str, str]

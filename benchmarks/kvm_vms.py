@@ -24,7 +24,7 @@ from common import Rows, home_of, idle_builder, start, usual_kernel
 from streams import vm_calls, vm_stdin, vm_stdout
 
 from trio_supermachine import Image, Vm
-from trio_supermachine.config import EngineName
+from trio_supermachine.config.vm import EngineName
 from trio_supermachine.hv.base import Captured
 from trio_supermachine.hv.kvm.machine import KvmMachine
 
@@ -48,12 +48,12 @@ TARGETS = {RESTORE: 500, EXEC: 20, WRITE: 10, STDOUT: 25, STOP: 100}
 @contextmanager
 def exits(vm: Vm, rows: Rows, name: str, per: float) -> Iterator[None]:
     """Add how often the guest leaves in the block, for each of ``per`` things done there."""
-    if not isinstance(vm._machine, KvmMachine):
+    if not isinstance(vm._running.client.machine, KvmMachine):
         yield
         return
-    before = vm._machine.exits
+    before = vm._running.client.machine.exits
     yield
-    add_exits(rows, name, before, vm._machine.exits, per)
+    add_exits(rows, name, before, vm._running.client.machine.exits, per)
 
 
 def add_exits(
@@ -68,14 +68,14 @@ def add_exits(
 
 def watch_captures(vm: Vm, rows: Rows) -> None:
     """Add how long the guest stands still in each capture."""
-    capture: Callable[..., Any] = vm._machine.capture
+    capture: Callable[..., Any] = vm._running.client.machine.capture
 
     async def watched(*args: Any, **options: Any) -> Captured:
         captured: Captured = await capture(*args, **options)
         rows.add("live snapshot: standstill", captured.standstill * 1e3)
         return captured
 
-    vm._machine.capture = watched  # type: ignore[method-assign]
+    vm._running.client.machine.capture = watched  # type: ignore[method-assign]
 
 
 @asynccontextmanager
@@ -85,8 +85,10 @@ async def restored(image: Image, rows: Rows) -> AsyncIterator[Vm]:
         rows.add("restore: the agent has answered", (time.perf_counter() - begin) * 1e3)
         await vm.run_process(["true"])
         rows.add(RESTORE, (time.perf_counter() - begin) * 1e3)
-        if isinstance(vm._machine, KvmMachine):
-            add_exits(rows, "of a restore and its first exec", {}, vm._machine.exits, 1)
+        if isinstance(vm._running.client.machine, KvmMachine):
+            add_exits(
+                rows, "of a restore and its first exec", {}, vm._running.client.machine.exits, 1
+            )
         yield vm
         left = time.perf_counter()
     rows.add("leaving the block", (time.perf_counter() - left) * 1e3)

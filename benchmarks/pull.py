@@ -36,13 +36,13 @@ OURS = """
 import sys, time
 from pathlib import Path
 import trio
-from trio_supermachine.images.image import PullPolicy
-from trio_supermachine.images.prepare import prepare_image
+from trio_supermachine.api import PullPolicy
+from trio_supermachine.api import unbaked_image
 
 async def main():
     for policy in (PullPolicy.MISSING, PullPolicy.MISSING, PullPolicy.NEVER):
         begin = time.perf_counter()
-        await prepare_image(sys.argv[1], pull=policy)
+        await unbaked_image(sys.argv[1], pull=policy)
         print(time.perf_counter() - begin)
 
 trio.run(main)

@@ -18,8 +18,10 @@ from raw_qemu import RawSnapshot
 from trio_supermachine import Image, Vm, VmConfig
 from trio_supermachine.agent.client import AgentClient
 from trio_supermachine.kernels import CachedKernel
-from trio_supermachine.launch import _renewal, plan
-from trio_supermachine.vm import _running
+from trio_supermachine.programs.child import open_exec
+from trio_supermachine.programs.request import exec_request
+from trio_supermachine.vm.launch import _renewal
+from trio_supermachine.vm.plan import plan_start
 
 OURS = "nothing to the first exec"
 WARMED = "nothing to the first exec, after a warm-up"
@@ -53,7 +55,7 @@ async def phases(image: Image, rows: Rows) -> None:
         last = now
 
     config = VmConfig()
-    todo = await plan(image, config)
+    todo = await plan_start(image, config)
     step("step: deciding what to start")
     async with todo.engine.open(todo.spec) as machine:
         step("step: to QMP")
@@ -62,11 +64,10 @@ async def phases(image: Image, rows: Rows) -> None:
         step("step: state loaded, CPUs run")
         await client.restored(_renewal(None))
         step("step: the agent is told, and thaws")
-        async with _running(image, config, todo, client) as vm:
-            await vm.run_process(["true"])
-            step("step: first exec")
-            await vm.run_process(["true"])
-            step("step: second exec")
+        for number in ("first", "second"):
+            async with open_exec(client, exec_request([["true"]])):
+                pass
+            step(f"step: {number} exec")
         await client.aclose()
 
 

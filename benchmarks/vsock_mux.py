@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 import trio
 from common import Rows, start
 
-from trio_supermachine.devices.vsock.carrier import SocketCarrier
-from trio_supermachine.devices.vsock.stream import VsockMux
+from trio_supermachine.vsock.carrier import SocketCarrier
+from trio_supermachine.vsock.stream import VsockMux
 
 Pair = tuple[trio.abc.HalfCloseableStream, trio.abc.HalfCloseableStream]
 

@@ -12,9 +12,9 @@ from typing import NoReturn, final
 import attrs
 import trio
 
-from ..devices.vsock.stream import VsockStream
 from ..errors import ExecEof, FileTooLarge, VmExited
 from ..hv.base import Machine, MachineExit
+from ..vsock.stream import VsockStream
 from . import wire
 from .greeting import Hello, HelloKind, Restore, Setup
 from .wire import Frame, FrameType, GuestError, Protocol, WireError

@@ -10,10 +10,10 @@ from typing import Any, Final, TypeVar
 import click
 
 from .. import _version
-from ..config import EngineName, VmConfig
+from .._util.trace import CATEGORIES, VARIABLE
+from ..config.vm import EngineName, VmConfig
 from ..errors import NotSupported
-from ..images.image import PullPolicy
-from ..trace import CATEGORIES, VARIABLE
+from ..images.policy import PullPolicy
 from . import options
 from .failures import OWN_ERROR, SIGNALLED, CommandNotStarted, complain, report
 from .images import bake_command, images_command, prune_command, rmi_command, snapshot_group

@@ -13,14 +13,14 @@ from typing import Any, Final, Literal
 import attrs
 
 from .._version import __version__
-from ..assets import find_kernel
+from ..config.resources import DEFAULT_MEMORY_MIB
 from ..errors import AssetNotFound, ConfigError
 from ..guest import init_binary, launcher_binary
-from ..hostfiles import home, offline
+from ..host.assets import find_kernel
+from ..host.files import home, offline
 from ..hv.base import EngineReport
 from ..hv.select import VARIABLE, default_engine, probe_engines
 from ..kernels import preferred_kernel
-from ..resources import DEFAULT_MEMORY_MIB
 
 #: What QEMU itself takes beside the guest's memory, roughly.
 _OVERHEAD_MIB: Final = 64

@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Final
 
+from .._util.trace import CATEGORIES, VARIABLE, enabled
 from ..errors import SupermachineError
-from ..trace import CATEGORIES, VARIABLE, enabled
 
 #: Exit codes as ``docker run`` and timeout(1) have them.
 TIMED_OUT: Final = 124

@@ -12,15 +12,15 @@ from typing import Any, Final
 import attrs
 import click
 
-from ..config import EngineName
-from ..images.bakes import Bake, BakeStore
+from ..api import Image, Vm
+from ..bake.store import Bake, BakeStore
+from ..config.resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
+from ..config.vm import EngineName
 from ..images.content import ContentStore
-from ..images.image import Image, PullPolicy
-from ..images.listing import Pulled, has_moved, list_pulled
-from ..images.prune import KEPT_UNUSED, Removed, allocated_file, layers_size, prune, remove
-from ..resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
+from ..images.policy import PullPolicy
+from ..library.listing import Pulled, has_moved, list_pulled
+from ..library.prune import KEPT_UNUSED, Removed, allocated_file, layers_size, prune, remove
 from ..snapshots import Metadata, open_snapshot, read_metadata, verify_snapshot
-from ..vm import Vm
 from . import options
 from .failures import printable
 from .interrupts import run_until_signal

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from .._nursery import open_flat_nursery
+from .._util.nursery import open_flat_nursery
 
 _Result = TypeVar("_Result")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from ..oci.progress import Progress
+from .._util.progress import Progress
 from .failures import printable
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import get_args
 
 import click
 
-from ..config import EngineName
-from ..images.image import PullPolicy
+from ..config.vm import EngineName
+from ..images.policy import PullPolicy
 
 
 def variables(

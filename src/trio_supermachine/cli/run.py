@@ -13,15 +13,14 @@ from typing import Final
 import attrs
 import trio
 
-from .._nursery import open_flat_nursery
-from ..config import VmConfig
+from .._util.nursery import open_flat_nursery
+from .._util.progress import Progress, ProgressCallback
+from ..api import Image, Vm, unbaked_image
+from ..config.vm import VmConfig, refuse_unbuilt
 from ..errors import BakeFailed, ConfigError
-from ..exec import ExecChild
-from ..exec_builder import ExecBuilder
-from ..images.image import Image, PullPolicy
-from ..images.prepare import prepare_image
-from ..oci.progress import Progress, ProgressCallback
-from ..vm import Vm
+from ..images.policy import PullPolicy
+from ..programs.builder import ExecBuilder
+from ..programs.child import ExecChild
 from .failures import SIGNALLED, TIMED_OUT, CommandNotStarted
 from .hostio import Output, RawTerminal, forward_input, terminal_size
 from .meter import Meter
@@ -77,8 +76,8 @@ async def _prepare(
 ) -> tuple[Image, tuple[str, ...]]:
     """The image to start, and the command to run in it."""
     config = options.config
-    config.refuse_unbuilt()
-    image = await prepare_image(
+    refuse_unbuilt(config)
+    image = await unbaked_image(
         options.image,
         pull=options.pull,
         platform=options.platform,

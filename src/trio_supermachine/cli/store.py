@@ -12,15 +12,15 @@ import attrs
 import click
 import trio
 
+from .._util.progress import Progress, ProgressCallback
 from ..errors import ImageCorrupt, ImageNotFound, ReferenceInvalid
-from ..images.archives import load, save
 from ..images.content import ContentStore
-from ..images.image import PullPolicy
+from ..images.policy import PullPolicy
 from ..images.prepare import find_local, prepare_image
 from ..images.pull import find_pulled, name_of, pulled
+from ..library.archives import load, save
 from ..oci.malformed import MalformedError
 from ..oci.platform import Platform
-from ..oci.progress import Progress, ProgressCallback
 from ..oci.reference import Reference, Transport
 from . import options
 from .interrupts import run_until_signal

@@ -17,9 +17,9 @@ import attrs
 import trio
 
 from ..devices.virtio import VirtioDevice
-from ..devices.vsock.stream import VsockStream
 from ..snapshots.memory import PagePatch
 from ..snapshots.pages import Run
+from ..vsock.stream import VsockStream
 
 ExitReason = Literal["shutdown", "reset", "killed", "failed", "stopped"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import attrs
 import trio
 
-from .. import hostfiles
 from ..errors import AssetNotFound
+from ..host import files as hostfiles
 from ..oci import tar
 from ..oci.config import ImageConfig
 from ..oci.layer import Sink

@@ -26,8 +26,8 @@ from typing import Final
 import attrs
 import trio
 
-from .. import hostfiles
 from ..errors import SupermachineError
+from ..host import files as hostfiles
 from ..oci.blobs import MAX_DOCUMENT, Directory, as_digest, sha256
 from ..oci.decompress import Blob
 from ..oci.documents import INDEXES, MANIFESTS, MAX_MANIFESTS, Descriptor

@@ -7,7 +7,7 @@ from typing import Final, Literal, final
 import attrs
 import trio
 
-from .. import _validators as check
+from .._util import validators as check
 
 #: Events that wait for a reader, unless it asks for more or fewer.
 MAX_BUFFER: Final = 256

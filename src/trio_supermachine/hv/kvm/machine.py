@@ -11,15 +11,15 @@ from typing import Final, final
 import attrs
 import trio
 
-from ..._nursery import open_flat_nursery
+from ..._util.nursery import open_flat_nursery
+from ..._util.trace import trace
 from ...devices.power import PowerEvent
 from ...devices.virtio import VirtioDevice
-from ...devices.vsock.stream import VsockStream
 from ...errors import ConfigError, SnapshotInvalid, VmExited
-from ...trace import trace
+from ...vsock.stream import VsockStream
 from ..base import Captured, ExitReason, Machine, MachineExit, MachineSpec
 from ..console import RING_BYTES, ConsoleRing
-from ..memory import Copying, new_file
+from ..copying import Copying, new_file
 from .board import Board
 from .vcpu import VcpuEnd, VcpuThread
 

@@ -9,10 +9,10 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, a
 from pathlib import Path
 from typing import final
 
-from ..._nursery import open_flat_nursery
-from ...assets import AssetPaths, find_qemu
+from ..._util.nursery import open_flat_nursery
 from ...errors import AssetNotFound, NotSupported
 from ...guest import launcher_binary
+from ...host.assets import AssetPaths, find_qemu
 from ..base import Engine, EngineReport, Machine, MachineSpec, Restore
 from .command import CPU, MACHINE, MachineFds, RestoreFds, command_line
 from .machine import QemuMachine

@@ -16,14 +16,14 @@ from typing import Any, Final, TypeVar, final
 
 import trio
 
-from ..._nursery import open_flat_nursery
-from ...devices.vsock.carrier import SocketCarrier
-from ...devices.vsock.packet import VsockProtocolError
-from ...devices.vsock.stream import VsockListener, VsockMux, VsockStream
+from ..._util.nursery import open_flat_nursery
 from ...errors import CaptureFailed, SnapshotInvalid, VmExited
+from ...vsock.carrier import SocketCarrier
+from ...vsock.packet import VsockProtocolError
+from ...vsock.stream import VsockListener, VsockMux, VsockStream
 from ..base import Captured, ExitReason, Machine, MachineExit, Restore
 from ..console import ConsoleRing
-from ..memory import Copying, ProcessMemory, new_file
+from ..copying import Copying, ProcessMemory, new_file
 from .process import REAP_TIMEOUT, EngineProcess
 from .qmp import QmpClient, QmpError, QmpProtocolError
 
