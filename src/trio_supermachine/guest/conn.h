@@ -36,10 +36,11 @@ struct carrier {
     /* Whether any connection could send now; and: nobody sends more in this turn. */
     bool (*can_send)(void);
     void (*flush)(void);
-    /* Dial a host port, NULL with errno if that fails at once; begin to accept, each with
-     * conn_accepted. */
+    /* Dial a host port. NULL with errno if that fails at once. */
     struct conn *(*dial)(uint32_t port);
-    void (*listen)(uint32_t port);
+    /* Begin to accept the host's connections to one port, and hand each to `accepted`, which gives
+     * it a user. Once. */
+    void (*listen)(uint32_t port, void (*accepted)(struct conn *conn));
     /* Take in what has come, within the bounds of a turn. Returns whether there is more. */
     bool (*take)(void);
 };
@@ -60,6 +61,3 @@ void conn_unqueue(struct conn *conn);
 /* Let those in the queue send in turn, as far as a turn of the loop goes.
  * Returns whether there is more that could be sent at once. */
 bool conn_run_queue(const struct carrier *carrier);
-
-/* A new connection from the host; session.c takes it. */
-void conn_accepted(struct conn *conn);

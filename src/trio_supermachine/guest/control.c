@@ -4,8 +4,8 @@
 
 #include "freezer.h"
 #include "listeners.h"
+#include "machine.h"
 #include "power.h"
-#include "setup.h"
 #include "unique.h"
 #include "workload.h"
 
@@ -48,7 +48,7 @@ static bool control_frame(struct session *session, enum frame_type type, uint8_t
     case SHUTDOWN: {
         uint32_t grace_ms = read_u32(payload);
         if (!read_whole(payload)) return false;
-        shut_down(session, grace_ms, stop_signal);
+        shut_down(session, grace_ms);
         return true;
     }
     case FREEZE:

@@ -39,7 +39,8 @@ struct exec {
     struct child first, later, *leader;
     pid_t group; /* 0: nothing was started */
     uint32_t stage;
-    bool held, exited, timed_out, last_was_second;
+    struct start_held held;
+    bool exited, timed_out, last_was_second;
     struct timer timeout;
     uint64_t started_ns, peak_rss_kib;
     struct exec *next, **link; /* in the list of all */
@@ -116,12 +117,13 @@ static void adopt_ends(struct exec *exec, struct ends *ends) {
             output_open(&exec->outputs[i], exec->session, (uint8_t)(i + 1), ends->agent[i + 1]);
 }
 
+static void start_now(struct start_held *held);
+
 static void start(struct exec *exec) {
     struct session *session = exec->session;
     struct ends ends;
     const char *failed = "standard streams";
-    exec->held = freezer_holds();
-    if (exec->held) return;
+    if (!freezer_allows(&exec->held, start_now)) return;
     if (open_ends(&exec->request, exec->identity.uid, &ends)) {
         session_fail(session, errno, 0, "%s: %s", failed, strerror(errno));
         return;
@@ -140,6 +142,8 @@ static void start(struct exec *exec) {
         timer_set(&exec->timeout, exec->started_ns + exec->request.timeout_ms * NS_PER_MS,
                   timed_out);
 }
+
+static void start_now(struct start_held *held) { start(CONTAINER(held, struct exec, held)); }
 
 /* --- staged files --- */
 
@@ -208,22 +212,18 @@ static void leave_stage(struct exec *exec) {
     exec->leader = NULL;
 }
 
+static void next_stage_now(struct start_held *held);
+
 static void next_stage(struct exec *exec) {
-    exec->held = freezer_holds();
-    if (exec->held) return;
+    if (!freezer_allows(&exec->held, next_stage_now)) return;
     const char *failed;
     int error = exec->timed_out ? 0 : start_stage(exec, &failed);
     if (exec->timed_out) send_exit(exec, -SIGKILL);
     else if (error) send_exit(exec, error == ENOENT ? 127 : 126); /* as a shell would say */
 }
 
-void exec_start_held(void) {
-    for (struct exec *exec = all, *next; exec; exec = next) {
-        next = exec->next; /* one that cannot be started is taken out */
-        if (!exec->held) continue;
-        if (exec->stage) next_stage(exec);
-        else start(exec);
-    }
+static void next_stage_now(struct start_held *held) {
+    next_stage(CONTAINER(held, struct exec, held));
 }
 
 static void leader_ended(struct watch *watch, uint32_t events) {
@@ -250,6 +250,7 @@ static void exec_gone(struct session *session) {
     *exec->link = exec->next;
     if (exec->next) exec->next->link = exec->link;
     kill_group(exec);
+    freezer_withdraw(&exec->held);
     timer_clear(&exec->timeout);
     child_abandon(&exec->first);
     child_abandon(&exec->later);

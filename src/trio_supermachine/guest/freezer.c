@@ -8,9 +8,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "exec.h"
 #include "loop.h"
-#include "power.h"
+#include "machine.h"
 #include "unique.h"
 
 #define CGROUP "/sys/fs/cgroup/guest"
@@ -25,6 +24,7 @@ static enum { THAWED, FREEZING, FROZEN } state;
 static struct session *waiting; /* for FREEZING to end */
 static struct watch changes = {.fd = -1};
 static struct timer patience;
+static struct start_held *first_held;
 
 void freezer_open(void) {
     if (!mkdir(CGROUP, 0755) || errno == EEXIST)
@@ -34,7 +34,34 @@ void freezer_open(void) {
 
 int freezer_cgroup(void) { return cgroup; }
 
-bool freezer_holds(void) { return state != THAWED; }
+/* --- starts that wait --- */
+
+bool freezer_allows(struct start_held *held, void (*start)(struct start_held *)) {
+    if (state == THAWED) return true;
+    struct start_held **link = &first_held;
+    while (*link) link = &(*link)->next;
+    held->start = start;
+    held->next = NULL;
+    *link = held;
+    return false;
+}
+
+void freezer_withdraw(struct start_held *held) {
+    if (!held->start) return;
+    struct start_held **link = &first_held;
+    while (*link != held) link = &(*link)->next;
+    *link = held->next;
+    held->start = NULL;
+}
+
+static void start_held(void) {
+    struct start_held *held;
+    while ((held = first_held)) {
+        void (*start)(struct start_held *) = held->start;
+        freezer_withdraw(held);
+        start(held);
+    }
+}
 
 /* --- the cgroups --- */
 
@@ -97,7 +124,7 @@ static void thaw(void) {
         if (directory != cgroup) close(directory);
     }
     state = THAWED;
-    exec_start_held();
+    start_held();
 }
 
 static void give_up(int error) {

@@ -11,8 +11,18 @@ void freezer_open(void);
 /* Where programs belong; -1: nowhere in particular. */
 int freezer_cgroup(void);
 
-/* Whether programs must not be started now: one started in there would never say that it has been. */
-bool freezer_holds(void);
+/* A program that is to start. */
+struct start_held {
+    void (*start)(struct start_held *held); /* NULL: none waits */
+    struct start_held *next;
+};
+
+/* Whether programs may be started now: one started in what is frozen would never say that it has
+ * been. If not, `start` is called once they may. */
+bool freezer_allows(struct start_held *held, void (*start)(struct start_held *held));
+
+/* It need not start any more. */
+void freezer_withdraw(struct start_held *held);
 
 /* OK to this session when all is frozen, or ERROR and nothing is. */
 void freezer_freeze(struct session *session);

@@ -7,7 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "machine.h"
 #include "util.h"
 
 #define MODULE_COMPRESSED_FILE 4 /* MODULE_INIT_COMPRESSED_FILE of linux/module.h */

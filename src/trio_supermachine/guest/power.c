@@ -14,18 +14,16 @@
 
 #include "exec.h"
 #include "freezer.h"
+#include "image.h"
 #include "loop.h"
-#include "session.h"
+#include "machine.h"
 #include "workload.h"
 
 /* Until the machine powers off by itself, if the host does not end it. */
 #define FOR_THE_HOST_MS 100
 
-bool machine_is_ours = true;
-
 static bool shutting_down;
 static struct session *asked; /* for the shutdown; NULL: nobody waits for its answer */
-static int workload_stop_signal;
 static unsigned waited_for;
 static struct timer grace;
 
@@ -105,7 +103,7 @@ static void wait_for_all(int signal_all) {
         if (!isdigit((unsigned char)*entry->d_name)) continue;
         pid_t pid = atoi(entry->d_name);
         if (pid == 1 || pid == getpid() || !is_program(pid)) continue;
-        kill(pid, pid == workload_pid() ? workload_stop_signal : signal_all);
+        kill(pid, pid == workload_pid() ? image.stop_signal : signal_all);
         wait_for(pid);
     }
     closedir(processes);
@@ -116,7 +114,7 @@ static void begin(struct timer *timer) {
     (void)timer;
     freezer_thaw(); /* a frozen program cannot end as it would */
     if (!machine_is_ours) {
-        workload_signal(workload_stop_signal);
+        workload_signal(image.stop_signal);
         if (workload_pid())
             wait_for(workload_pid());
         else
@@ -131,7 +129,7 @@ static void grace_over(struct timer *timer) {
     leave();
 }
 
-void shut_down(struct session *session, uint32_t grace_ms, int stop_signal) {
+void shut_down(struct session *session, uint32_t grace_ms) {
     static struct timer now;
     if (shutting_down) {
         session_send_ok(session, 0);
@@ -140,7 +138,6 @@ void shut_down(struct session *session, uint32_t grace_ms, int stop_signal) {
     }
     shutting_down = true;
     asked = session;
-    workload_stop_signal = stop_signal;
     timer_set(&grace, now_ns() + grace_ms * NS_PER_MS, grace_over);
     timer_set(&now, 1, begin); /* in a turn of its own: this one may be handling what ends */
 }

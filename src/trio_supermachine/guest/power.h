@@ -1,17 +1,12 @@
 /* The end of the machine. */
 #pragma once
 
-#include "util.h"
-
-struct session;
-
-/* In tests there is no machine to power off: the process kills what it started, and exits. */
-extern bool machine_is_ours;
+#include "session.h"
 
 _Noreturn void power_off(void);
 
-/* The stop signal to the workload, SIGTERM to everything else; when all have ended, at the latest
+/* The image's stop signal to the workload, SIGTERM to everything else; when all have ended, at the latest
  * after this time, OK with ALL_IS_WRITTEN, and soon after it power_off. Once is enough: another
  * session's OK comes at once. */
-void shut_down(struct session *session, uint32_t grace_ms, int stop_signal);
+void shut_down(struct session *session, uint32_t grace_ms);
 void shut_down_forget(struct session *session);

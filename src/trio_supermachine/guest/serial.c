@@ -22,6 +22,7 @@ static size_t header_size, body_left;
 static bool body_is_wanted;
 
 static uint32_t listening_port, last_local_port;
+static void (*accepted)(struct conn *conn);
 
 static const struct carrier serial;
 
@@ -75,7 +76,7 @@ static void take_request(struct line *line) {
         line = line_add(&serial, header.dst_port, header.src_port, OPEN);
         line->peer_window = header.buf_alloc;
         line_owe(line, OWES_RESPONSE);
-        conn_accepted(&line->conn);
+        accepted(&line->conn);
     } else {
         owe_nobody();
     }
@@ -237,7 +238,10 @@ static struct conn *dial(uint32_t to) {
     return &line->conn;
 }
 
-static void listen_on(uint32_t at) { listening_port = at; }
+static void listen_on(uint32_t at, void (*then)(struct conn *)) {
+    listening_port = at;
+    accepted = then;
+}
 
 static const struct carrier serial = {
     .reserve = sending_reserve, .commit = sending_commit, .resume = resume, .end = end,

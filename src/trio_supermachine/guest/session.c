@@ -7,6 +7,8 @@
 
 #include "loop.h"
 
+static const struct action *(*action_of)(enum frame_type type);
+
 static size_t queue_free(const struct session *session) { return QUEUE_SIZE - session->queue_size; }
 
 static void let_action_go(struct session *session) {
@@ -241,4 +243,6 @@ void session_open(struct conn *conn, const struct action *action) {
     conn->owner = session;
 }
 
-void conn_accepted(struct conn *conn) { session_open(conn, NULL); }
+void session_accept(struct conn *conn) { session_open(conn, NULL); }
+
+void sessions_serve(const struct action *(*of)(enum frame_type)) { action_of = of; }

@@ -72,5 +72,8 @@ void session_hold(struct session *session);
 void session_unhold(struct session *session);
 struct conn *session_leave(struct session *session);
 
-/* Which action a first frame asks for; NULL: none. (agent.c) */
-const struct action *action_of(enum frame_type type);
+/* Take a connection of the host's: its first frame says what for. */
+void session_accept(struct conn *conn);
+
+/* Once, at the start: `action_of` says which action a first frame asks for; NULL: none. */
+void sessions_serve(const struct action *(*action_of)(enum frame_type type));

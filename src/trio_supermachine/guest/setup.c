@@ -1,12 +1,12 @@
 #include "setup.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/utsname.h>
 
 #include "freezer.h"
 #include "image.h"
+#include "machine.h"
 #include "mount.h"
 #include "network.h"
 #include "power.h"
@@ -16,9 +16,6 @@
 
 #define MIN_SEED 32u
 #define MAX_SEED 512u
-
-struct image image = {.environment = (const char *const[]){NULL}, .workdir = "/", .user = ""};
-int stop_signal = SIGTERM;
 
 static const struct carrier *lifeline_carrier;
 
@@ -88,8 +85,8 @@ static bool set_up(struct session *session, struct reader *payload) {
         fail(session, failed);
         return true;
     }
-    if (setup.stop_signal > 0) stop_signal = setup.stop_signal;
-    lifeline_carrier->listen(AGENT_PORT);
+    if (setup.stop_signal > 0) image.stop_signal = setup.stop_signal;
+    lifeline_carrier->listen(AGENT_PORT, session_accept);
     workload_start((const char *const *)setup.workload,
                    machine_is_ours ? "/run/supermachine-workload.pid" : NULL);
     phase = RUNNING;

@@ -6,6 +6,3 @@
 
 /* Dial the host. Once set up, execs and the like are taken on AGENT_PORT. */
 void lifeline_open(const struct carrier *carrier);
-
-/* From set-up; SIGTERM before. */
-extern int stop_signal;

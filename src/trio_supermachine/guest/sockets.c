@@ -55,6 +55,7 @@ static size_t out_size; /* of the line whose turn it is */
 static unsigned lines;
 static struct watch listener = {.fd = -1};
 static bool acceptable;
+static void (*accepted)(struct conn *conn);
 static struct line *ready_head, *ready_tail;
 
 static const struct carrier sockets;
@@ -323,7 +324,7 @@ static void take_connection(void) {
         close(fd);
         return;
     }
-    conn_accepted(&add(fd, true)->conn);
+    accepted(&add(fd, true)->conn);
 }
 
 static bool take(void) {
@@ -383,7 +384,8 @@ static struct conn *dial(uint32_t port) {
     return &add(fd, connected)->conn;
 }
 
-static void listen_on(uint32_t port) {
+static void listen_on(uint32_t port, void (*then)(struct conn *)) {
+    accepted = then;
     struct sockaddr_storage address;
     socklen_t size = address_of(port, VMADDR_CID_ANY, &address);
     int fd = open_socket();

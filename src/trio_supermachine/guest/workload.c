@@ -10,7 +10,7 @@
 
 #include "children.h"
 #include "image.h"
-#include "power.h"
+#include "machine.h"
 #include "program.h"
 
 struct waiter {
