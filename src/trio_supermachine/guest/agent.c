@@ -9,19 +9,19 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "connect.h"
-#include "control.h"
-#include "exec.h"
-#include "files.h"
-#include "loop.h"
-#include "machine.h"
-#include "power.h"
-#include "serial.h"
-#include "session.h"
-#include "setup.h"
-#include "sockets.h"
-#include "program.h"
-#include "uevent.h"
+#include "carriers/serial.h"
+#include "carriers/sockets.h"
+#include "core/loop.h"
+#include "core/machine.h"
+#include "core/session.h"
+#include "life/control.h"
+#include "life/lifeline.h"
+#include "life/power.h"
+#include "network/connect.h"
+#include "programs/exec.h"
+#include "programs/program.h"
+#include "system/files.h"
+#include "system/uevent.h"
 
 #define PORT_NAME "org.trio-supermachine.vsock"
 #define PORT_WAIT_MS 10000u
