@@ -1,13 +1,8 @@
 /* The agent: serves the host over a carrier. */
 #pragma once
 
-#include <stdbool.h>
-
 /* In the machine; the kernel's command line names the carrier. Does not return. */
 _Noreturn void agent_run(void);
-
-/* Whether the kernel's command line names this carrier as supermachine.channel. */
-bool channel_is(const char *wanted);
 
 /* In tests: over this socket as if it were the serial port, or over unix sockets in a directory. */
 _Noreturn void agent_run_on_fd(int fd);

@@ -17,9 +17,9 @@
 #include <unistd.h>
 
 #include "agent.h"
-#include "modules.h"
-#include "mount.h"
-#include "util.h"
+#include "core/util.h"
+#include "system/modules.h"
+#include "system/mount.h"
 
 #define FILES_SOFT 1024
 #define FILES_HARD 524288

@@ -7,7 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "../flow.h"
+#include "bpf/flow.h"
 
 #define PROGRAM(name) __attribute__((section("hook." #name), used)) int name
 #define INLINE static inline __attribute__((always_inline))

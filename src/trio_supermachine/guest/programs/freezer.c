@@ -1,0 +1,224 @@
+#include "programs/freezer.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "core/loop.h"
+#include "core/machine.h"
+#include "system/unique.h"
+
+#define CGROUP "/sys/fs/cgroup/guest"
+#define MAX_CGROUPS 64u   /* frozen at once, beside each other */
+#define YIELDS 4
+#define PATIENCE_MS 2000u /* a process in the kernel freezes when it comes out */
+
+static int cgroup = -1; /* where programs begin */
+static int frozen[MAX_CGROUPS];
+static size_t frozen_count;
+static enum { THAWED, FREEZING, FROZEN } state;
+static struct session *waiting; /* for FREEZING to end */
+static struct watch changes = {.fd = -1};
+static struct timer patience;
+static struct start_held *first_held;
+
+void freezer_open(void) {
+    if (!mkdir(CGROUP, 0755) || errno == EEXIST)
+        cgroup = open(CGROUP, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (cgroup < 0) say(CGROUP ": %s", strerror(errno));
+}
+
+int freezer_cgroup(void) { return cgroup; }
+
+/* --- starts that wait --- */
+
+bool freezer_allows(struct start_held *held, void (*start)(struct start_held *)) {
+    if (state == THAWED) return true;
+    struct start_held **link = &first_held;
+    while (*link) link = &(*link)->next;
+    held->start = start;
+    held->next = NULL;
+    *link = held;
+    return false;
+}
+
+void freezer_withdraw(struct start_held *held) {
+    if (!held->start) return;
+    struct start_held **link = &first_held;
+    while (*link != held) link = &(*link)->next;
+    *link = held->next;
+    held->start = NULL;
+}
+
+static void start_held(void) {
+    struct start_held *held;
+    while ((held = first_held)) {
+        void (*start)(struct start_held *) = held->start;
+        freezer_withdraw(held);
+        start(held);
+    }
+}
+
+/* --- the cgroups --- */
+
+static int command(int directory, const char *word) {
+    int fd = openat(directory, "cgroup.freeze", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return -1;
+    ssize_t written = write(fd, word, strlen(word));
+    int error = errno;
+    close(fd);
+    errno = error;
+    return written < 0 ? -1 : 0;
+}
+
+/* Frozen here already, or by the guest's own wish: then it is not ours to thaw. */
+static bool is_told_to_freeze(int directory) {
+    char word = '1';
+    int fd = openat(directory, "cgroup.freeze", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return true;
+    if (read(fd, &word, 1) != 1) word = '1';
+    close(fd);
+    return word == '1';
+}
+
+/* A cgroup that a program has made beside its own, as container engines do. -1: no more. */
+static int find_other(void) {
+    int fd = openat(cgroup, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC), found = -1;
+    DIR *top = fd < 0 ? NULL : fdopendir(fd);
+    if (!top) {
+        if (fd >= 0) close(fd);
+        return -1;
+    }
+    struct dirent *entry;
+    while (found < 0 && (entry = readdir(top))) {
+        if (entry->d_type != DT_DIR || *entry->d_name == '.') continue;
+        found = openat(fd, entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (found >= 0 && is_told_to_freeze(found)) {
+            close(found);
+            found = -1;
+        }
+    }
+    closedir(top);
+    return found;
+}
+
+/* --- freezing them one after the other: those that are frozen make no new ones --- */
+
+static struct session *end_wait(void) {
+    struct session *session = waiting;
+    waiting = NULL;
+    watch_drop(&changes);
+    timer_clear(&patience);
+    return session;
+}
+
+static void thaw(void) {
+    if (state == THAWED) return;
+    while (frozen_count) {
+        int directory = frozen[--frozen_count];
+        if (command(directory, "0")) say("thaw: %s", strerror(errno));
+        if (directory != cgroup) close(directory);
+    }
+    state = THAWED;
+    start_held();
+}
+
+static void give_up(int error) {
+    struct session *session = end_wait();
+    thaw();
+    session_fail(session, error, 0, "freezing: %s", strerror(error));
+}
+
+/* Whether it has happened to the one that was told last. */
+static bool is_frozen(void) {
+    char text[128];
+    ssize_t size = pread(changes.fd, text, sizeof text - 1, 0);
+    if (size < 0) return errno == ENODEV; /* it was removed, so nothing was in it */
+    text[size] = 0;
+    return strstr(text, "frozen 1");
+}
+
+static void changed(struct watch *watch, uint32_t events);
+
+static int begin(int directory) {
+    frozen[frozen_count++] = directory;
+    int fd = openat(directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return -1;
+    watch_add(&changes, fd, EPOLLPRI, changed);
+    return command(directory, "1");
+}
+
+/* Programs that can freeze do so when they run next. The kernel tells of it at most every 10 ms, so
+ * that giving them the processor a few times is often quicker than to wait for it. */
+static bool is_frozen_soon(void) {
+    for (int yields = 0; yields < YIELDS; yields++) {
+        if (is_frozen()) return true;
+        sched_yield();
+    }
+    return is_frozen();
+}
+
+static void go_on(void) {
+    while (is_frozen_soon()) {
+        watch_drop(&changes);
+        int other = frozen_count < MAX_CGROUPS ? find_other() : -1;
+        if (other < 0) {
+            state = FROZEN;
+            if (machine_is_ours) prepare_renewal();
+            struct session *session = end_wait();
+            session_send_ok(session, 0);
+            session_finish(session);
+            return;
+        }
+        if (begin(other)) {
+            give_up(errno);
+            return;
+        }
+    }
+}
+
+static void changed(struct watch *watch, uint32_t events) {
+    (void)watch, (void)events;
+    go_on();
+}
+
+static void patience_over(struct timer *timer) {
+    (void)timer;
+    give_up(ETIMEDOUT);
+}
+
+void freezer_freeze(struct session *session) {
+    if (cgroup < 0 || waiting) {
+        int error = waiting ? EBUSY : EOPNOTSUPP;
+        session_fail(session, error, 0, "freezing: %s", strerror(error));
+        return;
+    }
+    if (state == FROZEN) {
+        session_send_ok(session, 0);
+        session_finish(session);
+        return;
+    }
+    waiting = session;
+    state = FREEZING;
+    if (begin(cgroup)) {
+        give_up(errno);
+        return;
+    }
+    timer_set(&patience, now_ns() + PATIENCE_MS * NS_PER_MS, patience_over);
+    go_on();
+}
+
+void freezer_thaw(void) {
+    if (waiting) give_up(ECANCELED);
+    else thaw();
+}
+
+void freezer_forget(struct session *session) {
+    if (session != waiting) return;
+    end_wait();
+    thaw();
+}
