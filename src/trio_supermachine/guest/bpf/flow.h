@@ -1,5 +1,5 @@
 /* Where programs' connections and datagrams go instead of out of the machine: shared by the agent
- * and by the hooks of bpf/, which lead there. docs/wire.rst has the other end. */
+ * and by the hooks of bpf/, which lead there. docs/reference/wire.rst has the other end. */
 #pragma once
 
 /* 127.64.0.0/10 and fd73:6d00:0:1::/96 are flow addresses: their last 22 bits are the id of a

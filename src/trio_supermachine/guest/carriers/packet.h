@@ -1,4 +1,4 @@
-/* The packets of the serial carrier, as docs/wire.rst has them. */
+/* The packets of the serial carrier, as docs/reference/wire.rst has them. */
 #pragma once
 
 #include <stdint.h>

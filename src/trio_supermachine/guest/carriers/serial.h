@@ -1,4 +1,5 @@
-/* The serial carrier: vsock packets back to back over one port. See docs/wire.rst, "Carriers". */
+/* The serial carrier: vsock packets back to back over one port. See docs/reference/wire.rst,
+ * "Carriers". */
 #pragma once
 
 #include "core/conn.h"

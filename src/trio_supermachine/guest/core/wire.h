@@ -1,4 +1,4 @@
-/* Frames and payloads, as docs/wire.rst has them. */
+/* Frames and payloads, as docs/reference/wire.rst has them. */
 #pragma once
 
 #include "core/util.h"
