@@ -14,8 +14,8 @@ import pytest
 
 from trio_supermachine import guest
 
-from .c_sources import read_edges
-from .layers import (
+from ..support.c_sources import read_edges
+from ..support.layers import (
     Arrow,
     Floors,
     arrows_up,
@@ -27,7 +27,7 @@ from .layers import (
 )
 
 GUEST = Path(guest.__file__).parent
-ARCHITECTURE = Path(__file__).parent.parent / "docs" / "architecture.rst"
+ARCHITECTURE = Path(__file__).parents[2] / "docs" / "explanation" / "architecture.rst"
 GENERATED = {"bpf_hooks.h": "bpf/hooks.c"}
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from .layers import arrows_up, documented_rooms, find_circles, room_of, rooms_of, told_circle
+from ..support.layers import (
+    arrows_up,
+    documented_rooms,
+    find_circles,
+    room_of,
+    rooms_of,
+    told_circle,
+)
 
 _PAGE = """\
 Some page
