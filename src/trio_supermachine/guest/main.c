@@ -85,7 +85,8 @@ static void open_missing_streams(void) {
 
 int main(int count, char **arguments) {
     if (getpid() == 1 && count < 2) run_as_init();
-    if (count == 2 && !strcmp(arguments[1], "--trial")) return 0; /* a program that every guest has */
+    /* A program that every guest has, and that does nothing: for warm-ups. */
+    if (count == 2 && !strcmp(arguments[1], "--trial")) return 0;
     if (count == 5 && !strcmp(arguments[3], "--root") &&
         (chroot(arguments[4]) || chdir("/")))
         die("%s: %s", arguments[4], strerror(errno));

@@ -14,10 +14,10 @@ struct session;
 
 /* What a connection is for. */
 struct action {
-    /* A whole frame, other than DATA. False: it breaks the protocol. */
+    /* A whole frame, other than DATA. False: it breaks the protocol. NULL: any does. */
     bool (*frame)(struct session *session, enum frame_type type, uint8_t stream,
                   struct reader *payload);
-    /* Some bytes of DATA, all of which are used. False: they break the protocol. */
+    /* Some bytes of DATA, all of which are used. False: they break the protocol. NULL: any do. */
     bool (*data)(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size);
     /* A whole frame of DATA, perhaps empty, in the place of `data`. False: it breaks the protocol. */
     bool (*datagram)(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size);

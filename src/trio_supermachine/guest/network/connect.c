@@ -166,11 +166,6 @@ static bool connect_frame(struct session *session, enum frame_type type, uint8_t
     return true;
 }
 
-static bool no_data(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size) {
-    (void)session, (void)stream, (void)bytes, (void)size;
-    return false;
-}
-
 static void connect_gone(struct session *session) {
     struct attempt *attempt = session->state;
     if (!attempt) return;
@@ -180,6 +175,5 @@ static void connect_gone(struct session *session) {
 
 const struct action connect_action = {
     .frame = connect_frame,
-    .data = no_data,
     .gone = connect_gone,
 };

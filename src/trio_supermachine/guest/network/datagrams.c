@@ -12,7 +12,6 @@
 #include "core/loop.h"
 #include "network/egress.h"
 
-#define MAX_DATAGRAM 65507u
 #define MAX_FLOWS 256u
 #define MAX_QUEUED 131072u /* bytes of a flow that the host does not take */
 #define SILENCE_S 60u

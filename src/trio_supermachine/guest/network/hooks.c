@@ -27,6 +27,7 @@ _Static_assert(sizeof to_flow6 <= MAX_WORDS * sizeof *to_flow6, "the longest of 
 #define HOOK(code, at) {#at, code, sizeof code / sizeof *code, BPF_CGROUP_##at}
 
 /* What leads out comes last: a program that is led to the agent is understood on its way back. */
+/* clang-format off */
 static const struct hook hooks[] = {
     HOOK(from_flow4, UDP4_RECVMSG),
     HOOK(from_flow4, INET4_GETPEERNAME),
@@ -39,6 +40,7 @@ static const struct hook hooks[] = {
     HOOK(to_flow4, INET4_CONNECT),
     HOOK(to_flow6, INET6_CONNECT),
 };
+/* clang-format on */
 
 static int destinations = -1;
 
