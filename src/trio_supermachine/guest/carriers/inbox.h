@@ -1,12 +1,13 @@
 /* What has come on a connection, up to its user.
  *
- * A user may use less than it is offered. What it leaves is kept here, and is offered again, ahead of
- * all that comes later, when the carrier is told to resume. The host's end counts from when all that
- * came before it has been used. So a user sees bytes in order, once each, and the end behind them.
+ * A user may use less than it is offered. What it leaves is kept here, and is offered again, ahead
+ * of all that comes later, when the carrier is told to resume. The host's end counts from when all
+ * that came before it has been used. So a user sees bytes in order, once each, and the end behind
+ * them.
  *
- * Both carriers bound what is kept. The serial one has given the host a window and ends a connection
- * that sends beyond it. The one of sockets does not read while anything is kept, so that no more than
- * one reading ever is. */
+ * Both carriers bound what is kept. The serial one has given the host a window and ends a
+ * connection that sends beyond it. The one of sockets does not read while anything is kept, so that
+ * no more than one reading ever is. */
 #pragma once
 
 #include "core/conn.h"

@@ -4,8 +4,8 @@
 
 #include "core/loop.h"
 
-/* What each may have sent that is not used. The first few have the wide window, those beyond have the
- * narrow one, which is less in a small machine: 1024 of all take an eighth of its memory. */
+/* What each may have sent that is not used. The first few have the wide window, those beyond have
+ * the narrow one, which is less in a small machine: 1024 of all take an eighth of its memory. */
 #define WIDE_WINDOW 262144u
 #define WIDE_LINES 256u
 #define NARROW_WINDOW 65536u

@@ -24,13 +24,13 @@ struct line {
     struct conn conn;
     enum state state;
     unsigned owes;
-    bool said_end;   /* this side has said that it sends no more */
-    bool peer_deaf;  /* the host receives no more */
+    bool said_end;  /* this side has said that it sends no more */
+    bool peer_deaf; /* the host receives no more */
     uint32_t local_port, peer_port;
-    uint32_t window; /* from the host, not used: at the most */
-    uint32_t sent, peer_window, peer_consumed;   /* towards the host */
-    bool short_of_credit;                        /* it would have sent more */
-    uint32_t received, consumed, told_consumed;  /* from the host */
+    uint32_t window;                            /* from the host, not used: at the most */
+    uint32_t sent, peer_window, peer_consumed;  /* towards the host */
+    bool short_of_credit;                       /* it would have sent more */
+    uint32_t received, consumed, told_consumed; /* from the host */
     struct inbox inbox;
     struct line *next;
 };

@@ -131,7 +131,8 @@ static const char *take_quiet_op(void) {
 static const char *take_header(void) {
     if (header.src_cid != HOST_CID || header.dst_cid != GUEST_CID) return "a packet for others";
     if (header.type != STREAM_TYPE) return "a packet of unknown type";
-    if (header.op == OP_FREEZE || header.op == OP_THAW || header.op == OP_RESET) return take_quiet_op();
+    if (header.op == OP_FREEZE || header.op == OP_THAW || header.op == OP_RESET)
+        return take_quiet_op();
     if (header.op < REQUEST || header.op > CREDIT_REQUEST) return "an unknown operation";
     if (voice != TALKING) return "a packet in the silence";
     if (header.len > MAX_PAYLOAD) return "a packet too long";
@@ -246,9 +247,18 @@ static void listen_on(uint32_t at, void (*then)(struct conn *)) {
 }
 
 static const struct carrier serial = {
-    .reserve = sending_reserve, .commit = sending_commit, .resume = resume, .end = end,
-    .finish = finish, .reset = reset, .turn = sending_turn, .can_send = sending_can,
-    .flush = sending_flush, .dial = dial, .listen = listen_on, .take = take,
+    .reserve = sending_reserve,
+    .commit = sending_commit,
+    .resume = resume,
+    .end = end,
+    .finish = finish,
+    .reset = reset,
+    .turn = sending_turn,
+    .can_send = sending_can,
+    .flush = sending_flush,
+    .dial = dial,
+    .listen = listen_on,
+    .take = take,
 };
 
 const struct carrier *serial_carrier(int fd, bool hangs_up, void (*end)(const char *reason)) {

@@ -19,7 +19,8 @@
 #include "core/wire.h"
 #include "system/uevent.h"
 
-/* Small frames, and two of data: what one turn sends is one system call, and on AF_VSOCK few packets. */
+/* Small frames, and two of data: what one turn sends is one system call, and on AF_VSOCK few
+ * packets. */
 #define DATA_FRAME (FRAME_HEADER + MAX_DATA)
 #define OUT_SIZE (4096u + 2 * DATA_FRAME)
 #define IN_SIZE 131072u
@@ -106,8 +107,8 @@ static void line_ready(struct watch *watch, uint32_t events) {
     }
 }
 
-/* Room to send is asked for only when there was none: each packet that brings credit would wake this
- * process for nothing. */
+/* Room to send is asked for only when there was none: each packet that brings credit would wake
+ * this process for nothing. */
 static uint32_t events_of(const struct line *line) {
     return EPOLLIN | EPOLLRDHUP | (line->asks_for_room ? EPOLLOUT : 0);
 }
@@ -379,13 +380,23 @@ static bool has_cid(void *unused) {
 }
 
 static const struct carrier sockets = {
-    .reserve = reserve, .commit = commit, .resume = resume, .end = end, .finish = finish,
-    .reset = reset, .turn = turn, .can_send = can_send, .flush = flush, .dial = dial,
-    .listen = listen_on, .take = take,
+    .reserve = reserve,
+    .commit = commit,
+    .resume = resume,
+    .end = end,
+    .finish = finish,
+    .reset = reset,
+    .turn = turn,
+    .can_send = can_send,
+    .flush = flush,
+    .dial = dial,
+    .listen = listen_on,
+    .take = take,
 };
 
 const struct carrier *socket_carrier(const char *directory) {
     unix_directory = directory;
-    if (!directory && !wait_for_device(has_cid, NULL, TRANSPORT_WAIT_MS)) die("no virtio-vsock device");
+    if (!directory && !wait_for_device(has_cid, NULL, TRANSPORT_WAIT_MS))
+        die("no virtio-vsock device");
     return &sockets;
 }

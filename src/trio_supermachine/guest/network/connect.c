@@ -159,7 +159,8 @@ static bool connect_frame(struct session *session, enum frame_type type, uint8_t
                           struct reader *payload) {
     (void)stream;
     uint32_t protocol = read_u32(payload), port = read_u32(payload);
-    if (type != CONNECT || session->state || !read_whole(payload) || port > UINT16_MAX) return false;
+    if (type != CONNECT || session->state || !read_whole(payload) || port > UINT16_MAX)
+        return false;
     if (protocol == IPPROTO_TCP) connect_tcp(session, port);
     else if (protocol == IPPROTO_UDP) connect_udp(session, port);
     else return false;

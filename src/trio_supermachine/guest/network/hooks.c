@@ -76,7 +76,7 @@ static int load(const struct hook *hook, char *log) {
         .expected_attach_type = hook->at,
         .insns = (uintptr_t)code,
         .insn_cnt = (uint32_t)hook->words,
-        .license = (uintptr_t) "Apache-2.0",
+        .license = (uintptr_t)"Apache-2.0",
         .log_level = log ? 1 : 0,
         .log_size = log ? LOG_SIZE : 0,
         .log_buf = (uintptr_t)log,

@@ -25,7 +25,7 @@ pid_t clone_into_cgroup(int cgroup, int (*function)(void *), void *stack, size_t
         .stack_size = stack_size,
         .cgroup = (uint64_t)cgroup,
     };
-/* clang-format off */
+    /* clang-format off */
 #if defined __x86_64__
     register int (*child)(void *) __asm__("r8") = function;
     register void *handed __asm__("r9") = argument;
