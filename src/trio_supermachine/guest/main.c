@@ -52,10 +52,8 @@ _Noreturn static void reap_until_gone(pid_t agent) {
         pid_t pid = waitpid(-1, &status, 0);
         if (pid == agent) break;
     }
-    if (WIFSIGNALED(status))
-        say("the agent was killed by signal %d", WTERMSIG(status));
-    else
-        say("the agent ended with status %d", WEXITSTATUS(status));
+    if (WIFSIGNALED(status)) say("the agent was killed by signal %d", WTERMSIG(status));
+    else say("the agent ended with status %d", WEXITSTATUS(status));
     sync();
     reboot(RB_POWER_OFF);
     reboot(RB_AUTOBOOT);
@@ -85,15 +83,16 @@ static void open_missing_streams(void) {
 
 int main(int count, char **arguments) {
     if (getpid() == 1 && count < 2) run_as_init();
-    if (count == 2 && !strcmp(arguments[1], "--trial")) return 0; /* a program that every guest has */
-    if (count == 5 && !strcmp(arguments[3], "--root") &&
-        (chroot(arguments[4]) || chdir("/")))
+    /* A program that every guest has, and that does nothing: for warm-ups. */
+    if (count == 2 && !strcmp(arguments[1], "--trial")) return 0;
+    if (count == 5 && !strcmp(arguments[3], "--root") && (chroot(arguments[4]) || chdir("/")))
         die("%s: %s", arguments[4], strerror(errno));
     open_missing_streams();
     if ((count == 3 || count == 5) && !strcmp(arguments[1], "--agent-on-fd"))
         agent_run_on_fd(atoi(arguments[2]));
     if (count == 3 && !strcmp(arguments[1], "--agent-on-sockets"))
         agent_run_on_sockets(arguments[2]);
-    fprintf(stderr, "usage: init --agent-on-fd N [--root DIR] | --agent-on-sockets DIR | --trial\n");
+    fprintf(stderr,
+            "usage: init --agent-on-fd N [--root DIR] | --agent-on-sockets DIR | --trial\n");
     return 2;
 }

@@ -16,7 +16,7 @@
 #define NO_ID (~0u)
 #define TCP 6
 #define UDP 17
-#define MPTCP 262 /* the names of a socket; it connects as TCP does */
+#define MPTCP 262     /* the names of a socket; it connects as TCP does */
 #define ONLY_IF_NEW 1 /* BPF_NOEXIST */
 
 #define htons(value) __builtin_bswap16(value)
@@ -41,7 +41,8 @@ struct context {
 extern char destinations;
 
 static void *(*const lookup)(void *map, const void *key) = (void *)1;
-static long (*const update)(void *map, const void *key, const void *value, uint64_t flags) = (void *)2;
+static long (*const update)(void *map, const void *key, const void *value,
+                            uint64_t flags) = (void *)2;
 static uint64_t (*const netns_cookie)(volatile void *context) = (void *)122;
 
 /* TCP and UDP where the agent is. Another network namespace has a loopback of its own, and a
@@ -100,7 +101,7 @@ INLINE bool is_flow6(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 }
 
 INLINE bool stays_inside6(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    if (!a && !b && !c && d <= 1) return true;              /* :: and ::1 */
+    if (!a && !b && !c && d <= 1) return true;                  /* :: and ::1 */
     if (a >> 24 == 0xff || a >> 22 == 0xfe80 >> 6) return true; /* multicast, link-local */
     return (a == FLOW_IP6_0 && !b && !c && d == OWN_IP6_LAST) || is_flow6(a, b, c, d);
 }
@@ -121,7 +122,8 @@ PROGRAM(to_flow4)(volatile struct context *context) {
 PROGRAM(to_flow6)(volatile struct context *context) {
     struct destination wanted = {
         {context->user_ip6[0], context->user_ip6[1], context->user_ip6[2], context->user_ip6[3]},
-        (uint16_t)context->user_port, 0,
+        (uint16_t)context->user_port,
+        0,
     };
     uint32_t a = htonl(wanted.address[0]), b = htonl(wanted.address[1]);
     uint32_t c = htonl(wanted.address[2]), d = htonl(wanted.address[3]);

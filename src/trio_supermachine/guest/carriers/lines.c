@@ -1,12 +1,11 @@
 #include "carriers/lines.h"
 
-#include <string.h>
 #include <sys/sysinfo.h>
 
 #include "core/loop.h"
 
-/* What each may have sent that is not used. The first few have the wide window, those beyond have the
- * narrow one, which is less in a small machine: 1024 of all take an eighth of its memory. */
+/* What each may have sent that is not used. The first few have the wide window, those beyond have
+ * the narrow one, which is less in a small machine: 1024 of all take an eighth of its memory. */
 #define WIDE_WINDOW 262144u
 #define WIDE_LINES 256u
 #define NARROW_WINDOW 65536u
@@ -47,6 +46,7 @@ struct line *line_add(const struct carrier *carrier, uint32_t local_port, uint32
     line->conn.carrier = carrier;
     line->state = state;
     line->window = next_window();
+    line->inbox.bound = line->window;
     line->local_port = local_port;
     line->peer_port = peer_port;
     struct line **place = bucket(local_port, peer_port);
@@ -59,8 +59,7 @@ struct line *line_add(const struct carrier *carrier, uint32_t local_port, uint32
 static void dispose(struct line *line) {
     lines--;
     conn_unqueue(&line->conn);
-    free_later(line->rest);
-    line->rest = NULL;
+    inbox_release(&line->inbox);
     free_later(line);
 }
 
@@ -86,15 +85,9 @@ void lines_drop_all(void) {
         }
     while ((line = all)) {
         all = line->next;
-        line_let_user_go(line);
+        conn_let_user_go(&line->conn);
         dispose(line);
     }
-}
-
-void line_let_user_go(struct line *line) {
-    const struct conn_user *user = line->conn.user;
-    line->conn.user = NULL;
-    if (user) user->gone(&line->conn);
 }
 
 void line_owe(struct line *line, unsigned what) {
@@ -110,61 +103,18 @@ static void count_consumed(struct line *line, size_t size) {
         line_owe(line, OWES_CREDIT);
 }
 
-static size_t offer(struct line *line, const uint8_t *bytes, size_t size) {
-    size_t used = size; /* with no user (any more) it is thrown away */
-    if (line->conn.user) used = line->conn.user->input(&line->conn, bytes, size);
-    if (!line->conn.user) used = size;
-    count_consumed(line, used);
-    return used;
-}
-
-static void make_room(struct line *line, size_t size) {
-    if (line->rest_at + line->rest_size + size <= line->rest_room) return;
-    if (line->rest_at) memmove(line->rest, line->rest + line->rest_at, line->rest_size);
-    line->rest_at = 0;
-    if (line->rest_size + size <= line->rest_room) return;
-    size_t room = smaller(2 * (line->rest_size + size), line->window);
-    uint8_t *rest = must_alloc(room);
-    if (line->rest_size) memcpy(rest, line->rest, line->rest_size);
-    free_later(line->rest);
-    line->rest = rest;
-    line->rest_room = room;
-}
-
-static void keep(struct line *line, const uint8_t *bytes, size_t size) {
-    if (!size) return;
-    make_room(line, size);
-    memcpy(line->rest + line->rest_at + line->rest_size, bytes, size);
-    line->rest_size += size;
-}
-
 void line_take(struct line *line, const uint8_t *bytes, size_t size) {
-    size_t used = line->rest_size ? 0 : offer(line, bytes, size);
-    keep(line, bytes + used, size - used);
+    count_consumed(line, inbox_take(&line->inbox, &line->conn, bytes, size));
 }
 
 void line_resume(struct line *line) {
-    if (line->rest_size) {
-        size_t used = offer(line, line->rest + line->rest_at, line->rest_size);
-        line->rest_at += used;
-        line->rest_size -= used;
-        if (line->rest_size) return;
-        free_later(line->rest);
-        line->rest = NULL;
-        line->rest_at = line->rest_room = 0;
-    }
+    count_consumed(line, inbox_offer_again(&line->inbox, &line->conn));
     line_tell_end(line);
 }
 
 void line_tell_end(struct line *line) {
-    const struct conn_user *user = line->conn.user;
-    if (!user || !user->ended || line->rest_size || !(line->peer_shut & 2)) return;
-    if (!line->told_end) {
-        line->told_end = true;
-        user->ended(&line->conn);
-    }
-    if (line->state != LEFT) return;
+    if (!inbox_tell_end(&line->inbox, &line->conn) || line->state != LEFT) return;
     line->conn.closed = true;
-    line_let_user_go(line);
+    conn_let_user_go(&line->conn);
     line_owe(line, OWES_RST);
 }

@@ -1,7 +1,7 @@
 /* The connections of the serial carrier: what is known of each, and what it has received. */
 #pragma once
 
-#include "core/conn.h"
+#include "carriers/inbox.h"
 
 #define MAX_LINES 4096u
 
@@ -23,16 +23,15 @@ enum {
 struct line {
     struct conn conn;
     enum state state;
-    unsigned owes, peer_shut;
-    bool ended;    /* this side has said that it sends no more */
-    bool told_end; /* the user knows that the host sends no more */
+    unsigned owes;
+    bool said_end;  /* this side has said that it sends no more */
+    bool peer_deaf; /* the host receives no more */
     uint32_t local_port, peer_port;
-    uint32_t window; /* from the host, not used: at the most */
-    uint32_t sent, peer_window, peer_consumed;   /* towards the host */
-    bool short_of_credit;                        /* it would have sent more */
-    uint32_t received, consumed, told_consumed;  /* from the host */
-    uint8_t *rest;                               /* received and not used yet */
-    size_t rest_at, rest_size, rest_room;
+    uint32_t window;                            /* from the host, not used: at the most */
+    uint32_t sent, peer_window, peer_consumed;  /* towards the host */
+    bool short_of_credit;                       /* it would have sent more */
+    uint32_t received, consumed, told_consumed; /* from the host */
+    struct inbox inbox;
     struct line *next;
 };
 
@@ -49,8 +48,6 @@ void line_drop(struct line *line);
 
 /* All of them have gone: users are told, once none can be found any more. */
 void lines_drop_all(void);
-
-void line_let_user_go(struct line *line);
 
 /* Something is to be said on it. */
 void line_owe(struct line *line, unsigned what);

@@ -16,7 +16,9 @@ static void (*port_broken)(const char *);
 static uint8_t out[WRITE_SIZE];
 static size_t out_at, out_size;
 
-static struct { uint32_t local_port, peer_port; } resets[MAX_RESETS];
+static struct {
+    uint32_t local_port, peer_port;
+} resets[MAX_RESETS];
 static unsigned reset_count;
 
 void sending_open(int fd, void (*broken)(const char *reason)) {
@@ -59,10 +61,16 @@ static bool flush_out(void) {
 
 static void put(struct line *line, unsigned op, uint32_t flags, uint32_t size) {
     struct packet packet = {
-        .src_cid = GUEST_CID, .dst_cid = HOST_CID,
-        .src_port = line->local_port, .dst_port = line->peer_port,
-        .len = size, .type = STREAM_TYPE, .op = (uint16_t)op, .flags = flags,
-        .buf_alloc = line->window, .fwd_cnt = line->consumed,
+        .src_cid = GUEST_CID,
+        .dst_cid = HOST_CID,
+        .src_port = line->local_port,
+        .dst_port = line->peer_port,
+        .len = size,
+        .type = STREAM_TYPE,
+        .op = (uint16_t)op,
+        .flags = flags,
+        .buf_alloc = line->window,
+        .fwd_cnt = line->consumed,
     };
     line->told_consumed = line->consumed;
     memcpy(out + out_size, &packet, sizeof packet);
@@ -150,8 +158,7 @@ bool sending_turn(struct conn *conn) {
         if (line->told_consumed != line->consumed &&
             WRITE_SIZE - out_size >= sizeof(struct packet) && !out_at)
             put(line, CREDIT_UPDATE, 0, 0);
-        else if (line->told_consumed != line->consumed)
-            line->owes |= OWES_CREDIT;
+        else if (line->told_consumed != line->consumed) line->owes |= OWES_CREDIT;
     }
     return more || line->owes;
 }

@@ -15,7 +15,8 @@ void sending_open(int fd, void (*broken)(const char *reason));
 void sending_may_go_on(void);
 bool sending_is_possible(void);
 
-/* An answer to a packet for no connection. As long as too many are owed nothing is to be taken in. */
+/* An answer to a packet for no connection. As long as too many are owed nothing is to be taken in.
+ */
 void sending_owe_reset(uint32_t local_port, uint32_t peer_port);
 bool sending_owes_too_many(void);
 

@@ -30,7 +30,7 @@ static const struct carrier serial;
 
 static void end(struct conn *conn) {
     struct line *line = (struct line *)conn;
-    line->ended = true;
+    line->said_end = true;
     line_owe(line, OWES_END);
 }
 
@@ -53,7 +53,7 @@ static void reset(struct conn *conn) {
 static void resume(struct conn *conn) { line_resume((struct line *)conn); }
 
 static void break_off(struct line *line) {
-    line_let_user_go(line);
+    conn_let_user_go(&line->conn);
     line_owe(line, OWES_RST);
 }
 
@@ -83,25 +83,27 @@ static void take_request(struct line *line) {
 }
 
 static void take_shut(struct line *line) {
-    bool in_order = line->peer_shut & 2;
-    line->peer_shut |= header.flags & 3;
-    if (line->peer_shut == 3 && in_order && leave(line)) owe_nobody();
-    else if (line->peer_shut == 3 || line->state == CLOSING) break_off(line);
+    bool in_order = line->inbox.ended;
+    line->peer_deaf |= header.flags & 1;
+    line->inbox.ended |= (header.flags & 2) != 0;
+    bool both = line->peer_deaf && line->inbox.ended;
+    if (both && in_order && leave(line)) owe_nobody();
+    else if (both || line->state == CLOSING) break_off(line);
     else line_tell_end(line);
 }
 
 static void take_reset(struct line *line) {
     /* Where both have ended it is how the host closes. */
-    bool both = line->ended && !(line->owes & OWES_END) && line->peer_shut & 2;
+    bool both = line->said_end && !(line->owes & OWES_END) && line->inbox.ended;
     if (both && leave(line)) return;
-    line_let_user_go(line);
+    conn_let_user_go(&line->conn);
     line_drop(line);
 }
 
 static void take_data(struct line *line) {
     /* The peer counts what it has sent against fwd_cnt; beyond the window it gets a reset. */
     bool beyond = line->received - line->consumed + header.len > line->window;
-    if (line->state == DIALING || line->peer_shut & 2 || beyond) {
+    if (line->state == DIALING || line->inbox.ended || beyond) {
         break_off(line);
         return;
     }
@@ -129,7 +131,8 @@ static const char *take_quiet_op(void) {
 static const char *take_header(void) {
     if (header.src_cid != HOST_CID || header.dst_cid != GUEST_CID) return "a packet for others";
     if (header.type != STREAM_TYPE) return "a packet of unknown type";
-    if (header.op == OP_FREEZE || header.op == OP_THAW || header.op == OP_RESET) return take_quiet_op();
+    if (header.op == OP_FREEZE || header.op == OP_THAW || header.op == OP_RESET)
+        return take_quiet_op();
     if (header.op < REQUEST || header.op > CREDIT_REQUEST) return "an unknown operation";
     if (voice != TALKING) return "a packet in the silence";
     if (header.len > MAX_PAYLOAD) return "a packet too long";
@@ -244,9 +247,18 @@ static void listen_on(uint32_t at, void (*then)(struct conn *)) {
 }
 
 static const struct carrier serial = {
-    .reserve = sending_reserve, .commit = sending_commit, .resume = resume, .end = end,
-    .finish = finish, .reset = reset, .turn = sending_turn, .can_send = sending_can,
-    .flush = sending_flush, .dial = dial, .listen = listen_on, .take = take,
+    .reserve = sending_reserve,
+    .commit = sending_commit,
+    .resume = resume,
+    .end = end,
+    .finish = finish,
+    .reset = reset,
+    .turn = sending_turn,
+    .can_send = sending_can,
+    .flush = sending_flush,
+    .dial = dial,
+    .listen = listen_on,
+    .take = take,
 };
 
 const struct carrier *serial_carrier(int fd, bool hangs_up, void (*end)(const char *reason)) {

@@ -14,11 +14,13 @@
 /* After sys/socket.h, which it needs. */
 #include <linux/vm_sockets.h>
 
+#include "carriers/inbox.h"
 #include "core/loop.h"
 #include "core/wire.h"
 #include "system/uevent.h"
 
-/* Small frames, and two of data: what one turn sends is one system call, and on AF_VSOCK few packets. */
+/* Small frames, and two of data: what one turn sends is one system call, and on AF_VSOCK few
+ * packets. */
 #define DATA_FRAME (FRAME_HEADER + MAX_DATA)
 #define OUT_SIZE (4096u + 2 * DATA_FRAME)
 #define IN_SIZE 131072u
@@ -33,18 +35,15 @@ struct line {
     struct watch watch;
     bool readable, writable;
     bool asks_for_room; /* events tell when there is room to send */
-    bool ended;         /* the host sends no more */
     bool closing;       /* an event has told that it ends: only reading tells when */
     bool broken;        /* nothing can be sent */
     bool ending;        /* the user sends no more: say so after what is left */
     bool shut;          /* it has been said */
-    bool told_end;      /* the user knows that the host sends no more */
     bool rude;          /* the user has reset it: what cannot be sent at once is not */
     bool finishing;     /* the user has closed it: send what is left, then close */
     uint8_t *unsent;    /* what a write left over */
     size_t unsent_at, unsent_size;
-    uint8_t *rest; /* received and not used yet */
-    size_t rest_at, rest_size;
+    struct inbox inbox;
     struct line *next_ready, *previous_ready; /* among those that have something to take in */
     bool listed;
 };
@@ -84,15 +83,13 @@ static void drop(struct line *line) {
     conn_unqueue(&line->conn);
     unlist(line);
     free_later(line->unsent);
-    free_later(line->rest);
+    inbox_release(&line->inbox);
     free_later(line);
     lines--;
 }
 
 static void break_off(struct line *line) {
-    const struct conn_user *user = line->conn.user;
-    line->conn.user = NULL;
-    if (user) user->gone(&line->conn);
+    conn_let_user_go(&line->conn);
     drop(line);
 }
 
@@ -110,8 +107,8 @@ static void line_ready(struct watch *watch, uint32_t events) {
     }
 }
 
-/* Room to send is asked for only when there was none: each packet that brings credit would wake this
- * process for nothing. */
+/* Room to send is asked for only when there was none: each packet that brings credit would wake
+ * this process for nothing. */
 static uint32_t events_of(const struct line *line) {
     return EPOLLIN | EPOLLRDHUP | (line->asks_for_room ? EPOLLOUT : 0);
 }
@@ -121,6 +118,7 @@ static struct line *add(int fd, bool connected) {
     line->conn.carrier = &sockets;
     line->writable = connected;
     line->asks_for_room = !connected;
+    line->inbox.bound = IN_SIZE;
     lines++;
     watch_add(&line->watch, fd, events_of(line), line_ready);
     return line;
@@ -198,12 +196,14 @@ static bool turn(struct conn *conn) {
     if (line->rude) line->unsent_size = 0;
     if (line->unsent_size && !send_unsent(line)) return false;
     bool more = line->writable;
-    for (int pumps = 0; more && conn->user && pumps < PUMPS_PER_TURN && OUT_SIZE - out_size >= DATA_FRAME;
-         pumps++)
+    for (int pumps = 0; more && conn->user && pumps < PUMPS_PER_TURN; pumps++) {
+        if (OUT_SIZE - out_size < DATA_FRAME) break;
         more = conn->user->pump(conn);
+    }
     if (out_size) send_out(line);
     if (line->rude) line->unsent_size = 0;
-    if (line->ending && !line->unsent_size && !line->broken) { /* broken: a reset is told, not an end */
+    /* A broken one tells of a reset, not of an end. */
+    if (line->ending && !line->unsent_size && !line->broken) {
         line->ending = false;
         line->shut = true;
         shutdown(line->watch.fd, SHUT_WR);
@@ -241,31 +241,11 @@ static void flush(void) {}
 
 /* --- receiving --- */
 
-static size_t offer(struct line *line, const uint8_t *bytes, size_t size) {
-    if (!line->conn.user) return size;
-    size_t used = line->conn.user->input(&line->conn, bytes, size);
-    return line->conn.user ? used : size;
-}
-
-/* The user hears of the host's end when it has used what came before. */
-static void tell_end(struct line *line) {
-    const struct conn_user *user = line->conn.user;
-    if (!user || !user->ended || line->told_end || line->rest_size || !line->ended) return;
-    line->told_end = true;
-    user->ended(&line->conn);
-}
-
 static void resume(struct conn *conn) {
     struct line *line = (struct line *)conn;
-    if (line->rest_size) {
-        size_t used = offer(line, line->rest + line->rest_at, line->rest_size);
-        line->rest_at += used;
-        line->rest_size -= used;
-        if (line->rest_size) return;
-        free_later(line->rest);
-        line->rest = NULL;
-    }
-    tell_end(line);
+    inbox_offer_again(&line->inbox, conn);
+    if (line->inbox.size) return;
+    inbox_tell_end(&line->inbox, conn);
     list(line);
 }
 
@@ -279,7 +259,7 @@ static bool is_closed(struct line *line) {
 
 /* What came before the end counts; but nobody would read answers to more of it. */
 static void take_line(struct line *line) {
-    if (line->rest_size || line->ended) {
+    if (line->inbox.size || line->inbox.ended) {
         if (line->closing && is_closed(line)) break_off(line);
         return;
     }
@@ -292,20 +272,14 @@ static void take_line(struct line *line) {
         return;
     }
     if (got == 0) {
-        line->ended = line->closing = true;
+        line->inbox.ended = line->closing = true;
         if (is_closed(line)) break_off(line);
-        else tell_end(line);
+        else inbox_tell_end(&line->inbox, &line->conn);
         return;
     }
     /* What gave less is empty: the next event tells of more. */
     if ((size_t)got < sizeof in && !line->closing) line->readable = false;
-    size_t used = offer(line, in, (size_t)got);
-    if (used < (size_t)got) {
-        line->rest_at = 0;
-        line->rest_size = (size_t)got - used;
-        line->rest = must_alloc(line->rest_size);
-        memcpy(line->rest, in + used, line->rest_size);
-    }
+    inbox_take(&line->inbox, &line->conn, in, (size_t)got);
     if (line->readable) list(line);
 }
 
@@ -406,13 +380,23 @@ static bool has_cid(void *unused) {
 }
 
 static const struct carrier sockets = {
-    .reserve = reserve, .commit = commit, .resume = resume, .end = end, .finish = finish,
-    .reset = reset, .turn = turn, .can_send = can_send, .flush = flush, .dial = dial,
-    .listen = listen_on, .take = take,
+    .reserve = reserve,
+    .commit = commit,
+    .resume = resume,
+    .end = end,
+    .finish = finish,
+    .reset = reset,
+    .turn = turn,
+    .can_send = can_send,
+    .flush = flush,
+    .dial = dial,
+    .listen = listen_on,
+    .take = take,
 };
 
 const struct carrier *socket_carrier(const char *directory) {
     unix_directory = directory;
-    if (!directory && !wait_for_device(has_cid, NULL, TRANSPORT_WAIT_MS)) die("no virtio-vsock device");
+    if (!directory && !wait_for_device(has_cid, NULL, TRANSPORT_WAIT_MS))
+        die("no virtio-vsock device");
     return &sockets;
 }

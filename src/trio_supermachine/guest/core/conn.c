@@ -24,6 +24,12 @@ void conn_unqueue(struct conn *conn) {
     else tail = conn->previous;
 }
 
+void conn_let_user_go(struct conn *conn) {
+    const struct conn_user *user = conn->user;
+    conn->user = NULL;
+    if (user) user->gone(conn);
+}
+
 bool conn_run_queue(const struct carrier *carrier) {
     for (int packets = 0; head && packets < PACKETS_PER_TURN && carrier->can_send(); packets++) {
         struct conn *conn = head;

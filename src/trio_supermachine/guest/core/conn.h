@@ -58,6 +58,9 @@ struct conn {
 void conn_queue(struct conn *conn);
 void conn_unqueue(struct conn *conn);
 
+/* For carriers: the user hears that the connection has gone, and nothing of it after that. */
+void conn_let_user_go(struct conn *conn);
+
 /* Let those in the queue send in turn, as far as a turn of the loop goes.
  * Returns whether there is more that could be sent at once. */
 bool conn_run_queue(const struct carrier *carrier);

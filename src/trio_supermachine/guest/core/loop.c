@@ -21,7 +21,8 @@ static void control(struct watch *watch, int operation, uint32_t events) {
     if (epoll_ctl(epoll_fd, operation, watch->fd, &event)) die("epoll_ctl: %s", strerror(errno));
 }
 
-void watch_add(struct watch *watch, int fd, uint32_t events, void (*ready)(struct watch *, uint32_t)) {
+void watch_add(struct watch *watch, int fd, uint32_t events,
+               void (*ready)(struct watch *, uint32_t)) {
     watch_add_level(watch, fd, events | EPOLLET, ready);
 }
 

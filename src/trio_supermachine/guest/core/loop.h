@@ -12,7 +12,8 @@ struct watch {
     void (*ready)(struct watch *watch, uint32_t events);
 };
 
-void watch_add(struct watch *watch, int fd, uint32_t events, void (*ready)(struct watch *, uint32_t));
+void watch_add(struct watch *watch, int fd, uint32_t events,
+               void (*ready)(struct watch *, uint32_t));
 
 /* The same for one that is called in every turn until it has used up the descriptor. */
 void watch_add_level(struct watch *watch, int fd, uint32_t events,

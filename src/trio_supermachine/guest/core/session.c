@@ -63,9 +63,10 @@ static bool end_frame(struct session *session) {
     if (is_in_pieces(session)) return true;
     struct reader reader = {.at = session->payload, .left = session->payload_size};
     if (!session->action) session->action = action_of(type);
-    bool sound = type == DATA ? session->action->datagram(session, session->header[5],
-                                                          reader.at, reader.left)
-                              : session->action->frame(session, type, session->header[5], &reader);
+    const struct action *action = session->action;
+    bool sound = type == DATA
+                     ? action->datagram(session, session->header[5], reader.at, reader.left)
+                     : action->frame && action->frame(session, type, session->header[5], &reader);
     free(session->payload);
     session->payload = NULL;
     return sound;
@@ -75,7 +76,8 @@ static bool take_payload(struct session *session, const uint8_t *bytes, size_t s
     size_t at = session->payload_size - session->payload_left;
     session->payload_left -= size;
     if (is_in_pieces(session))
-        return !size || session->action->data(session, session->header[5], bytes, size);
+        return !size || (session->action->data &&
+                         session->action->data(session, session->header[5], bytes, size));
     memcpy(session->payload + at, bytes, size);
     return true;
 }

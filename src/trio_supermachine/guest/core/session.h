@@ -14,12 +14,13 @@ struct session;
 
 /* What a connection is for. */
 struct action {
-    /* A whole frame, other than DATA. False: it breaks the protocol. */
+    /* A whole frame, other than DATA. False: it breaks the protocol. NULL: any does. */
     bool (*frame)(struct session *session, enum frame_type type, uint8_t stream,
                   struct reader *payload);
-    /* Some bytes of DATA, all of which are used. False: they break the protocol. */
+    /* Some bytes of DATA, all of which are used. False: they break the protocol. NULL: any do. */
     bool (*data)(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size);
-    /* A whole frame of DATA, perhaps empty, in the place of `data`. False: it breaks the protocol. */
+    /* A whole frame of DATA, perhaps empty, in the place of `data`. False: it breaks the protocol.
+     */
     bool (*datagram)(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size);
     /* The queue of small frames is empty: send at most one data frame, with session_room and
      * session_send_data. Returns whether there may be more. NULL: never any. */
@@ -49,7 +50,8 @@ uint8_t *session_take_payload(struct session *session);
 
 void session_send(struct session *session, enum frame_type type, uint8_t stream,
                   const void *payload, size_t size);
-void session_send_u32(struct session *session, enum frame_type type, uint8_t stream, uint32_t value);
+void session_send_u32(struct session *session, enum frame_type type, uint8_t stream,
+                      uint32_t value);
 void session_send_ok(struct session *session, uint64_t value);
 
 /* ERROR, and the end of the session. */
@@ -67,7 +69,8 @@ void session_wake(struct session *session);
 void session_finish(struct session *session);
 
 /* Take nothing in until it is known whose the bytes are that follow: then session_unhold, or
- * session_leave, which gives the connection to another user. Nothing may wait to be sent by then. */
+ * session_leave, which gives the connection to another user. Nothing may wait to be sent by then.
+ */
 void session_hold(struct session *session);
 void session_unhold(struct session *session);
 struct conn *session_leave(struct session *session);

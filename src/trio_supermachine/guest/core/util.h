@@ -35,6 +35,6 @@ long read_text(const char *path, char *text, size_t size);
 int make_dirs(const char *path, unsigned mode);
 
 /* The structure that a member is in. */
-#define CONTAINER(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
+#define CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
 
 static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }

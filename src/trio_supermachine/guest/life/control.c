@@ -70,11 +70,6 @@ static bool control_frame(struct session *session, enum frame_type type, uint8_t
     }
 }
 
-static bool control_data(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size) {
-    (void)session, (void)stream, (void)bytes, (void)size;
-    return false;
-}
-
 static void control_gone(struct session *session) {
     workload_forget(session);
     freezer_forget(session);
@@ -84,6 +79,5 @@ static void control_gone(struct session *session) {
 
 const struct action control_action = {
     .frame = control_frame,
-    .data = control_data,
     .gone = control_gone,
 };

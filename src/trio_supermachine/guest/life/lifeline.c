@@ -128,11 +128,6 @@ static bool lifeline_frame(struct session *session, enum frame_type type, uint8_
     return false;
 }
 
-static bool lifeline_data(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size) {
-    (void)session, (void)stream, (void)bytes, (void)size;
-    return false;
-}
-
 static void greet(uint32_t kind);
 
 static void lifeline_gone(struct session *session) {
@@ -148,7 +143,6 @@ static void lifeline_gone(struct session *session) {
 
 static const struct action lifeline = {
     .frame = lifeline_frame,
-    .data = lifeline_data,
     .gone = lifeline_gone,
 };
 

@@ -115,10 +115,8 @@ static void begin(struct timer *timer) {
     freezer_thaw(); /* a frozen program cannot end as it would */
     if (!machine_is_ours) {
         workload_signal(image.stop_signal);
-        if (workload_pid())
-            wait_for(workload_pid());
-        else
-            leave();
+        if (workload_pid()) wait_for(workload_pid());
+        else leave();
         return;
     }
     wait_for_all(SIGTERM);

@@ -159,16 +159,12 @@ static bool connect_frame(struct session *session, enum frame_type type, uint8_t
                           struct reader *payload) {
     (void)stream;
     uint32_t protocol = read_u32(payload), port = read_u32(payload);
-    if (type != CONNECT || session->state || !read_whole(payload) || port > UINT16_MAX) return false;
+    if (type != CONNECT || session->state || !read_whole(payload) || port > UINT16_MAX)
+        return false;
     if (protocol == IPPROTO_TCP) connect_tcp(session, port);
     else if (protocol == IPPROTO_UDP) connect_udp(session, port);
     else return false;
     return true;
-}
-
-static bool no_data(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size) {
-    (void)session, (void)stream, (void)bytes, (void)size;
-    return false;
 }
 
 static void connect_gone(struct session *session) {
@@ -180,6 +176,5 @@ static void connect_gone(struct session *session) {
 
 const struct action connect_action = {
     .frame = connect_frame,
-    .data = no_data,
     .gone = connect_gone,
 };

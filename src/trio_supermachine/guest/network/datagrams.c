@@ -12,7 +12,6 @@
 #include "core/loop.h"
 #include "network/egress.h"
 
-#define MAX_DATAGRAM 65507u
 #define MAX_FLOWS 256u
 #define MAX_QUEUED 131072u /* bytes of a flow that the host does not take */
 #define SILENCE_S 60u
@@ -39,7 +38,7 @@ struct flow {
     union address program, outside; /* the latter is a flow address */
     struct queued *first, **last;   /* to the host */
     size_t queued_size;
-    bool begun;    /* its OPEN is out */
+    bool begun; /* its OPEN is out */
     bool answered;
     uint8_t header[FRAME_HEADER]; /* of the host's frame that is being taken in */
     size_t header_size, payload_at;
@@ -108,8 +107,8 @@ static void end_silent(struct timer *timer) {
     if (oldest) timer_set(timer, oldest->used_ns + SILENCE_S * NS_PER_S, end_silent);
 }
 
-/* The least recently used makes room, of those that the host has answered: it owes no answer to more
- * than MAX_FLOWS then, however many a program begins. */
+/* The least recently used makes room, of those that the host has answered: it owes no answer to
+ * more than MAX_FLOWS then, however many a program begins. */
 static bool make_room(void) {
     struct flow *flow = oldest;
     if (flows < MAX_FLOWS) return true;
@@ -121,7 +120,8 @@ static bool make_room(void) {
 static bool is_same(const union address *a, const union address *b) {
     if (a->any.sa_family != b->any.sa_family) return false;
     if (a->any.sa_family == AF_INET)
-        return a->ip4.sin_addr.s_addr == b->ip4.sin_addr.s_addr && a->ip4.sin_port == b->ip4.sin_port;
+        return a->ip4.sin_addr.s_addr == b->ip4.sin_addr.s_addr &&
+               a->ip4.sin_port == b->ip4.sin_port;
     return !memcmp(&a->ip6.sin6_addr, &b->ip6.sin6_addr, sizeof a->ip6.sin6_addr) &&
            a->ip6.sin6_port == b->ip6.sin6_port;
 }
@@ -138,15 +138,18 @@ static void deliver(const struct flow *flow, const uint8_t *bytes, size_t size) 
     struct msghdr message = {
         .msg_name = (void *)&flow->program,
         .msg_namelen = ip6 ? sizeof flow->program.ip6 : sizeof flow->program.ip4,
-        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control,
+        .msg_iov = &part,
+        .msg_iovlen = 1,
+        .msg_control = &control,
         .msg_controllen =
             ip6 ? CMSG_SPACE(sizeof(struct in6_pktinfo)) : CMSG_SPACE(sizeof(struct in_pktinfo)),
     };
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
     if (ip6) {
         struct in6_pktinfo from = {.ipi6_addr = flow->outside.ip6.sin6_addr};
-        *header = (struct cmsghdr){
-            .cmsg_len = CMSG_LEN(sizeof from), .cmsg_level = IPPROTO_IPV6, .cmsg_type = IPV6_PKTINFO};
+        *header = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof from),
+                                   .cmsg_level = IPPROTO_IPV6,
+                                   .cmsg_type = IPV6_PKTINFO};
         memcpy(CMSG_DATA(header), &from, sizeof from);
     } else {
         struct in_pktinfo from = {.ipi_spec_dst = flow->outside.ip4.sin_addr};
@@ -303,8 +306,12 @@ static bool take_datagram(int fd) {
     union address program = {0}, outside = {0};
     struct iovec part = {buffer, sizeof buffer};
     struct msghdr message = {
-        .msg_name = &program, .msg_namelen = sizeof program, .msg_iov = &part, .msg_iovlen = 1,
-        .msg_control = control, .msg_controllen = sizeof control,
+        .msg_name = &program,
+        .msg_namelen = sizeof program,
+        .msg_iov = &part,
+        .msg_iovlen = 1,
+        .msg_control = control,
+        .msg_controllen = sizeof control,
     };
     ssize_t got = recvmsg(fd, &message, 0);
     if (got < 0) return errno == EINTR;

@@ -43,7 +43,9 @@ int flow_socket(struct watch *watch, int family, int type,
     return fd;
 }
 
-void flow_socket_again(struct watch *watch) { watch_change(watch, EPOLLIN); /* which tells of more */ }
+void flow_socket_again(struct watch *watch) {
+    watch_change(watch, EPOLLIN); /* which tells of more */
+}
 
 /* --- dialling --- */
 

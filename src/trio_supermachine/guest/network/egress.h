@@ -20,8 +20,8 @@ int flow_socket(struct watch *watch, int family, int type,
 /* Look at it again, which has not been used up. */
 void flow_socket_again(struct watch *watch);
 
-/* A connection to the host; NULL: there can be none now. For each, egress_dialled is called when its
- * OPEN is out, or never will be. */
+/* A connection to the host; NULL: there can be none now. For each, egress_dialled is called when
+ * its OPEN is out, or never will be. */
 struct conn *egress_dial(void);
 void egress_dialled(void);
 

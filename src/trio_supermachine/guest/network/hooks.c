@@ -27,6 +27,7 @@ _Static_assert(sizeof to_flow6 <= MAX_WORDS * sizeof *to_flow6, "the longest of 
 #define HOOK(code, at) {#at, code, sizeof code / sizeof *code, BPF_CGROUP_##at}
 
 /* What leads out comes last: a program that is led to the agent is understood on its way back. */
+/* clang-format off */
 static const struct hook hooks[] = {
     HOOK(from_flow4, UDP4_RECVMSG),
     HOOK(from_flow4, INET4_GETPEERNAME),
@@ -39,6 +40,7 @@ static const struct hook hooks[] = {
     HOOK(to_flow4, INET4_CONNECT),
     HOOK(to_flow6, INET6_CONNECT),
 };
+/* clang-format on */
 
 static int destinations = -1;
 
@@ -74,7 +76,7 @@ static int load(const struct hook *hook, char *log) {
         .expected_attach_type = hook->at,
         .insns = (uintptr_t)code,
         .insn_cnt = (uint32_t)hook->words,
-        .license = (uintptr_t) "Apache-2.0",
+        .license = (uintptr_t)"Apache-2.0",
         .log_level = log ? 1 : 0,
         .log_size = log ? LOG_SIZE : 0,
         .log_buf = (uintptr_t)log,

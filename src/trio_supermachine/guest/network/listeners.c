@@ -55,8 +55,8 @@ static bool is_own(unsigned long inode) {
 
 static bool read_entry(const char *line, struct entry *entry) {
     char address[33];
-    if (sscanf(line, " %*u: %32[0-9A-F]:%x %*[0-9A-F]:%*x %x %*x:%*x %*x:%*x %*x %*u %*u %lu", address,
-               &entry->port, &entry->state, &entry->inode) != 4)
+    if (sscanf(line, " %*u: %32[0-9A-F]:%x %*[0-9A-F]:%*x %x %*x:%*x %*x:%*x %*x %*u %*u %lu",
+               address, &entry->port, &entry->state, &entry->inode) != 4)
         return false;
     for (size_t word = 0; word < 4; word++) {
         char digits[9] = "";
@@ -67,8 +67,8 @@ static bool read_entry(const char *line, struct entry *entry) {
 }
 
 /* Sockets are numbered as they are made, though by each processor in blocks of its own: the lowest
- * number is the first. The kernel lists those that listen before all others, so that many connections
- * cost nothing. */
+ * number is the first. The kernel lists those that listen before all others, so that many
+ * connections cost nothing. */
 static void search_in(struct search *search, const char *table, int family, unsigned state) {
     FILE *file = fopen(table, "re");
     char line[512];

@@ -33,7 +33,8 @@ static void add(struct message *message, uint16_t type, const void *value, size_
     uint8_t *at = (uint8_t *)message + NLMSG_ALIGN(message->header.nlmsg_len);
     memcpy(at, &attribute, sizeof attribute);
     memcpy(at + RTA_LENGTH(0), value, size);
-    message->header.nlmsg_len = (uint32_t)(NLMSG_ALIGN(message->header.nlmsg_len) + RTA_LENGTH(size));
+    message->header.nlmsg_len =
+        (uint32_t)(NLMSG_ALIGN(message->header.nlmsg_len) + RTA_LENGTH(size));
 }
 
 /* 0, or -1 with errno. */

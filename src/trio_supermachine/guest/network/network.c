@@ -14,7 +14,8 @@
 #define RESOLVER "nameserver 192.0.0.1\n"
 #define RESOLV_CONF "/etc/resolv.conf"
 
-/* A new file, also in the place of a symbolic link: nothing else in the guest keeps it up to date. */
+/* A new file, also in the place of a symbolic link: nothing else in the guest keeps it up to date.
+ */
 static void name_resolver(void) {
     struct new_file file;
     mkdir("/etc", 0755);

@@ -8,7 +8,7 @@
 
 #include "core/loop.h"
 
-#define PROBE_AFTER 20 /* seconds */
+#define PROBE_AFTER 20                  /* seconds */
 #define ANSWER_SIZE (FRAME_HEADER + 8u) /* of OK with its value */
 
 struct relay {
@@ -57,7 +57,8 @@ static void end_if_both_have(struct relay *relay) {
 /* --- to the host --- */
 
 /* A program that was killed looks like one that still listens, until it is sent something: the
- * kernel forgets its socket in a minute (tcp_fin_timeout), and answers probes by RST from then on. */
+ * kernel forgets its socket in a minute (tcp_fin_timeout), and answers probes by RST from then on.
+ */
 static void watch_for_death(int fd) {
     int yes = 1, seconds = PROBE_AFTER;
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &seconds, sizeof seconds);
@@ -167,7 +168,10 @@ static void program_ready(struct watch *watch, uint32_t events) {
 }
 
 static const struct conn_user relay_user = {
-    .input = input, .pump = pump, .ended = ended, .gone = gone,
+    .input = input,
+    .pump = pump,
+    .ended = ended,
+    .gone = gone,
 };
 
 void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahead_size,

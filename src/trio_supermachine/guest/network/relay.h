@@ -23,5 +23,5 @@ struct relay_owner {
  * `owner` is NULL if nobody wants to know.
  *
  * Not from within a call of the connection's user. */
-void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahead_size, bool answered,
-                 const struct relay_owner *owner);
+void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahead_size,
+                 bool answered, const struct relay_owner *owner);

@@ -7,7 +7,7 @@
 
 #include "core/loop.h"
 
-struct datagrams {
+struct udp {
     struct session *session;
     struct watch watch;
     bool readable;
@@ -15,18 +15,12 @@ struct datagrams {
     size_t rest_at, rest_size;
 };
 
-static bool no_frame(struct session *session, enum frame_type type, uint8_t stream,
-                     struct reader *payload) {
-    (void)session, (void)type, (void)stream, (void)payload;
-    return false;
-}
-
 static bool from_host(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size) {
-    struct datagrams *datagrams = session->state;
+    struct udp *udp = session->state;
     if (stream || size > MAX_DATAGRAM) return false;
     /* The error of an earlier one is told first, and is not this one's. */
     for (int tries = 0; tries < 2; tries++)
-        if (send(datagrams->watch.fd, bytes, size, MSG_NOSIGNAL) >= 0 || errno == EAGAIN) break;
+        if (send(udp->watch.fd, bytes, size, MSG_NOSIGNAL) >= 0 || errno == EAGAIN) break;
     return true;
 }
 
@@ -41,66 +35,65 @@ static size_t put(struct session *session, const uint8_t *bytes, size_t size) {
 }
 
 static bool put_rest(struct session *session) {
-    struct datagrams *datagrams = session->state;
-    size_t size = put(session, datagrams->rest + datagrams->rest_at, datagrams->rest_size);
-    datagrams->rest_at += size;
-    datagrams->rest_size -= size;
-    if (!datagrams->rest_size) {
-        free(datagrams->rest);
-        datagrams->rest = NULL;
+    struct udp *udp = session->state;
+    size_t size = put(session, udp->rest + udp->rest_at, udp->rest_size);
+    udp->rest_at += size;
+    udp->rest_size -= size;
+    if (!udp->rest_size) {
+        free(udp->rest);
+        udp->rest = NULL;
     }
     return size;
 }
 
 static bool produce(struct session *session) {
     static uint8_t frame[FRAME_HEADER + MAX_DATA];
-    struct datagrams *datagrams = session->state;
-    if (datagrams->rest) return put_rest(session);
-    if (!datagrams->readable) return false;
+    struct udp *udp = session->state;
+    if (udp->rest) return put_rest(session);
+    if (!udp->readable) return false;
     uint8_t *at;
     if (!session->conn->carrier->reserve(session->conn, &at)) return false;
-    ssize_t got = recv(datagrams->watch.fd, frame + FRAME_HEADER, MAX_DATA, 0);
+    ssize_t got = recv(udp->watch.fd, frame + FRAME_HEADER, MAX_DATA, 0);
     if (got < 0) {
         /* An error is that of a datagram sent: nobody took it. There may be more to receive. */
-        if (errno == EAGAIN) datagrams->readable = false;
-        return datagrams->readable;
+        if (errno == EAGAIN) udp->readable = false;
+        return udp->readable;
     }
     size_t size = FRAME_HEADER + (size_t)got;
     write_header(frame, (uint32_t)got, DATA, 0);
     size_t sent = put(session, frame, size);
     if (sent == size) return true;
-    datagrams->rest_at = 0;
-    datagrams->rest_size = size - sent;
-    datagrams->rest = must_alloc(datagrams->rest_size);
-    memcpy(datagrams->rest, frame + sent, datagrams->rest_size);
+    udp->rest_at = 0;
+    udp->rest_size = size - sent;
+    udp->rest = must_alloc(udp->rest_size);
+    memcpy(udp->rest, frame + sent, udp->rest_size);
     return true;
 }
 
 static void gone(struct session *session) {
-    struct datagrams *datagrams = session->state;
-    watch_drop(&datagrams->watch);
-    free_later(datagrams->rest);
-    free_later(datagrams);
+    struct udp *udp = session->state;
+    watch_drop(&udp->watch);
+    free_later(udp->rest);
+    free_later(udp);
 }
 
 static void socket_ready(struct watch *watch, uint32_t events) {
-    struct datagrams *datagrams = CONTAINER(watch, struct datagrams, watch);
+    struct udp *udp = CONTAINER(watch, struct udp, watch);
     (void)events;
-    datagrams->readable = true;
-    session_wake(datagrams->session);
+    udp->readable = true;
+    session_wake(udp->session);
 }
 
-static const struct action datagrams_action = {
-    .frame = no_frame,
+static const struct action udp_action = {
     .datagram = from_host,
     .produce = produce,
     .gone = gone,
 };
 
 void udp_start(struct session *session, int socket_fd) {
-    struct datagrams *datagrams = must_alloc(sizeof *datagrams);
-    datagrams->session = session;
-    session->state = datagrams;
-    session->action = &datagrams_action;
-    watch_add(&datagrams->watch, socket_fd, EPOLLIN, socket_ready);
+    struct udp *udp = must_alloc(sizeof *udp);
+    udp->session = session;
+    session->state = udp;
+    session->action = &udp_action;
+    watch_add(&udp->watch, socket_fd, EPOLLIN, socket_ready);
 }

@@ -291,15 +291,13 @@ static bool begin(struct session *session, struct reader *payload) {
         session_fail(session, error, 0, "%s", message);
         return true;
     }
-    exec->cwd = *exec->request.cwd ? join_path(image.workdir, exec->request.cwd)
-                                   : strdup(image.workdir);
+    exec->cwd =
+        *exec->request.cwd ? join_path(image.workdir, exec->request.cwd) : strdup(image.workdir);
     exec->environment = merge_environment(
         image.environment, (const char *const *)exec->request.environment,
         exec->request.flags & EXEC_EXACT_ENVIRONMENT, exec->identity.home, is_terminal(exec));
-    if (!exec->cwd || !exec->environment)
-        session_fail(session, ENOMEM, 0, "%s", strerror(ENOMEM));
-    else
-        stage_on(exec);
+    if (!exec->cwd || !exec->environment) session_fail(session, ENOMEM, 0, "%s", strerror(ENOMEM));
+    else stage_on(exec);
     return true;
 }
 

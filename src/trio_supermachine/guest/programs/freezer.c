@@ -13,7 +13,7 @@
 #include "system/unique.h"
 
 #define CGROUP "/sys/fs/cgroup/guest"
-#define MAX_CGROUPS 64u   /* frozen at once, beside each other */
+#define MAX_CGROUPS 64u /* frozen at once, beside each other */
 #define YIELDS 4
 #define PATIENCE_MS 2000u /* a process in the kernel freezes when it comes out */
 

@@ -1,6 +1,6 @@
-/* Everything that runs in the guest but init and the agent begins in one cgroup, which can be frozen,
- * as can those that programs make beside it: a copy of the machine then begins with nothing running
- * but what makes it a machine of its own. */
+/* Everything that runs in the guest but init and the agent begins in one cgroup, which can be
+ * frozen, as can those that programs make beside it: a copy of the machine then begins with nothing
+ * running but what makes it a machine of its own. */
 #pragma once
 
 #include "core/session.h"

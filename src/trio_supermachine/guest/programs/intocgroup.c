@@ -25,6 +25,7 @@ pid_t clone_into_cgroup(int cgroup, int (*function)(void *), void *stack, size_t
         .stack_size = stack_size,
         .cgroup = (uint64_t)cgroup,
     };
+    /* clang-format off */
 #if defined __x86_64__
     register int (*child)(void *) __asm__("r8") = function;
     register void *handed __asm__("r9") = argument;
@@ -61,6 +62,7 @@ pid_t clone_into_cgroup(int cgroup, int (*function)(void *), void *stack, size_t
 #else
 #error "clone3 has to be written for this processor"
 #endif
+    /* clang-format on */
     if (result >= 0) return (pid_t)result;
     errno = (int)-result;
     return -1;

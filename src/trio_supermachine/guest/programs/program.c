@@ -88,11 +88,9 @@ static const char *become(struct start *start) {
         if (syscall(SYS_setresgid, identity->gid, identity->gid, identity->gid)) return "group";
         if (syscall(SYS_setresuid, identity->uid, identity->uid, identity->uid)) return "user";
     }
-    if (start->path)
-        execute_in_path(start);
+    if (start->path) execute_in_path(start);
     else
-        execve(program->argv[0], (char *const *)program->argv,
-               (char *const *)program->environment);
+        execve(program->argv[0], (char *const *)program->argv, (char *const *)program->environment);
     return program->argv[0];
 }
 

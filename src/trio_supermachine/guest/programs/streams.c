@@ -7,7 +7,8 @@
 #include <termios.h>
 #include <unistd.h>
 
-/* Larger pipes mean fewer switches between a program that moves much and this one. Most move little. */
+/* Larger pipes mean fewer switches between a program that moves much and this one. Most move
+ * little. */
 #define PIPE_SIZE 262144
 #define MUCH 32768
 

@@ -13,7 +13,7 @@ struct output {
     uint8_t stream;
     uint64_t credit;
     bool readable, hung_up, enlarged;
-    bool drained; /* nobody writes it, and it is empty */
+    bool drained;              /* nobody writes it, and it is empty */
     bool terminal, last_stage; /* a terminal without a session reads as an error until the last */
 };
 

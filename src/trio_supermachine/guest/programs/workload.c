@@ -65,8 +65,8 @@ void workload_start(const char *const *argv, const char *pid_path) {
     const char *failed = message;
     started_ns = now_ns();
     int error = find_identity(image.user, &identity, message, sizeof message);
-    const char **environment =
-        merge_environment(image.environment, (const char *const[]){NULL}, false, identity.home, false);
+    const char **environment = merge_environment(image.environment, (const char *const[]){NULL},
+                                                 false, identity.home, false);
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
     /* The console is this process's stderr, too. Its user may open /dev/stdout anew. */
     if (identity.uid && pid_path) (void)!fchown(2, identity.uid, (gid_t)-1);

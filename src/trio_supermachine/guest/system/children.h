@@ -20,7 +20,8 @@ struct ending {
 /* Watch a process that was just started; `ended` may be spurious: see child_ended. */
 void child_watch(struct child *child, pid_t pid, void (*ended)(struct watch *, uint32_t));
 
-/* Whether it has ended, and how. It stays a zombie, so that its pid and its group remain its own. */
+/* Whether it has ended, and how. It stays a zombie, so that its pid and its group remain its own.
+ */
 bool child_ended(const struct child *child, struct ending *ending);
 
 /* Let a zombie go. */

@@ -82,11 +82,6 @@ static bool read_file_produce(struct session *session) {
     return true;
 }
 
-static bool no_data(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size) {
-    (void)session, (void)stream, (void)bytes, (void)size;
-    return false;
-}
-
 static void read_file_gone(struct session *session) {
     struct reading *reading = session->state;
     if (!reading) return;
@@ -97,7 +92,6 @@ static void read_file_gone(struct session *session) {
 
 const struct action read_file_action = {
     .frame = read_file_frame,
-    .data = no_data,
     .produce = read_file_produce,
     .gone = read_file_gone,
 };

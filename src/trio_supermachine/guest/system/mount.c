@@ -53,10 +53,8 @@ void mount_early(void) {
 
 /* vda ... vdz, vdaa ... */
 static void disk_name(unsigned index, char *name, size_t size) {
-    if (index < 26)
-        snprintf(name, size, "/dev/vd%c", 'a' + index);
-    else
-        snprintf(name, size, "/dev/vd%c%c", 'a' + index / 26 - 1, 'a' + index % 26);
+    if (index < 26) snprintf(name, size, "/dev/vd%c", 'a' + index);
+    else snprintf(name, size, "/dev/vd%c%c", 'a' + index / 26 - 1, 'a' + index % 26);
 }
 
 static bool exists(void *path) { return !access(path, F_OK); }
@@ -64,7 +62,8 @@ static bool exists(void *path) { return !access(path, F_OK); }
 static const char *mount_layers(unsigned layers, char *options, size_t size) {
     static char device[16];
     char at[16];
-    size_t used = (size_t)snprintf(options, size, "redirect_dir=on,upperdir=/w/u,workdir=/w/w,lowerdir=");
+    size_t used =
+        (size_t)snprintf(options, size, "redirect_dir=on,upperdir=/w/u,workdir=/w/w,lowerdir=");
     if (mkdir("/l", 0755)) return "/l";
     for (unsigned layer = layers; layer--;) {
         disk_name(layer, device, sizeof device);
@@ -106,7 +105,8 @@ static void link_devices(void) {
         {"/proc/self/fd/2", "/dev/stderr"},
     };
     for (size_t i = 0; i < sizeof links / sizeof *links; i++)
-        if (symlink(links[i][0], links[i][1]) && errno != EEXIST) say("%s: %s", links[i][1], strerror(errno));
+        if (symlink(links[i][0], links[i][1]) && errno != EEXIST)
+            say("%s: %s", links[i][1], strerror(errno));
 }
 
 const char *mount_root(unsigned layers) {

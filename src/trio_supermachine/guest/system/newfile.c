@@ -19,9 +19,8 @@ int new_file_open(struct new_file *file, const char *path, unsigned mode) {
     file->fd = -1;
     file->mode = mode & 07777;
     file->path = strdup(path);
-    if (!file->path ||
-        asprintf(&file->temporary, "%.*s.tmp-supermachine-%d-%u", directory_size, path,
-                 (int)getpid(), serial_number++) < 0) {
+    if (!file->path || asprintf(&file->temporary, "%.*s.tmp-supermachine-%d-%u", directory_size,
+                                path, (int)getpid(), serial_number++) < 0) {
         free(file->path);
         errno = ENOMEM;
         return -1;

@@ -32,8 +32,8 @@ static void copy_directories(int from, int to, int depth) {
         copied++;
         const int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
         int below_to = openat(to, name, flags), below_from = openat(dirfd(directory), name, flags);
-        if (below_to >= 0 &&
-            (fchown(below_to, status.st_uid, status.st_gid) || fchmod(below_to, status.st_mode & 07777)))
+        if (below_to >= 0 && (fchown(below_to, status.st_uid, status.st_gid) ||
+                              fchmod(below_to, status.st_mode & 07777)))
             say("/run/%s: %s", name, strerror(errno));
         if (below_to >= 0 && below_from >= 0) copy_directories(below_from, below_to, depth + 1);
         else if (below_from >= 0) close(below_from);
@@ -48,7 +48,8 @@ const char *mount_run(void) {
     if (mkdir("/run", 0755) && errno != EEXIST) return "/run";
     const int flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC;
     int from = open("/run", flags);
-    if (from < 0 || mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")) return "/run";
+    if (from < 0 || mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"))
+        return "/run";
     int to = open("/run", flags);
     if (to < 0) return "/run";
     copy_directories(from, to, 0); /* closes `from` */

@@ -20,7 +20,8 @@ bool wait_for_device(bool (*there)(void *), void *argument, unsigned ms) {
         struct pollfd event = {.fd = fd, .events = POLLIN};
         if (now >= end || poll(&event, 1, (int)((end - now) / NS_PER_MS) + 1) == 0) break;
         char message[4096];
-        while (recv(fd, message, sizeof message, 0) > 0) {}
+        while (recv(fd, message, sizeof message, 0) > 0) {
+        }
     }
     close(fd);
     return found;
