@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -13,6 +13,7 @@ import trio
 
 from .agent import greeting
 from .agent.client import AgentClient
+from .assets import find_initramfs, find_kernel
 from .config import VmConfig
 from .errors import (
     ImageNotFound,
@@ -199,13 +200,16 @@ async def launched(
             network = VmNetwork(client, policy, config.vsock_mux_dir)
             stack.push_async_callback(client.aclose)
             if plan.source is None:
-                await _answer(
-                    client, _set_up(client, plan, image), StartTimeout, config.start_timeout
-                )
+                with trio.move_on_after(config.start_timeout) as scope:
+                    await _set_up(client, plan, image)
+                if scope.cancelled_caught:
+                    raise await _start_timeout(plan, config, _console(client))
             else:
                 await machine.resume()
-                restored = client.restored(_renewal(config.hostname))
-                await _answer(client, restored, RestoreTimeout, config.restore_timeout)
+                with trio.move_on_after(config.restore_timeout) as scope:
+                    await client.restored(_renewal(config.hostname))
+                if scope.cancelled_caught:
+                    raise RestoreTimeout(config.restore_timeout, console=_console(client))
         yield client, network
 
 
@@ -248,14 +252,26 @@ def _renewal(hostname: str | None) -> greeting.Restore:
     )
 
 
-async def _answer(
-    client: AgentClient,
-    greeted: Awaitable[object],
-    error: type[StartTimeout] | type[RestoreTimeout],
-    seconds: float,
-) -> None:
-    with trio.move_on_after(seconds) as scope:
-        await greeted
-    if scope.cancelled_caught:
-        console = client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
-        raise error(seconds, console=console)
+def _console(client: AgentClient) -> str:
+    return client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
+
+
+async def _start_timeout(plan: Plan, config: VmConfig, console: str) -> StartTimeout:
+    """The error for a guest that did not answer; it explains one that said nothing, too."""
+    if console.strip():
+        return StartTimeout(config.start_timeout, console=console)
+    spec = plan.spec
+    assert spec.initramfs is not None
+    engine = await plan.engine.probe()
+    if find_kernel(config.assets) or find_initramfs(config.assets):
+        other = "do without the kernel or initramfs that AssetPaths or the environment names"
+    else:
+        other = "another kernel, by `trio-supermachine kernel build`"
+    detail = (
+        "its console is empty: the firmware or the first steps of the kernel hang, or the host is"
+        f" very slow. It was on {engine.detail}, with {spec.memory_mib} MiB of memory, the kernel"
+        f" {spec.kernel} ({plan.kernel.release}) and the initramfs {spec.initramfs}"
+        f" ({spec.initramfs.stat().st_size} bytes). To try: `trio-supermachine doctor`; {other};"
+        " a longer start_timeout"
+    )
+    return StartTimeout(config.start_timeout, console=console, detail=detail)
