@@ -167,12 +167,19 @@ class EngineUnavailable(SupermachineError):
 
 
 class StartTimeout(SupermachineError, TimeoutError):
-    """A guest did not answer within the start timeout; :attr:`console` is its console's tail."""
+    """A guest did not answer within the start timeout; :attr:`console` is its console's tail.
 
-    def __init__(self, seconds: float, *, console: str = "") -> None:
-        super().__init__(_with_console(f"the guest did not answer within {seconds:g} s", console))
+    :attr:`detail` says what a guest ran on that wrote nothing at all, and what to try.
+    """
+
+    def __init__(self, seconds: float, *, console: str = "", detail: str = "") -> None:
+        message = f"the guest did not answer within {seconds:g} s" + (
+            f"; {detail}" if detail else ""
+        )
+        super().__init__(_with_console(message, console))
         self.seconds = seconds
         self.console = console
+        self.detail = detail
 
 
 class RestoreTimeout(SupermachineError, TimeoutError):

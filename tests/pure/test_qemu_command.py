@@ -55,6 +55,13 @@ def test_the_process_is_confined_and_has_no_network() -> None:
     assert not values(argv, b"-monitor")
 
 
+def test_the_firmware_is_named_for_a_boot_and_for_a_restore() -> None:
+    restore = MachineFds(qmp=3, console=4, vsock=5, restore=RestoreFds(state=7, memory=8))
+    restored = command_line(QEMU, MachineSpec(), restore, tsc_khz=1000)
+    for argv in (words(SPEC), restored):
+        assert values(argv, b"-bios") == [b"qboot.rom"]
+
+
 def test_channels_are_inherited_descriptors() -> None:
     chardevs = values(words(SPEC), b"-chardev")
     assert chardevs == [

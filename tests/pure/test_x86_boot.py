@@ -21,7 +21,7 @@ TEXT = b"kernel text " * 10
 
 
 def program_header(kind: int, offset: int, address: int, size: int, in_memory: int) -> bytes:
-    return struct.pack("<IIQQQQQQ", kind, 0, offset, 0, address, size, in_memory, 0)
+    return struct.pack("<IIQQQQQQ", kind, 0, offset, 0, address, size, in_memory, 4)
 
 
 def pvh_note(entry: int = ENTRY, name: bytes = b"Xen\0", kind: int = 18) -> bytes:
@@ -92,6 +92,22 @@ def test_the_kernel_finds_all_that_it_needs() -> None:
     assert memory.read(rsdp, 8) == b"RSD PTR "
     entries = struct.iter_unpack("<QQII", memory.read(ranges, 24 * count))
     assert tuple(entry[:3] for entry in entries) == memory_map(2)
+
+
+def test_every_size_modulo_a_page_has_a_place_of_its_own() -> None:
+    memory = guest_memory()
+    tables = layout.ACPI_TABLES, layout.ACPI_TABLES_SIZE
+    boot(memory, elf_kernel(), b"")
+    before = memory.read(*tables)
+    for residue in range(4096):
+        initramfs = b"i" * (8192 + residue)
+        module = boot(memory, elf_kernel(), initramfs)[4]
+        address, size = struct.unpack("<QQ", memory.read(module, 16))
+        assert address % 4096 == 0
+        assert address >= 0x102000  # where the kernel ends
+        assert address + size <= 2 << 20
+        assert memory.read(address, size) == initramfs
+    assert memory.read(*tables) == before
 
 
 def test_a_kernel_may_do_without_an_initramfs() -> None:

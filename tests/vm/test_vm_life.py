@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import time
@@ -18,6 +19,7 @@ import trio.testing
 
 from trio_supermachine import (
     AssetPaths,
+    ConfigError,
     Image,
     ImageNotFound,
     NotSupported,
@@ -30,6 +32,7 @@ from trio_supermachine import (
 )
 from trio_supermachine.api import unbaked_image
 
+from ..pure.test_x86_boot import elf_kernel
 from ..support.guests import read_until
 from ..support.processes import engines
 
@@ -270,6 +273,38 @@ async def test_a_guest_that_hangs_at_boot_is_a_start_timeout_with_its_console(
         async with Vm.start(busybox, VmConfig(start_timeout=0.1)):
             pytest.fail("entered")
     assert caught.value.seconds == 0.1
+
+
+async def test_a_guest_that_says_nothing_is_explained(
+    busybox: Image, tmp_path: Path, engine_name: str
+) -> None:
+    halt = b"\xfa\xf4\xeb\xfd"  # cli; hlt; jmp to the hlt
+    code = bytes(0x10) + halt + b"Linux version 6.66-silent "
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(elf_kernel(segments=((0x100000, code, len(code)),)))
+    config = VmConfig(assets=AssetPaths(kernel=kernel), start_timeout=2, memory_mib=64)
+    with pytest.raises(StartTimeout, match="its console is empty") as caught:
+        async with Vm.start(busybox, config):
+            pytest.fail("entered")
+    assert caught.value.console == ""
+    detail = caught.value.detail
+    assert detail in str(caught.value)
+    for word in ("6.66-silent", "initramfs-", "64 MiB", "doctor", "AssetPaths"):
+        assert word in detail
+    if engine_name == "qemu":
+        assert re.search(r"QEMU \d+\.\d+ \(/.*\), .*firmware /.*qboot.rom", detail)
+
+
+async def test_a_memory_that_the_kernel_does_not_fit_in_is_refused(
+    busybox: Image, tmp_path: Path
+) -> None:
+    code = bytes(0x20) + b"Linux version 6.66-large "
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(elf_kernel(segments=((0x100000, code, 40 << 20),)))
+    config = VmConfig(assets=AssetPaths(kernel=kernel), memory_mib=40)
+    with pytest.raises(ConfigError, match="40 MiB of memory are too little for this kernel"):
+        async with Vm.start(busybox, config):
+            pytest.fail("entered")
 
 
 async def test_a_guest_that_panics_at_boot_is_vm_exited_with_its_console(

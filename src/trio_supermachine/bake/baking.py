@@ -59,6 +59,8 @@ async def bake(
         raise BakeFailed(message, console=error.console) from error
     except StartTimeout as error:
         message = f"the guest of {image.reference} did not boot within {error.seconds:g} s"
+        if error.detail:
+            message += f"; {error.detail}"
         raise BakeFailed(message, console=error.console) from error
     except CaptureFailed as error:
         raise BakeFailed(f"{image.reference} could not be captured: {error}") from error

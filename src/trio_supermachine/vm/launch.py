@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
@@ -28,6 +28,7 @@ from .._util.trace import trace
 from ..agent import greeting
 from ..agent.client import AgentClient
 from ..errors import ImageNotFound, RestoreTimeout, SnapshotInvalid, StartTimeout
+from ..host.assets import find_initramfs, find_kernel
 from ..hv.base import MachineSpec
 from ..net.network import VmNetwork
 from ..net.policy import EgressPolicy
@@ -68,11 +69,16 @@ async def launch(plan: Plan) -> AsyncIterator[tuple[AgentClient, VmNetwork]]:
             network = VmNetwork(client, policy, config.vsock_mux_dir)
             stack.push_async_callback(client.aclose)
             if plan.source is None:
-                await _answer(client, _set_up(client, plan), StartTimeout, config.start_timeout)
+                with trio.move_on_after(config.start_timeout) as scope:
+                    await _set_up(client, plan)
+                if scope.cancelled_caught:
+                    raise await _start_timeout(plan, _console(client))
             else:
                 await machine.resume()
-                restored = client.restored(_renewal(config.hostname))
-                await _answer(client, restored, RestoreTimeout, config.restore_timeout)
+                with trio.move_on_after(config.restore_timeout) as scope:
+                    await client.restored(_renewal(config.hostname))
+                if scope.cancelled_caught:
+                    raise RestoreTimeout(config.restore_timeout, console=_console(client))
         yield client, network
 
 
@@ -116,14 +122,26 @@ def _renewal(hostname: str | None) -> greeting.Restore:
     )
 
 
-async def _answer(
-    client: AgentClient,
-    greeted: Awaitable[object],
-    error: type[StartTimeout] | type[RestoreTimeout],
-    seconds: float,
-) -> None:
-    with trio.move_on_after(seconds) as scope:
-        await greeted
-    if scope.cancelled_caught:
-        console = client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
-        raise error(seconds, console=console)
+def _console(client: AgentClient) -> str:
+    return client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
+
+
+async def _start_timeout(plan: Plan, console: str) -> StartTimeout:
+    """Give the error for a guest that did not answer; it explains one that said nothing, too."""
+    seconds, spec = plan.config.start_timeout, plan.spec
+    if console.strip():
+        return StartTimeout(seconds, console=console)
+    assert spec.initramfs is not None
+    engine = await plan.engine.probe()
+    if find_kernel(plan.config.assets) or find_initramfs(plan.config.assets):
+        other = "do without the kernel or initramfs that AssetPaths or the environment names"
+    else:
+        other = "another kernel, by `trio-supermachine kernel build`"
+    detail = (
+        "its console is empty: the firmware or the first steps of the kernel hang, or the host is"
+        f" very slow. It was on {engine.detail}, with {spec.memory_mib} MiB of memory, the kernel"
+        f" {spec.kernel} ({plan.kernel.release}) and the initramfs {spec.initramfs}"
+        f" ({spec.initramfs.stat().st_size} bytes). To try: `trio-supermachine doctor`; {other};"
+        " a longer start_timeout"
+    )
+    return StartTimeout(seconds, console=console, detail=detail)
