@@ -21,7 +21,7 @@ static void answer(struct session *session, int error, uint64_t value) {
 static bool control_frame(struct session *session, enum frame_type type, uint8_t stream,
                           struct reader *payload) {
     (void)stream;
-    if (session->state) return false; /* one action for a connection */
+    if (session->state) return false; /* a connection takes one action */
     session->state = session;
     switch (type) {
     case PING:

@@ -19,8 +19,6 @@
 
 static const struct carrier *lifeline_carrier;
 
-/* A machine that runs and has lost its lifeline may be a copy of the one that was set up: it asks
- * once. The host kills what it is done with, so nobody waits for the answer "no". */
 static enum { BOOTED, RUNNING, COPIED } phase;
 enum { KIND_BOOT = 0, KIND_RESTORE = 1 };
 
@@ -52,7 +50,7 @@ static bool setup_read(struct setup *setup, struct reader *payload) {
     return read_whole(payload) && is_seed(setup->seed_size) && is_machine_id(setup->machine_id);
 }
 
-/* NULL, or what failed, with errno. */
+/* Set up all but what is the image's. NULL, or what failed, with errno. */
 static const char *set_up_machine(const struct setup *setup) {
     add_entropy(setup->seed, setup->seed_size);
     set_clock(setup->realtime_ns);
@@ -70,7 +68,7 @@ static void fail(struct session *session, const char *what) {
 }
 
 static bool set_up(struct session *session, struct reader *payload) {
-    static struct setup setup; /* what it points to stays: the image refers to it */
+    static struct setup setup; /* the image points into its payload, which stays */
     if (setup.environment || !setup_read(&setup, payload)) return false;
     session_take_payload(session);
     const char *failed = NULL;
@@ -131,7 +129,7 @@ static bool lifeline_frame(struct session *session, enum frame_type type, uint8_
 static void greet(uint32_t kind);
 
 static void lifeline_gone(struct session *session) {
-    /* After a failure the host still has to read why; it then ends the machine. */
+    /* Wait for the host, which reads why set-up failed, and then ends the machine. */
     if (session->finishing) return;
     if (phase != RUNNING) {
         say("the host does not answer");

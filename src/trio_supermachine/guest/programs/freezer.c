@@ -13,16 +13,16 @@
 #include "system/unique.h"
 
 #define CGROUP "/sys/fs/cgroup/guest"
-#define MAX_CGROUPS 64u /* frozen at once, beside each other */
-#define YIELDS 4
-#define PATIENCE_MS 2000u /* a process in the kernel freezes when it comes out */
+#define MAX_CGROUPS 64u   /* frozen at once */
+#define YIELDS 4          /* ahead of waiting for an event */
+#define PATIENCE_MS 2000u /* for all cgroups together */
 
-static int cgroup = -1; /* where programs begin */
-static int frozen[MAX_CGROUPS];
+static int cgroup = -1;         /* directory of the one that programs begin in */
+static int frozen[MAX_CGROUPS]; /* directories of those that were told to freeze */
 static size_t frozen_count;
 static enum { THAWED, FREEZING, FROZEN } state;
-static struct session *waiting; /* for FREEZING to end */
-static struct watch changes = {.fd = -1};
+static struct session *waiting;           /* for FREEZING to end */
+static struct watch changes = {.fd = -1}; /* of the cgroup that was told last */
 static struct timer patience;
 static struct start_held *first_held;
 
@@ -75,7 +75,8 @@ static int command(int directory, const char *word) {
     return written < 0 ? -1 : 0;
 }
 
-/* Frozen here already, or by the guest's own wish: then it is not ours to thaw. */
+/* Say whether a cgroup is told to freeze already: by this freezer, or by the guest itself, which
+ * then has to thaw it. */
 static bool is_told_to_freeze(int directory) {
     char word = '1';
     int fd = openat(directory, "cgroup.freeze", O_RDONLY | O_CLOEXEC);
@@ -85,7 +86,7 @@ static bool is_told_to_freeze(int directory) {
     return word == '1';
 }
 
-/* A cgroup that a program has made beside its own, as container engines do. -1: no more. */
+/* Find a cgroup that a program has made beside `guest`, and that is not frozen. -1: no more. */
 static int find_other(void) {
     int fd = openat(cgroup, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC), found = -1;
     DIR *top = fd < 0 ? NULL : fdopendir(fd);
@@ -106,7 +107,7 @@ static int find_other(void) {
     return found;
 }
 
-/* --- freezing them one after the other: those that are frozen make no new ones --- */
+/* --- freezing, one cgroup after the other --- */
 
 static struct session *end_wait(void) {
     struct session *session = waiting;
@@ -133,11 +134,11 @@ static void give_up(int error) {
     session_fail(session, error, 0, "freezing: %s", strerror(error));
 }
 
-/* Whether it has happened to the one that was told last. */
+/* Say whether the cgroup that was told last is frozen. */
 static bool is_frozen(void) {
     char text[128];
     ssize_t size = pread(changes.fd, text, sizeof text - 1, 0);
-    if (size < 0) return errno == ENODEV; /* it was removed, so nothing was in it */
+    if (size < 0) return errno == ENODEV; /* it was removed, and so was empty */
     text[size] = 0;
     return strstr(text, "frozen 1");
 }
@@ -152,8 +153,8 @@ static int begin(int directory) {
     return command(directory, "1");
 }
 
-/* Programs that can freeze do so when they run next. The kernel tells of it at most every 10 ms, so
- * that giving them the processor a few times is often quicker than to wait for it. */
+/* Give programs the processor a few times: those that can freeze do so when they run next. That is
+ * often quicker than to wait for the event, which comes every 10 ms at the most. */
 static bool is_frozen_soon(void) {
     for (int yields = 0; yields < YIELDS; yields++) {
         if (is_frozen()) return true;

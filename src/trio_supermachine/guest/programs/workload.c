@@ -39,7 +39,7 @@ static void tell(struct session *session) {
 static void end(void) {
     phase = ENDED;
     ended_ns = now_ns();
-    while (waiters) tell(waiters->session); /* which forgets it */
+    while (waiters) tell(waiters->session); /* each is forgotten by that */
 }
 
 static void workload_ended(struct watch *watch, uint32_t events) {
@@ -47,7 +47,7 @@ static void workload_ended(struct watch *watch, uint32_t events) {
     if (phase != RUNNING || !child_ended(&workload, &result)) return;
     if (machine_is_ours) {
         child_reap(&workload);
-        group = 0; /* and could be another's soon */
+        group = 0; /* its number may be another's soon */
     }
     end();
 }
@@ -68,7 +68,7 @@ void workload_start(const char *const *argv, const char *pid_path) {
     const char **environment = merge_environment(image.environment, (const char *const[]){NULL},
                                                  false, identity.home, false);
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    /* The console is this process's stderr, too. Its user may open /dev/stdout anew. */
+    /* Let its user open /dev/stdout anew. It is the console, as this process's stderr is. */
     if (identity.uid && pid_path) (void)!fchown(2, identity.uid, (gid_t)-1);
     struct program program = {
         .argv = argv,
