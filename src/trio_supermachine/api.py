@@ -21,6 +21,7 @@ from ._util.public import NoPublicConstructor, public
 from ._util.validators import StrPath
 from .bake.build import build_image
 from .bake.builder import BakeBuilder, BakeSettings
+from .bake.store import Moment
 from .config.vm import EngineName, VmConfig
 from .errors import ConfigError
 from .hv.base import Console
@@ -163,6 +164,17 @@ async def unbaked_image(
     )
 
 
+async def image_for_command(
+    builder: OciImageBuilder, progress: ProgressCallback | None = None
+) -> Image:
+    """Give a baked image whose VMs run a command in the place of its workload.
+
+    The bake is the one that :meth:`OciImageBuilder.build` gives, at the moment before its workload
+    starts: nothing of the image has run in it.
+    """
+    return _image(await build_image(builder._settings, progress=progress, moment=Moment.BOOTED))
+
+
 def _image(spec: ImageSpec) -> Image:
     return Image(**{field.name: getattr(spec, field.name) for field in attrs.fields(ImageSpec)})
 
@@ -255,10 +267,14 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
 
         A VM of an image with a snapshot is restored from it, unless ``config`` needs other
         hardware than the snapshot has: then the image boots. The image's own entrypoint and
-        command run as the workload unless ``workload`` is false. Leaving the block, by any path,
-        ends the VM at once and waits until nothing of it is left on the host. A VM that ends by
-        itself cancels the body, and the block raises :exc:`VmExited`.
+        command run as the workload. Leaving the block, by any path, ends the VM at once and waits
+        until nothing of it is left on the host. A VM that ends by itself cancels the body, and
+        the block raises :exc:`VmExited`.
 
+        :param image: what to start.
+        :param config: how to start it; ``None`` is ``VmConfig()``.
+        :param workload: run the workload. If false, a boot leaves it out, and in a restored VM all
+            programs that ran at the capture are killed before they run again.
         :raises TypeError: ``image`` is no :class:`Image`.
         :raises NotSupported: the configuration asks for what this version does not have.
         :raises EngineUnavailable: no engine can run a guest here.

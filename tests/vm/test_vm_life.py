@@ -33,7 +33,7 @@ from trio_supermachine import (
 from trio_supermachine.api import unbaked_image
 
 from ..pure.test_x86_boot import elf_kernel
-from ..support.guests import read_until
+from ..support.guests import guest_processes, read_until
 from ..support.processes import engines
 
 pytestmark = pytest.mark.vm
@@ -238,6 +238,29 @@ async def test_the_workload_runs_by_itself_and_can_be_signalled(tmp_path: Path) 
     async with Vm.start(image, workload=False) as vm:
         with pytest.raises(ProcessLookupError):
             await vm.wait_workload()
+
+
+async def test_without_its_workload_a_copy_has_none_of_the_programs_that_ran(
+    tmp_path: Path,
+) -> None:
+    script = "setsid sleep 1000 & while :; do echo >>/ticks; sleep 0.01; done"
+    image = await workload_image(tmp_path, ["sh", "-c", script])
+    async with Vm.start(image) as vm:
+        await vm.run_process(["sh", "-c", "until [ -s /ticks ]; do sleep 0.01; done"])
+        copied = await vm.snapshot(tmp_path / "copied")
+        ticks = len(await vm.read_file("/ticks"))
+    async with Vm.start(copied, workload=False) as copy:
+        assert copy.started_by == "restore"
+        assert await guest_processes(copy, "sleep") == []
+        # It has not run since the capture, whatever it did before that.
+        assert len(await copy.read_file("/ticks")) <= ticks
+        with pytest.raises(ProcessLookupError):
+            await copy.workload_signal(signal.SIGKILL)
+        with pytest.raises(ProcessLookupError):
+            await copy.wait_workload()
+        again = await copy.snapshot(tmp_path / "again")
+    async with Vm.start(again) as vm:
+        await vm.run_process(["true"])
 
 
 async def workload_image(directory: Path, cmd: list[str]) -> Image:

@@ -15,7 +15,7 @@ import trio
 
 from .._util.nursery import open_flat_nursery
 from .._util.progress import Progress, ProgressCallback
-from ..api import Image, Vm, unbaked_image
+from ..api import Image, Vm, image_for_command, unbaked_image
 from ..config.vm import VmConfig, refuse_unbuilt
 from ..errors import BakeFailed, ConfigError
 from ..images.policy import PullPolicy
@@ -89,12 +89,8 @@ async def _prepare(
         raise ConfigError(f"{options.image} has no command of its own; give one after the image")
     if options.cold:
         return image, argv
-    # The image's own program is the command here: a bake in which it runs already would do its
-    # work a second time.
     builder = (
         Image.builder(options.image)
-        .with_entrypoint([])
-        .with_cmd([])
         .with_memory_mib(config.effective_memory_mib)
         .with_vcpus(config.effective_vcpus)
         .with_pull_policy(options.pull)
@@ -102,7 +98,7 @@ async def _prepare(
         .with_engine(config.engine)
     )
     try:
-        return await builder.build(progress), argv
+        return await image_for_command(builder, progress), argv
     except BakeFailed as error:
         error.add_note("--cold runs it without a bake")
         raise

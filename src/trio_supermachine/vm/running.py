@@ -83,6 +83,13 @@ class RunningVm:
         """Return when the guest's agent has answered."""
         await self.client.call(wire.frame(wire.FrameType.PING))
 
+    async def start_workload(self) -> None:
+        """Start the image's workload in a VM whose plan left it out.
+
+        :raises OSError: (``EBUSY``) there is or was one.
+        """
+        await self.client.call(wire.workload_start(self.plan.image.config.argv))
+
     async def wait_workload(self) -> int:
         """Wait for the end of the workload; give its return code."""
         answer = await self.client.call(wire.frame(wire.FrameType.WORKLOAD_WAIT))
