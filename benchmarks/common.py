@@ -25,7 +25,7 @@ import trio
 from table import Report, Rows
 
 from trio_supermachine import AssetNotFound, EngineUnavailable, Image, OciImageBuilder
-from trio_supermachine.config.vm import EngineName
+from trio_supermachine.config.defaults import EngineName
 from trio_supermachine.hv.kvm.probe import probe_kvm
 from trio_supermachine.kernels import CachedKernel, list_kernels, preferred_kernel, prepare_kernel
 

@@ -22,7 +22,8 @@ from ._util.validators import StrPath
 from .bake.build import build_image
 from .bake.builder import BakeBuilder, BakeSettings
 from .bake.store import Moment
-from .config.vm import EngineName, VmConfig
+from .config.defaults import EngineName
+from .config.vm import VmConfig
 from .errors import ConfigError
 from .hv.base import Console
 from .images.policy import PullPolicy

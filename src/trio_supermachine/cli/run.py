@@ -21,7 +21,7 @@ from ..errors import BakeFailed, ConfigError
 from ..images.policy import PullPolicy
 from ..programs.builder import ExecBuilder
 from ..programs.child import ExecChild
-from .failures import SIGNALLED, TIMED_OUT, CommandNotStarted
+from .exits import NOT_EXECUTABLE, NOT_FOUND, SIGNALLED, TIMED_OUT, EarlyExit
 from .hostio import Output, RawTerminal, forward_input, terminal_size
 from .meter import Meter
 from .publish import Publish
@@ -134,7 +134,9 @@ async def _run_command(builder: ExecBuilder, options: RunOptions) -> int:
         try:
             child = await stack.enter_async_context(builder.spawn())
         except OSError as exc:
-            raise CommandNotStarted(os.fsdecode(exc.filename or "the command"), exc) from exc
+            program = os.fsdecode(exc.filename or "the command")
+            code = NOT_FOUND if isinstance(exc, FileNotFoundError) else NOT_EXECUTABLE
+            raise EarlyExit(code, f"cannot run {program!r}: {exc.strerror or exc}") from exc
         outputs = [Output(child.stdout, _STDOUT), Output(child.stderr, _STDERR)]
         async with open_flat_nursery() as nursery:
             async with open_flat_nursery() as copying:

@@ -9,7 +9,7 @@ from typing import Generic, Self, TypeVar
 import attrs
 
 from .._util import validators as check
-from ..config.resources import DEFAULT_MEMORY_MIB
+from ..config.defaults import DEFAULT_MEMORY_MIB
 from ..config.vm import VmConfig
 from ..errors import AdmissionRefused, ConfigError
 from ..images.spec import ImageSpec
