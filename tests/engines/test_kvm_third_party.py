@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from trio_supermachine.host import files as hostfiles
+from trio_supermachine.host.locks import locked
 from trio_supermachine.hv.base import Disk, Machine
 
 from ..support.debian_image import run
@@ -53,7 +54,7 @@ async def _prepare() -> Path:
     codename = platform.freedesktop_os_release()["VERSION_CODENAME"]
     kept = hostfiles.home() / "test-images"
     disk = kept / f"{codename}-fio-stress-ng.squashfs"
-    async with hostfiles.locked(kept / ".lock"):
+    async with locked(kept / ".lock"):
         if not await trio.Path(disk).exists():
             tar = kept / f".{disk.name}.tar"
             made = kept / f".{disk.name}.new"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from trio_supermachine import ConfigError, Progress
 from trio_supermachine.bake.extra import ExtraFile, extra_layer
+from trio_supermachine.host.locks import exclusive, in_use, try_exclusive, unused
 from trio_supermachine.images.layers import ImageStore
-from trio_supermachine.images.locks import exclusive, in_use, try_exclusive, unused
 from trio_supermachine.images.prepare import prepare_image
 from trio_supermachine.images.spec import ImageSpec
 from trio_supermachine.oci.platform import Platform

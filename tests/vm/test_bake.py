@@ -23,7 +23,7 @@ from trio_supermachine import (
 )
 from trio_supermachine.bake.store import BakeStore
 from trio_supermachine.host import files as hostfiles
-from trio_supermachine.images.locks import unused
+from trio_supermachine.host.locks import unused
 from trio_supermachine.library.prune import prune
 
 from ..support.guests import VCPUS

@@ -20,8 +20,8 @@ import trio
 from .._util.progress import ProgressCallback, report
 from ..config.vm import VmConfig
 from ..errors import NotSupported, SupermachineError
+from ..host.locks import in_use
 from ..images.layers import ImageStore
-from ..images.locks import in_use
 from ..images.prepare import prepare_image
 from ..images.spec import ImageSpec, engine_name
 from ..kernels import ARCH

@@ -25,7 +25,7 @@ import trio
 
 from ..errors import ConfigError, SnapshotInvalid
 from ..host import files as hostfiles
-from ..images.locks import exclusive, try_exclusive
+from ..host.locks import exclusive, try_exclusive
 from ..snapshots import Metadata, Snapshot, open_snapshot, read_metadata
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)

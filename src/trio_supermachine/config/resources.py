@@ -16,6 +16,7 @@ from typing import Any, Final
 import attrs
 
 from .._util import validators as check
+from .._util.public import public
 from .._util.validators import StrPath
 from ..errors import ConfigError, ResourceError, ResourceErrorKind
 from .defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
@@ -38,6 +39,7 @@ def default_cmdline(machine: str | None = None) -> str:
     return DEFAULT_CMDLINE if arm else _X86_CMDLINE
 
 
+@public
 class VmProfile(Enum):
     """What a machine is tuned for."""
 
@@ -70,6 +72,7 @@ def _flag(instance: object, field: attrs.Attribute[Any], value: object) -> None:
     check.boolean(field.name, value)
 
 
+@public
 @attrs.frozen
 class VolumeSpec:
     """A writable disk that outlives its machines.
@@ -96,6 +99,7 @@ def volume_tuple(values: Iterable[VolumeSpec]) -> tuple[VolumeSpec, ...]:
     return volumes
 
 
+@public
 @attrs.frozen(kw_only=True)
 class SnapshotResources:
     """When to capture a machine, and where to. Any trigger needs :attr:`out_path`."""
@@ -123,6 +127,7 @@ class SnapshotResources:
         return self.after_ms is not None or self.at_heartbeat is not None or self.on_listener
 
 
+@public
 @attrs.frozen(kw_only=True)
 class EndpointResources:
     """The host's unix sockets and ports that lead into a machine."""
@@ -149,6 +154,7 @@ class EndpointResources:
     )
 
 
+@public
 @attrs.frozen(kw_only=True)
 class VmResources:
     """What one virtual machine is made of.

@@ -11,6 +11,7 @@ from typing import Any, Final, get_args
 import attrs
 
 from .._util import validators as check
+from .._util.public import public
 from .._util.validators import StrPath
 from ..devices.virtio import VirtioDevice
 from ..errors import ConfigError, NotSupported
@@ -29,6 +30,7 @@ _HOSTNAME = re.compile(
 )
 
 
+@public
 class SymlinkPolicy(Enum):
     """What becomes of symbolic links in a mounted host directory."""
 
@@ -36,6 +38,7 @@ class SymlinkPolicy(Enum):
     OPAQUE = "opaque"
 
 
+@public
 @attrs.frozen
 class MountSpec:
     """A host directory that the guest sees at ``guest_path``, under the file-system tag ``tag``."""
@@ -98,6 +101,7 @@ def _seconds(instance: object, field: attrs.Attribute[Any], value: object) -> No
     check.seconds(field.name, value)
 
 
+@public
 @attrs.frozen(kw_only=True)
 class VmConfig:
     """How to start a VM; frozen, and each ``with_*`` method returns a changed copy.

@@ -9,6 +9,7 @@ from typing import Final, final
 import trio
 
 from .._util import validators as check
+from .._util.public import public
 from .relay import relay
 from .serving import Server, bind, format_address, local_addr
 from .tls import TlsConfig, TlsStream, load_context
@@ -20,6 +21,7 @@ Connect = Callable[[int], Awaitable[trio.abc.HalfCloseableStream]]
 MAX_CONNECTIONS: Final = 1024
 
 
+@public
 @final
 class TcpForwarder(trio.abc.AsyncResource):
     """A TCP port of the host that leads into a VM: :meth:`Vm.expose_tcp`, :meth:`Vm.expose_tls`.

@@ -13,6 +13,7 @@ import attrs
 import trio
 
 from .._util import validators as check
+from .._util.public import public
 from .._util.trace import trace
 from ..agent.client import FrameStream
 from ..agent.wire import MAX_DATAGRAM
@@ -63,6 +64,7 @@ class _Flow:
             self.send(self.early.popleft())
 
 
+@public
 @final
 class UdpForwarder(trio.abc.AsyncResource):
     """A UDP port of the host that leads into a VM: :meth:`Vm.expose_udp`.

@@ -22,6 +22,7 @@ import attrs
 import trio
 
 from .._util.nursery import open_flat_nursery
+from .._util.public import public
 from ..errors import AcquireTimeout
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class PoolSettings:
     head_start: float = 0
 
 
+@public
 @attrs.frozen(kw_only=True)
 class PoolStats:
     """What a pool holds at one moment, and what it has done so far.

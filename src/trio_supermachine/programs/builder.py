@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from .._util.nursery import open_flat_nursery
+from .._util.public import public
 from ..agent.wire import ExecFlags, ExecRequest, StagedFile
 from ..errors import ConfigError, ExecEof
 from .child import ExecChild
@@ -31,6 +32,7 @@ from .run_process import LAST_OUTPUT, collect
 OpenRequest: TypeAlias = Callable[[ExecRequest], AbstractAsyncContextManager[ExecChild]]
 
 
+@public
 @attrs.frozen(kw_only=True)
 class ExecOutcome:
     """What became of a program. ``duration`` in seconds, measured in the guest.
@@ -53,6 +55,7 @@ class ExecOutcome:
         return self.returncode == 0 and not self.timed_out and not self.cancelled
 
 
+@public
 @final
 @attrs.frozen
 class ExecBuilder:

@@ -17,6 +17,7 @@ from typing import Final, TypeAlias, final
 import trio
 
 from .._util.conflict import OneAtATime
+from .._util.public import public
 from .._util.trace import trace
 from ..agent import wire
 from ..agent.client import AgentClient, guest_os_error
@@ -263,6 +264,7 @@ class _OutputStream(trio.abc.ReceiveStream):
         await trio.lowlevel.checkpoint()
 
 
+@public
 @final
 class ExecSignaler:
     """Sends signals to the program of an exec. It may outlive it: after its exit a no-op."""
@@ -312,6 +314,7 @@ class ExecSignaler:
             raise OSError(errno, os.strerror(errno))
 
 
+@public
 @final
 class ExecChild:
     """A program running in a guest, much like a :class:`trio.Process`. :meth:`Vm.exec` makes it.

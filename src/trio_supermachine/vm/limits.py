@@ -21,6 +21,7 @@ import trio
 from trio.lowlevel import TrioToken, enable_ki_protection
 
 from .._util import validators as check
+from .._util.public import public
 from ..errors import AdmissionRefused, ConfigError
 from ..host.memory import usable_memory_mib
 
@@ -30,6 +31,7 @@ MEMORY_SHARE: Final = 0.75
 _UNKNOWN_HOST_MIB: Final = 2048
 
 
+@public
 @attrs.frozen(kw_only=True)
 class LimitStatistics:
     """What a process-wide limit has given out at one moment.
