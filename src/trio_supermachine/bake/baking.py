@@ -24,7 +24,6 @@ _Wait = Callable[[], Awaitable[object]]
 
 _SETTLED: Final = 1.0  # seconds for a workload that says nothing of ports
 _HEARTBEAT: Final = 0.1  # seconds between heartbeats
-_CONSOLE_TAIL: Final = 4096
 
 
 async def bake(
@@ -111,7 +110,7 @@ async def _ready(running: RunningVm, settings: BakeSettings) -> None:
             f" {settings.trigger_timeout:g} s: {missing};"
             " allow more with with_trigger_timeout(), or capture at another moment with"
             " with_snapshot(SnapshotResources(after_ms=...))",
-            console=_console(running),
+            console=running.console.text_tail(),
         )
 
 
@@ -143,7 +142,7 @@ async def _listening(running: RunningVm) -> None:
                 raise BakeFailed(
                     f"the workload of {running.plan.image.reference} ended with return code"
                     f" {returncode} before it listened on a TCP port",
-                    console=_console(running),
+                    console=running.console.text_tail(),
                 )
 
     async with open_flat_nursery() as nursery:
@@ -157,7 +156,3 @@ async def _heartbeats(running: RunningVm, count: int) -> None:
         if beat:
             await trio.sleep(_HEARTBEAT)
         await running.ping()
-
-
-def _console(running: RunningVm) -> str:
-    return running.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")

@@ -54,6 +54,6 @@ async def open_warm_vm(plan: Plan) -> AsyncIterator[RunningVm]:
         with trio.move_on_after(seconds) as scope:
             await run_trial(running)
         if scope.cancelled_caught:
-            console = running.console.tail().decode("utf-8", "replace")
+            console = running.console.text_tail()
             raise (RestoreTimeout if restored else StartTimeout)(seconds, console=console)
         yield running
