@@ -99,6 +99,36 @@ async def test_what_is_started_in_a_frozen_guest_starts_after_the_thaw(vm: Vm) -
     assert await vm.read_file("/tmp/started") == b""
 
 
+async def test_what_waits_for_the_thaw_starts_in_order_unless_it_is_cancelled(vm: Vm) -> None:
+    pids = []
+
+    async def start(name: str) -> None:
+        async with vm.exec(["touch", f"/tmp/{name}"]) as child:
+            pids.append((child.pid, name))
+            await child.wait()
+
+    await call(vm, wire.freeze())
+    async with trio.open_nursery() as nursery:
+        for name in ("first", "second"):
+            nursery.start_soon(start, name)
+            await trio.testing.wait_all_tasks_blocked()
+            await call(vm, wire.frame(wire.FrameType.PING))
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as cancelled:
+                cancelled.start_soon(start, "cancelled")
+                await trio.testing.wait_all_tasks_blocked()
+                await call(vm, wire.frame(wire.FrameType.PING))
+                scope.cancel()
+        nursery.start_soon(start, "third")
+        await trio.testing.wait_all_tasks_blocked()
+        await call(vm, wire.frame(wire.FrameType.PING))
+        assert not pids
+        await call(vm, wire.thaw())
+    assert [name for _, name in sorted(pids)] == ["first", "second", "third"]
+    with pytest.raises(FileNotFoundError):
+        await vm.read_file("/tmp/cancelled")
+
+
 async def test_what_is_started_in_a_frozen_guest_has_its_empty_stdin_ended(vm: Vm) -> None:
     await call(vm, wire.freeze())
     async with trio.open_nursery() as nursery:

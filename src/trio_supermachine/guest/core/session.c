@@ -28,7 +28,7 @@ static void release(struct session *session) {
 static void gone(struct conn *conn) { release(conn->owner); }
 
 /* Reset the connection: a frame has broken the protocol. */
-static void give_up(struct session *session) {
+static void break_off(struct session *session) {
     struct conn *conn = session->conn;
     release(session);
     conn->carrier->reset(conn);
@@ -98,7 +98,7 @@ static size_t take_part(struct session *session, const uint8_t *bytes, size_t si
     }
     if (sound && !session->finishing && !session->payload_left) sound = end_frame(session);
     if (sound) return used;
-    give_up(session);
+    break_off(session);
     return 0;
 }
 
