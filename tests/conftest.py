@@ -15,14 +15,21 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+from hypothesis import HealthCheck, settings
 
 from trio_supermachine import EngineUnavailable, Image, Vm
 from trio_supermachine.hv.kvm.probe import probe_kvm
 from trio_supermachine.hv.select import VARIABLE, choose_engine
 from trio_supermachine.images.prepare import prepare_image
 
+pytest_plugins = ["tests.support.durations"]
+
 #: Seconds after which a test gives up, and says what came so far.
 PATIENCE = 60
+
+# How long an example takes is up to what else the host does, and so no property.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 if engine := os.environ.get("TRIO_SUPERMACHINE_TEST_ENGINE"):
     os.environ[VARIABLE] = engine  # for the programs that tests start, too

@@ -16,7 +16,7 @@ from trio_supermachine.agent.client import AgentClient
 
 from .conftest import read_until
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.small_kernel]
 
 COUNT = "n=0; while :; do n=$((n+1)); echo $n >/tmp/next; mv /tmp/next /tmp/count; done"
 

@@ -316,6 +316,7 @@ async def test_a_build_makes_a_kernel_once(own_home: Path) -> None:
 
 
 @pytest.mark.vm
+@pytest.mark.small_kernel
 async def test_a_guest_on_the_small_kernel_has_what_images_rely_on(vm: Vm) -> None:
     kernel = await preferred_kernel()
     if kernel is None or kernel.kind != "small" or "TRIO_SUPERMACHINE_KERNEL" in os.environ:

@@ -25,6 +25,8 @@ from .tiny_guest import (
     tiny_guest,
 )
 
+pytestmark = pytest.mark.lab
+
 _LAPIC_SPURIOUS = 0xF0
 
 

@@ -72,6 +72,7 @@ async def output(vm: Vm, script: str) -> str:
 # --- the machine that Linux finds ---
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize(
     ("script", "reason", "detail"),
     [
@@ -90,6 +91,8 @@ async def test_how_linux_ends_is_told(
         assert b"last words" in m.console.tail(100_000)
 
 
+@pytest.mark.lab
+@pytest.mark.several_vcpus
 @pytest.mark.parametrize("vcpus", [1, 2, 4])
 async def test_every_vcpu_works_and_gets_its_interrupts(tmp_path: Path, vcpus: int) -> None:
     script = (
@@ -188,6 +191,8 @@ async def test_the_devices_are_those_of_the_qemu_engine(tmp_path: Path) -> None:
 # --- its life ---
 
 
+@pytest.mark.lab
+@pytest.mark.several_vcpus
 async def test_streams_go_on_through_pauses_and_captures(image: Image, tmp_path: Path) -> None:
     data = random.Random(1).randbytes(600_000)
     echoed = bytearray()
@@ -219,6 +224,7 @@ async def test_streams_go_on_through_pauses_and_captures(image: Image, tmp_path:
 SERVE = "setsid sh -c '(nc -ll -p 8000 -e cat) </dev/null >/dev/null 2>&1 &'; true"
 
 
+@pytest.mark.several_vcpus
 async def test_copies_of_copies_are_whole_and_their_own(image: Image, tmp_path: Path) -> None:
     ask = (
         "head -c16 /dev/urandom | od -An -tx8; cat /proc/sys/kernel/random/uuid"
@@ -246,6 +252,7 @@ async def test_copies_of_copies_are_whole_and_their_own(image: Image, tmp_path: 
         assert len(set(kind)) == len(answers), kind
 
 
+@pytest.mark.several_vcpus
 async def test_random_cancellations_leave_nothing(image: Image, tmp_path: Path) -> None:
     rng = random.Random(9)
 
@@ -282,6 +289,7 @@ async def test_random_cancellations_leave_nothing(image: Image, tmp_path: Path) 
 # --- root in the guest means harm ---
 
 
+@pytest.mark.several_vcpus
 @pytest.mark.parametrize("what", ["b", "c", "m", "p", "bm", "bcmpr"])
 async def test_whatever_root_does_to_the_hardware_the_host_is_whole(
     tmp_path: Path, what: str
@@ -301,6 +309,7 @@ async def test_whatever_root_does_to_the_hardware_the_host_is_whole(
     assert disks[0].path.read_bytes() == bytes(1 << 20)
 
 
+@pytest.mark.several_vcpus
 async def test_a_guest_that_forks_and_floods_is_stopped_at_once(image: Image) -> None:
     flood = "while :; do echo flood; done >/dev/console"
     async with started(image, vcpus=2) as vm:
@@ -310,6 +319,7 @@ async def test_a_guest_that_forks_and_floods_is_stopped_at_once(image: Image) ->
                 await vm.stop(grace=0.2)
 
 
+@pytest.mark.several_vcpus
 async def test_a_disk_under_load_keeps_every_byte(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(16 << 20))

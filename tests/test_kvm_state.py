@@ -37,6 +37,8 @@ from trio_supermachine.hv.kvm.state import (  # isort: skip
 )
 from trio_supermachine.hv.kvm.state_format import decode_state, encode_state  # isort: skip
 
+pytestmark = pytest.mark.lab
+
 KERNEL_GS_BASE = 0xC000_0102
 TSC, TSC_DEADLINE = 0x10, 0x6E0
 NO_SUCH_MSR = 0xDEAD_0000

@@ -30,6 +30,8 @@ from .tiny_guest import (
     tiny_guest,
 )
 
+pytestmark = pytest.mark.lab
+
 MODES: tuple[Mode, ...] = ("real", "protected", "long")
 HOLE = 0x1000_0000  # no memory there
 

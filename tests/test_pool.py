@@ -32,6 +32,8 @@ from trio_supermachine.images.prepare import prepare_image
 
 from .conftest import PATIENCE, engines, machines
 
+pytestmark = [pytest.mark.lab, pytest.mark.small_kernel]
+
 
 @pytest.fixture
 def image() -> Image:

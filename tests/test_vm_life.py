@@ -32,7 +32,7 @@ from trio_supermachine.images.prepare import prepare_image
 
 from .conftest import engines, read_until
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.lab, pytest.mark.small_kernel]
 
 
 def engine_pid() -> int:
@@ -55,6 +55,7 @@ async def test_the_clock_is_right_after_a_boot(vm: Vm) -> None:
     assert before - 1 <= int(done.stdout) <= time.time() + 1
 
 
+@pytest.mark.several_vcpus
 async def test_memory_cpus_and_hostname_are_as_configured(busybox: Image) -> None:
     config = VmConfig(memory_mib=384, vcpus=2, hostname="box")
     async with Vm.start(busybox, config) as vm:

@@ -30,7 +30,7 @@ from trio_supermachine.snapshots import verify_snapshot
 
 from .conftest import VCPUS, engines, read_until
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.lab, pytest.mark.lab_two_vcpus, pytest.mark.small_kernel]
 
 COUNTER = "i=0; while :; do i=$((i+1)); echo $i >/run/count; usleep 5000; done"
 
