@@ -25,7 +25,11 @@ from trio_supermachine.images.prepare import prepare_image
 pytest_plugins = ["tests.support.durations"]
 
 #: Seconds after which a test gives up, and says what came so far.
-PATIENCE = 60
+PATIENCE = 120
+
+#: By how many seconds a guest's clock may be late: it is set by the agent, and a guest of a busy
+#: host comes to that when it gets a processor.
+CLOCK = 5
 
 # How long an example takes is up to what else the host does, and so no property.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])

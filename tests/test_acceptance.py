@@ -14,6 +14,7 @@ import trio
 
 from trio_supermachine import Image, Vm, VmConfig
 
+from .conftest import CLOCK
 from .debian_image import debian_layout
 
 __all__ = ["debian_layout"]  # a fixture
@@ -47,10 +48,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 threading.Thread(target=tick, daemon=True).start()
 http.server.HTTPServer(("127.0.0.1", {PORT}), Handler).serve_forever()
 """.encode()
-
-#: By how many seconds a guest's clock may be off. It is set after a restore, and an emulated guest
-#: that gets no CPU for a while is late with that.
-CLOCK = 5
 
 #: One connection and no second try: whoever does not listen yet has failed.
 REQUEST = rf"exec 3<>/dev/tcp/127.0.0.1/{PORT} && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && cat <&3"

@@ -420,7 +420,7 @@ class TestNetwork:
     async def test_a_stall_is_given_up_and_made_good(
         self, on: str, after: int, registry: RegistryServer, pushed: Layout
     ) -> None:
-        patient = attrs.evolve(QUICK, stall_timeout=0.3)
+        patient = attrs.evolve(QUICK, stall_timeout=1)
         async with fault_proxy(registry.address, [Stall(on=on, after=after)]) as proxy:
             document, _ = await pull(proxy.host, settings=patient)
             assert document.digest == digest_in(pushed)
