@@ -22,6 +22,8 @@ from trio_supermachine.hv.kvm.probe import probe_kvm
 from trio_supermachine.hv.select import VARIABLE, choose_engine
 from trio_supermachine.images.prepare import prepare_image
 
+from .support.durations import children_of
+
 pytest_plugins = ["tests.support.durations"]
 
 #: Seconds after which a test gives up, and says what came so far.
@@ -80,15 +82,20 @@ def open_files() -> dict[int, str]:
 
 def child_processes() -> dict[int, str]:
     """The process's living children and their names."""
+    if Path("/proc/thread-self/children").exists():
+        candidates = iter(children_of(os.getpid()))
+    else:  # a kernel without CONFIG_PROC_CHILDREN
+        candidates = (int(name) for name in os.listdir("/proc") if name.isdigit())
     found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for pid in candidates:
         try:
-            name, _, rest = stat.read_text().partition(" (")[2].rpartition(") ")
+            stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             continue
+        name, _, rest = stat.partition(" (")[2].rpartition(") ")
         state, parent = rest.split()[:2]
         if int(parent) == os.getpid() and state != "Z":
-            found[int(stat.parent.name)] = name
+            found[pid] = name
     return found
 
 

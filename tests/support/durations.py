@@ -31,10 +31,10 @@ def cpu_time() -> float:
     for who in resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN:
         usage = resource.getrusage(who)
         used += usage.ru_utime + usage.ru_stime
-    return used + sum(map(_family_time, _children_of(os.getpid())))
+    return used + sum(map(_family_time, children_of(os.getpid())))
 
 
-def _children_of(pid: int) -> Iterator[int]:
+def children_of(pid: int) -> Iterator[int]:
     for task in _listed(Path(f"/proc/{pid}/task")):
         try:
             yield from map(int, (task / "children").read_text().split())
@@ -48,7 +48,7 @@ def _family_time(pid: int) -> float:
     except OSError:
         return 0.0
     # utime, stime, cutime and cstime are the fields 14 to 17; the third comes first here.
-    return sum(map(int, after_name[11:15])) / _TICK + sum(map(_family_time, _children_of(pid)))
+    return sum(map(int, after_name[11:15])) / _TICK + sum(map(_family_time, children_of(pid)))
 
 
 def _listed(directory: Path) -> list[Path]:
