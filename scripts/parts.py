@@ -70,7 +70,7 @@ def plan(*, ci: bool, everything: bool) -> list[Part]:
     """What is run; the longest first."""
     parts = [
         Part("lab", "scripts/test-kvm" + " --all" * everything),
-        Part("tests", "pytest -n 2 --dist loadfile"),
+        Part("tests", "pytest -n 2 --dist loadfile --no-loadscope-reorder"),
         Part("documentation", "sphinx-build -q -W --keep-going -b html docs docs/_build/html"),
         Part("types", "mypy"),
         Part("style", "ruff check . && ruff format --check ."),

@@ -22,7 +22,7 @@ from trio_supermachine.hv.kvm.probe import probe_kvm
 from trio_supermachine.hv.select import VARIABLE, choose_engine
 from trio_supermachine.images.prepare import prepare_image
 
-from .support.durations import children_of
+from .support.processes import children_of
 
 pytest_plugins = ["tests.support.durations"]
 
@@ -61,6 +61,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"{reason}; scripts/kvm-lab has a real one")
     if item.get_closest_marker("qemu") and _engine_name() != "qemu":
         pytest.skip("about QEMU's processes; VMs run on another engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the files, let those come first that take long."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    ranks: dict[Path, int] = {}
+    for item in items:
+        rank = 0 if item.get_closest_marker("long") else 1 if item.get_closest_marker("vm") else 2
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture(scope="session")

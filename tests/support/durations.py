@@ -17,6 +17,8 @@ from typing import TextIO
 
 import pytest
 
+from .processes import children_of
+
 VARIABLE = "TRIO_SUPERMACHINE_TEST_DURATIONS"
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -34,14 +36,6 @@ def cpu_time() -> float:
     return used + sum(map(_family_time, children_of(os.getpid())))
 
 
-def children_of(pid: int) -> Iterator[int]:
-    for task in _listed(Path(f"/proc/{pid}/task")):
-        try:
-            yield from map(int, (task / "children").read_text().split())
-        except OSError:
-            continue  # the thread has ended, or the kernel does not tell
-
-
 def _family_time(pid: int) -> float:
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -49,13 +43,6 @@ def _family_time(pid: int) -> float:
         return 0.0
     # utime, stime, cutime and cstime are the fields 14 to 17; the third comes first here.
     return sum(map(int, after_name[11:15])) / _TICK + sum(map(_family_time, children_of(pid)))
-
-
-def _listed(directory: Path) -> list[Path]:
-    try:
-        return list(directory.iterdir())
-    except OSError:
-        return []
 
 
 class _Recorder:
