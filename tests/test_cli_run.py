@@ -375,7 +375,7 @@ def make_image(directory: Path, config: dict[str, object], program: str = "bin/e
     return f"oci:{layout}"
 
 
-def spawn(*arguments: str, **options: Any) -> pexpect.spawn:
+def spawn(*arguments: str, **options: Any) -> pexpect.spawn[bytes]:
     return pexpect.spawn(PROGRAM[0], [*PROGRAM[1:], *arguments], timeout=ANSWER, **options)
 
 

@@ -171,14 +171,9 @@ class TestForms:
         parts = [
             layout.manifest([LAYER], architecture=a, **platform(a)) for a in ("amd64", "arm64")
         ]
-        index = {
-            "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.index.v1+json",
-            "manifests": parts,
-        }
-        layout.write(
-            layout.blob(json.dumps(index).encode(), index["mediaType"], **layout.tagged("both"))
-        )
+        media_type = "application/vnd.oci.image.index.v1+json"
+        index = {"schemaVersion": 2, "mediaType": media_type, "manifests": parts}
+        layout.write(layout.blob(json.dumps(index).encode(), media_type, **layout.tagged("both")))
         registry.push(f"oci:{layout.path}:both", "public/index:both")
         asked = reference(registry.host, "public/index:both")
         async with open_registry(asked, settings=QUICK) as client:
