@@ -19,7 +19,7 @@ from .debian_image import debian_layout
 
 __all__ = ["debian_layout"]  # a fixture
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 PORT = 8000
 

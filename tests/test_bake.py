@@ -28,7 +28,7 @@ from trio_supermachine.images.prune import prune
 
 from .conftest import VCPUS
 
-pytestmark = [pytest.mark.vm, pytest.mark.small_kernel]
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.small_kernel]
 
 BUSYBOX = "builtin:busybox"
 

@@ -23,7 +23,7 @@ import pytest
 from trio_supermachine import ConfigError, hostfiles
 from trio_supermachine.cli.publish import Publish
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 PROGRAM = [sys.executable, "-m", "trio_supermachine.cli"]
 BUSYBOX = "builtin:busybox"

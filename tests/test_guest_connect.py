@@ -27,6 +27,8 @@ from .outside import program
 
 __all__ = ["agent", "bare_agent"]  # fixtures
 
+pytestmark = pytest.mark.long
+
 
 # --- as streams ---
 

@@ -37,6 +37,8 @@ from trio_supermachine.oci.progress import Progress
 from .conftest import PATIENCE
 from .test_kernels import elf
 
+pytestmark = pytest.mark.long
+
 # The configuration.
 
 

@@ -30,7 +30,7 @@ from trio_supermachine.snapshots import verify_snapshot
 
 from .conftest import CLOCK, VCPUS, engines, read_until
 
-pytestmark = [pytest.mark.vm, pytest.mark.lab, pytest.mark.lab_two_vcpus, pytest.mark.small_kernel]
+pytestmark = [pytest.mark.vm, pytest.mark.lab_two_vcpus, pytest.mark.small_kernel]
 
 COUNTER = "i=0; while :; do i=$((i+1)); echo $i >/run/count; usleep 5000; done"
 
@@ -69,6 +69,7 @@ async def drawn_lines(vm: Vm, count: int) -> list[bytes]:
                 return lines
 
 
+@pytest.mark.lab
 async def test_processes_and_files_go_on_in_the_copy_and_in_the_source(
     vm: Vm, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ async def test_processes_and_files_go_on_in_the_copy_and_in_the_source(
     await count_beyond(vm, after)
 
 
+@pytest.mark.lab
 async def test_streams_go_on_through_a_capture_and_no_byte_is_lost(vm: Vm, tmp_path: Path) -> None:
     data = random.Random(1).randbytes(3_000_000)
     echoed = bytearray()
@@ -183,6 +185,7 @@ async def test_a_copy_changes_nothing_in_its_snapshot(vm: Vm, tmp_path: Path) ->
     await verify_snapshot(tmp_path / "snap")
 
 
+@pytest.mark.lab
 async def test_diffs_make_a_chain_and_store_only_what_changed(vm: Vm, tmp_path: Path) -> None:
     image = await vm.snapshot(tmp_path / "full")
     for name in ("first", "second"):
