@@ -24,11 +24,11 @@ from trio_supermachine import ConfigError
 from trio_supermachine.cli.publish import Publish
 from trio_supermachine.host import files as hostfiles
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 PROGRAM = [sys.executable, "-m", "trio_supermachine.cli"]
 BUSYBOX = "builtin:busybox"
-ANSWER = 60  # seconds: only a hang takes as long
+ANSWER = 120  # seconds: only a hang takes as long
 
 
 def cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -393,7 +393,7 @@ def make_image(directory: Path, config: dict[str, object], program: str = "bin/e
     return f"oci:{layout}"
 
 
-def spawn(*arguments: str, **options: Any) -> pexpect.spawn:
+def spawn(*arguments: str, **options: Any) -> pexpect.spawn[bytes]:
     return pexpect.spawn(PROGRAM[0], [*PROGRAM[1:], *arguments], timeout=ANSWER, **options)
 
 
