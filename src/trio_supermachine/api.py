@@ -137,9 +137,9 @@ class Image(ImageSpec):
         return Vm.start(self, config)
 
     def acquire(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[PooledVm]:
-        """Have a VM of this image for the length of an ``async with`` block, without a pool.
+        """Acquire a VM of this image for an ``async with`` block, without a pool.
 
-        It is restored on entry and ended on exit. :meth:`pool` keeps VMs warm across calls.
+        The VM is restored on entry and ended on exit. :meth:`pool` keeps VMs warm across calls.
         """
         return _acquire(self, config)
 
@@ -322,7 +322,9 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
         return self._restoring(await self._running.capture(dest))
 
     async def snapshot_diff(self, dest: StrPath, base: Image | StrPath) -> Image:
-        """As :meth:`snapshot`, but write only the memory that differs from ``base``.
+        """Write a snapshot with only the memory that differs from ``base``.
+
+        All else is as for :meth:`snapshot`.
 
         It is fast if this VM was restored from ``base``; with any other snapshot of a guest of
         the same size all memory is compared. Restoring needs the base, byte for byte as it is.
@@ -430,7 +432,7 @@ class Pool(metaclass=NoPublicConstructor):
 
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[PooledVm]:
-        """Have a VM to oneself: an async context manager giving a :class:`PooledVm`.
+        """Acquire a VM: an async context manager giving a :class:`PooledVm`.
 
         An idle VM is handed over at once. Else the acquirer waits, in the order of arrival, for
         the next that gets ready, and one is restored for it as long as there are fewer than

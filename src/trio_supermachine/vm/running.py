@@ -170,7 +170,7 @@ class RunningVm:
 
     @asynccontextmanager
     async def _run(self) -> AsyncIterator[None]:
-        """Have the tasks of this VM run beside a body, which its end cancels."""
+        """Run the tasks of this VM beside a body; the VM's own end cancels the body."""
         try:
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(self._watch)
