@@ -175,7 +175,7 @@ class _Below:
         return place
 
     async def find(self, path: str) -> _Found | None:
-        """Give the topmost layer's entry for a path; ``None`` if there is none or it was deleted."""
+        """Give the topmost layer's entry for a path; ``None`` if it has none, or deletes it."""
         if path not in self._known:
             self._known[path] = await self._look(path)
         return self._known[path]
