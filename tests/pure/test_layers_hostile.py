@@ -16,11 +16,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trio_supermachine.oci import tar
+from trio_supermachine.oci import MalformedError, tar
 from trio_supermachine.oci.decompress import Blob, open_layer
 from trio_supermachine.oci.layer import Conflict, LayerFilter, Sink
 from trio_supermachine.oci.layer_info import DirectoryInfo, Link
-from trio_supermachine.oci.malformed import MalformedError
 from trio_supermachine.oci.names import clean
 from trio_supermachine.oci.tar import Entry, TarReader
 
