@@ -28,7 +28,7 @@ try:
 except ImportError:
     pytest.skip("the package was built without the KVM binding", allow_module_level=True)
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.several_vcpus]
 
 MEMORY_MIB = 389
 PATIENCE = 600

@@ -19,6 +19,7 @@ from .._util import validators as check
 from .._util.public import public
 from .._util.validators import StrPath
 from ..errors import ConfigError, ResourceError, ResourceErrorKind
+from .defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
 
 DEFAULT_CMDLINE: Final = "console=ttyAMA0 reboot=t panic=-1"
 """The default kernel command line of arm64 guests."""
@@ -28,8 +29,6 @@ _X86_CMDLINE: Final = "console=ttyS0 reboot=t panic=-1"
 DEFAULT_EXEC_GUEST_PORT: Final = 1028
 """The vsock port on which the guest's agent listens."""
 
-DEFAULT_MEMORY_MIB: Final = 256
-DEFAULT_VCPUS: Final = 1
 
 _MAX_PORT: Final = 2**32 - 2  # the highest vsock port; 2**32 - 1 means "any"
 

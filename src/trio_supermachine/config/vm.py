@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import attrs
 
@@ -17,9 +17,8 @@ from ..devices.virtio import VirtioDevice
 from ..errors import ConfigError, NotSupported
 from ..host.assets import AssetPaths
 from ..net.policy import EgressPolicy
-from .resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, VolumeSpec, volume_tuple
-
-EngineName = Literal["auto", "qemu", "kvm"]
+from .defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, EngineName
+from .resources import VolumeSpec, volume_tuple
 
 MIN_MEMORY_MIB: Final = 32
 MAX_VCPUS: Final = 16

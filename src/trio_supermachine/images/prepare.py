@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from .._util.progress import Progress, ProgressCallback
-from ..config.vm import EngineName
+from ..config.defaults import EngineName
 from ..errors import ConfigError, ImageCorrupt, ImageNotFound
 from ..oci import MalformedError
 from ..oci.blobs import Archive, Directory
