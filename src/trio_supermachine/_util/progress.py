@@ -1,4 +1,4 @@
-"""What a long operation on an image tells its caller while it runs."""
+"""Progress of long operations on images and kernels, told to a callback."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .public import public
 @public
 @attrs.frozen
 class Progress:
-    """One step of progress.
+    """One step of progress, the argument of every ``progress`` callback.
 
-    :attr:`phase` is ``"download"``, ``"load"`` (from an archive), ``"convert"`` or
-    ``"verify"``, in a bake ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``,
-    and for a kernel ``"unpack"`` or ``"build"``; :attr:`item` is what it works on, for people;
-    :attr:`done` and :attr:`total` are bytes, or for ``"build"`` steps (``total`` is `None` if
-    unknown).
+    :ivar phase: of an image ``"download"``, ``"load"`` (from an archive), ``"convert"`` or
+        ``"verify"``; of a bake ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or
+        ``"publish"``; of a kernel ``"download"``, ``"unpack"`` or ``"build"``.
+    :ivar item: the thing that is worked on, for people.
+    :ivar done: the bytes that are done; for ``"build"`` the steps.
+    :ivar total: the bytes, or steps, altogether; ``None`` if they are not known.
     """
 
     phase: str
@@ -33,6 +34,6 @@ ProgressCallback = Callable[[Progress], Awaitable[None]]
 async def report(
     callback: ProgressCallback | None, phase: str, item: str, done: int, total: int | None
 ) -> None:
-    """Tell ``callback``, if there is one."""
+    """Await ``callback`` with a step of progress, if there is a callback."""
     if callback is not None:
         await callback(Progress(phase, item, done, total))

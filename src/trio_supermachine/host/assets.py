@@ -1,4 +1,4 @@
-"""Where the files and programs that a machine needs are found."""
+"""Files and programs that a machine needs, and where they are looked for."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ def _absolute(path: str | os.PathLike[str] | None) -> Path | None:
 @public
 @attrs.frozen(kw_only=True)
 class AssetPaths:
-    """Explicit places of what is otherwise looked for.
+    """Explicit places of the files that a machine needs.
 
-    Each may be ``None``: then the environment variable named here is asked, and then the usual
-    place.
+    For ``None`` the environment variable named here counts, and without one the usual place.
 
-    :param kernel: a Linux kernel, bzImage or ELF (``TRIO_SUPERMACHINE_KERNEL``; usually a stock
-        kernel that :func:`prepare_kernel` fetches).
-    :param initramfs: the initramfs to boot with that kernel, complete with this package's init;
-        ``None`` makes one (no variable).
-    :param qemu: the program ``qemu-system-x86_64`` (``TRIO_SUPERMACHINE_QEMU``; usually from
-        ``PATH``).
+    :param kernel: a Linux kernel, bzImage or ELF. The variable is ``TRIO_SUPERMACHINE_KERNEL``;
+        usually it is a prepared kernel in the data directory, which the first start fetches.
+    :param initramfs: the initramfs to boot with that kernel, complete with this package's init. It
+        has no variable; usually one is made for the kernel.
+    :param qemu: the program ``qemu-system-x86_64``. The variable is ``TRIO_SUPERMACHINE_QEMU``;
+        usually the program is found in ``PATH``.
     """
 
     kernel: Path | None = attrs.field(default=None, converter=_absolute)
@@ -38,7 +37,10 @@ class AssetPaths:
 
 
 def find_qemu(assets: AssetPaths | None = None) -> Path:
-    """The absolute path of QEMU. :raises AssetNotFound: there is none."""
+    """Give the absolute path of QEMU.
+
+    :raises AssetNotFound: there is none.
+    """
     name = "qemu-system-x86_64"
     explicit = _explicit(
         "qemu", assets, "TRIO_SUPERMACHINE_QEMU", "apt-get install qemu-system-x86"
@@ -56,7 +58,10 @@ def find_qemu(assets: AssetPaths | None = None) -> Path:
 
 
 def find_kernel(assets: AssetPaths | None = None) -> Path | None:
-    """The kernel that was named, or ``None``. :raises AssetNotFound: it does not exist."""
+    """Give the kernel that ``assets`` or the environment names; ``None`` if neither does.
+
+    :raises AssetNotFound: it does not exist.
+    """
     return _explicit(
         "kernel",
         assets,
@@ -66,7 +71,10 @@ def find_kernel(assets: AssetPaths | None = None) -> Path | None:
 
 
 def find_initramfs(assets: AssetPaths | None = None) -> Path | None:
-    """The initramfs that was named, or ``None``. :raises AssetNotFound: it does not exist."""
+    """Give the initramfs that ``assets`` names; ``None`` if it names none.
+
+    :raises AssetNotFound: it does not exist.
+    """
     return _explicit("initramfs", assets, None, "leave it out, and one is made")
 
 
