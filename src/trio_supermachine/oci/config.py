@@ -1,4 +1,4 @@
-"""The part of an image's configuration that says how to run it."""
+"""The ``config`` object of an image configuration: how the image is run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ _MAX_SIGNAL = 64
 @public
 @attrs.frozen(kw_only=True)
 class ImageConfig:
-    """How an image wants to be run.
+    """The settings with which an image is to be run, from its configuration.
 
-    :attr:`env` has ``NAME=value`` strings, :attr:`user` is ``name|uid[:group|gid]`` or empty for
-    root, :attr:`stop_signal` a Linux signal number, :attr:`exposed_ports` have the form
-    ``"80/tcp"``.
+    :ivar env: environment variables, as ``NAME=value``.
+    :ivar entrypoint: the program to run, perhaps with its first arguments; may be empty.
+    :ivar cmd: the arguments behind it; without an entrypoint the program and its arguments.
+    :ivar workdir: the workload's working directory, an absolute path in the guest.
+    :ivar user: the workload's user, ``name|uid[:group|gid]``; empty for root.
+    :ivar stop_signal: the signal that asks the workload to end, as a Linux signal number.
+    :ivar exposed_ports: ports that the workload serves, such as ``"80/tcp"``.
+    :ivar labels: labels of the image.
     """
 
     env: tuple[str, ...] = ()
@@ -38,12 +43,12 @@ class ImageConfig:
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """The workload: the entrypoint with the command after it. May be empty."""
+        """The workload's argument vector: :attr:`entrypoint` and :attr:`cmd`. May be empty."""
         return self.entrypoint + self.cmd
 
     @classmethod
     def from_json(cls, document: object) -> ImageConfig:
-        """Take the ``config`` object of an image configuration, which is not trusted.
+        """Parse the ``config`` object of an image configuration, which is not trusted.
 
         :raises MalformedError: a value has the wrong type, or is out of bounds.
         """
@@ -69,7 +74,7 @@ class ImageConfig:
         )
 
     def to_json(self) -> dict[str, object]:
-        """The ``config`` object that :meth:`from_json` takes."""
+        """Make the ``config`` object that :meth:`from_json` parses."""
         return {
             "Env": list(self.env),
             "Entrypoint": list(self.entrypoint),
@@ -83,7 +88,7 @@ class ImageConfig:
 
 
 def parse_signal(text: str) -> int:
-    """A signal's Linux number from ``"SIGQUIT"``, ``"QUIT"`` or ``"3"``; 15 if empty.
+    """Give a signal's Linux number from ``"SIGQUIT"``, ``"QUIT"`` or ``"3"``; 15 if empty.
 
     :raises MalformedError: there is no such signal.
     """
