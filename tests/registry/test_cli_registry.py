@@ -276,4 +276,4 @@ def test_a_pull_for_another_platform_is_kept_to_be_looked_at(push: Callable[...,
     assert answer("inspect", "--platform", "windows/amd64", foreign)["digest"] == digest
     absent = cli("pull", foreign)
     assert absent.returncode == 125
-    assert "none for linux/amd64, but windows/amd64" in absent.stderr
+    assert "it has windows/amd64, but nothing for linux/amd64" in absent.stderr

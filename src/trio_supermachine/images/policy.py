@@ -1,4 +1,4 @@
-"""The policy of pulls."""
+"""Policies of pulls: when to ask a registry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .._util.public import public
 
 @public
 class PullPolicy(Enum):
-    """Whether to ask a registry for the image that a name stands for; as in Docker.
+    """A rule when to ask a registry for the image that a name stands for; as in Docker.
 
     References to local sources are read each time, whatever the policy. An image that is named by
     its digest and is in the data directory is never asked for.

@@ -231,7 +231,7 @@ def _named(
             except ReferenceInvalid as error:
                 raise ImageNotFound(
                     str(reference),
-                    f"it names an image {text[:256]!r}, which is no name; give one with --name",
+                    f"it has an image with the improper name {text[:256]!r}; give one with --name",
                 ) from error
 
 

@@ -96,7 +96,7 @@ class Archive:
             if not isinstance(found, str):
                 return found
             found = self._members.get(found)
-        raise MalformedError(f"{name!r} is a link too many")
+        raise MalformedError(f"{name!r} leads through too many links")
 
 
 def read_bytes(blob: Blob) -> bytes:

@@ -146,7 +146,7 @@ def _ports(value: object) -> tuple[str, ...]:
     for key in value:
         match = _PORT.fullmatch(key)
         if match is None or not 0 < int(match[1]) < 65536:
-            raise MalformedError(f"the image exposes {key[:40]!r}, which is no port")
+            raise MalformedError(f"the image exposes {key[:40]!r}, which is not a port")
         ports.append((int(match[1]), match[2] or "tcp"))
     return tuple(f"{port}/{protocol}" for port, protocol in sorted(set(ports)))
 

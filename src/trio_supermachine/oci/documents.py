@@ -223,7 +223,7 @@ def _versioned(data: bytes, what: str, kinds: tuple[str, ...]) -> Mapping[str, A
     if type(version) is not int or version != 2:
         raise MalformedError(f"{what} has no proper schemaVersion")
     if document.get("mediaType") not in (None, "", *kinds):
-        raise MalformedError(f"{what} says that it is something else")
+        raise MalformedError(f"{what} has the media type of something else")
     return document
 
 
@@ -260,7 +260,7 @@ def _urls(found: Mapping[str, Any], what: str) -> tuple[str, ...]:
         return ()
     urls = as_list(found["urls"], f"the urls of {what}", _MAX_URLS)
     if not all(isinstance(url, str) and url.isprintable() and _URL.fullmatch(url) for url in urls):
-        raise MalformedError(f"{what} has a URL that is none")
+        raise MalformedError(f"{what} has a malformed URL")
     return tuple(urls)
 
 

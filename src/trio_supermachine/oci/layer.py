@@ -199,7 +199,7 @@ class LayerFilter:
         elif not name.startswith(_AUFS):
             hidden = name[len(_WHITEOUT) :]
             if hidden in (b"", b".", b".."):
-                raise MalformedError(f"{show_name(path)} hides nothing that can be")
+                raise MalformedError(f"the whiteout {show_name(path)} names no file")
             self._parent(parent)
             self._whiteouts.add(join(parent, hidden))
             self._hidden.add(join(parent, hidden))

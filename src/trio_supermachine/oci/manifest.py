@@ -377,5 +377,6 @@ def read_document(files: Files, descriptor: Descriptor) -> bytes:
 def _no_platform(
     reference: Reference, platform: Platform, offered: Mapping[str, None]
 ) -> ImageNotFound:
-    there = ", ".join(o for o in list(offered)[:32] if o != "unknown/unknown") or "nothing to run"
-    return ImageNotFound(str(reference), f"there is none for {platform}, but {there}")
+    there = ", ".join(o for o in list(offered)[:32] if o != "unknown/unknown")
+    what = f"{there}, but nothing" if there else "nothing"
+    return ImageNotFound(str(reference), f"it has {what} for {platform}")

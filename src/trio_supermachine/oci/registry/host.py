@@ -111,7 +111,7 @@ class Host:
             found = httpx.URL()
         if not location or found.scheme not in ("http", "https") or not found.host:
             raise self._refused(
-                f"redirects to what is no address: {show_text(str(location), 128)!r}"
+                f"redirects to an impossible address: {show_text(str(location), 128)!r}"
             )
         if found.userinfo:
             raise self._refused(f"redirects to an address with a password, on {found.host}")

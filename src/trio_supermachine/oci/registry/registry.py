@@ -102,7 +102,7 @@ class Registry:
         :exc:`ImageCorrupt` if the registry has a blob of another size.
         """
         if not _DIGEST.fullmatch(digest) or not 0 <= start <= size:
-            raise ImageCorrupt(self._reference, f"{digest[:128]!r} cannot be had from {start} on")
+            raise ImageCorrupt(self._reference, f"{digest[:128]!r} cannot be read from {start} on")
         stream = BlobStream(
             self._attempts(), reference=self._reference, digest=digest, size=size, start=start
         )

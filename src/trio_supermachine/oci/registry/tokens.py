@@ -80,7 +80,7 @@ class Authorizer:
 
     @property
     def has_credentials(self) -> bool:
-        """Whether there is anything to show, as far as it has been asked for."""
+        """Whether credentials were found, if a challenge has wanted any."""
         return self._credentials is not None
 
     async def header(self) -> str | None:
@@ -142,7 +142,7 @@ class Authorizer:
         except (httpx.InvalidURL, ValueError):
             url = httpx.URL()
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
-            raise self._nonsense(f"names a token server that is none: {show_text(realm, 128)!r}")
+            raise self._nonsense(f"names no proper token server: {show_text(realm, 128)!r}")
         asked = {name: value for name, value in (("service", service), ("scope", scope)) if value}
         known = self._credentials
         if known is not None and known.identity_token is not None:
