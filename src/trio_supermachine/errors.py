@@ -12,7 +12,7 @@ from enum import Enum
 
 import trio
 
-from ._util.public import public
+from ._public import public
 
 __all__ = [
     "AcquireTimeout",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from .._util.public import public
+from .._public import public
 from . import MalformedError
 
 _MAX_ITEMS = 4096

@@ -10,8 +10,8 @@ from typing import TypeAlias, final
 import attrs
 import trio
 
+from .._public import public
 from .._util.nursery import open_flat_nursery
-from .._util.public import public
 from ..agent.wire import ExecFlags, ExecRequest, StagedFile
 from ..errors import ConfigError, ExecEof
 from .child import ExecChild

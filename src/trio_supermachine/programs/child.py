@@ -16,8 +16,8 @@ from typing import Final, TypeAlias, final
 
 import trio
 
+from .._public import public
 from .._util.conflict import OneAtATime
-from .._util.public import public
 from .._util.trace import trace
 from ..agent import wire
 from ..agent.client import AgentClient, guest_os_error
