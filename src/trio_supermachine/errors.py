@@ -48,7 +48,7 @@ class SupermachineError(Exception):
 
 @public
 class ConfigError(SupermachineError, ValueError):
-    """A configuration value makes no sense; raised where it is written."""
+    """A configuration value makes no sense. Raised where the value is written."""
 
 
 @public
@@ -63,7 +63,10 @@ class ResourceErrorKind(Enum):
 
 @public
 class ResourceError(ConfigError):
-    """A :class:`VmResources` cannot be run; :attr:`kind` says why."""
+    """A :class:`VmResources` cannot be run.
+
+    :ivar kind: why, a :class:`ResourceErrorKind`.
+    """
 
     def __init__(self, kind: ResourceErrorKind, message: str) -> None:
         super().__init__(message)
@@ -72,7 +75,10 @@ class ResourceError(ConfigError):
 
 @public
 class NotSupported(SupermachineError):
-    """A feature that this version or engine does not have; :attr:`feature` names it."""
+    """This version, or this engine, does not have a feature.
+
+    :ivar feature: its name, such as ``"volumes"``.
+    """
 
     def __init__(self, feature: str, message: str | None = None) -> None:
         super().__init__(message or f"{feature} is not supported by this version; leave it out")
@@ -81,7 +87,11 @@ class NotSupported(SupermachineError):
 
 @public
 class ReferenceInvalid(SupermachineError):
-    """An image reference does not parse."""
+    """An image reference does not parse.
+
+    :ivar reference: the reference as it was given.
+    :ivar reason: why it does not parse, for people.
+    """
 
     def __init__(self, reference: str, reason: str) -> None:
         super().__init__(f"invalid image reference {reference!r}: {reason}")
@@ -91,7 +101,11 @@ class ReferenceInvalid(SupermachineError):
 
 @public
 class ImageNotFound(SupermachineError):
-    """The image that a reference names does not exist."""
+    """The image that a reference names does not exist.
+
+    :ivar reference: the reference.
+    :ivar reason: who says so, for people.
+    """
 
     def __init__(self, reference: str, reason: str) -> None:
         super().__init__(f"image {reference!r} not found: {reason}")
@@ -101,7 +115,11 @@ class ImageNotFound(SupermachineError):
 
 @public
 class ImageCorrupt(SupermachineError):
-    """An image's content is damaged, lies about its digest or tries to leave its root."""
+    """An image's content is damaged, lies about its digest or tries to leave its root.
+
+    :ivar reference: the reference.
+    :ivar reason: what is wrong with it, for people.
+    """
 
     def __init__(self, reference: str, reason: str) -> None:
         super().__init__(f"image {reference!r} is corrupt: {reason}")
@@ -111,7 +129,11 @@ class ImageCorrupt(SupermachineError):
 
 @public
 class RegistryError(SupermachineError):
-    """A registry refused or failed; :attr:`status` is the HTTP status, if there was one."""
+    """A registry refused or failed.
+
+    :ivar registry: its host, with the port if there is one.
+    :ivar status: the HTTP status, or ``None`` without an answer.
+    """
 
     def __init__(self, message: str, *, registry: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -121,7 +143,10 @@ class RegistryError(SupermachineError):
 
 @public
 class DiskFull(SupermachineError):
-    """There is no room in the data directory for an image; :attr:`path` is what was written."""
+    """There is no room in the data directory for an image.
+
+    :ivar path: the file that was being written.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__(
@@ -133,7 +158,10 @@ class DiskFull(SupermachineError):
 
 @public
 class BakeFailed(SupermachineError):
-    """A bake did not reach its capture; :attr:`console` is the tail of the guest's console."""
+    """A bake did not reach its capture.
+
+    :ivar console: the end of the guest's console.
+    """
 
     def __init__(self, message: str, *, console: str = "") -> None:
         super().__init__(_with_console(message, console))
@@ -142,12 +170,16 @@ class BakeFailed(SupermachineError):
 
 @public
 class CaptureFailed(SupermachineError):
-    """A running VM could not be captured; it goes on."""
+    """A running VM could not be captured. It goes on."""
 
 
 @public
 class SnapshotInvalid(SupermachineError):
-    """A snapshot is truncated, corrupt or incomplete; :attr:`path` is the file at fault."""
+    """A snapshot is truncated, corrupt or incomplete.
+
+    :ivar path: the file at fault.
+    :ivar reason: what is wrong with it, for people.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"snapshot {path}: {reason}")
@@ -162,9 +194,11 @@ class SnapshotIncompatible(SnapshotInvalid):
 
 @public
 class AssetNotFound(SupermachineError):
-    """A file or tool this library needs is missing; the message names the remedy.
+    """A file or tool that this library needs is missing. The message names the remedy.
 
-    :attr:`asset` is the thing (``"kernel"``, ``"sqfstar"``); :attr:`remedy` the command to run.
+    :ivar asset: what is missing, such as ``"kernel"`` or ``"sqfstar"``.
+    :ivar reason: where it was looked for, for people.
+    :ivar remedy: the command to run.
     """
 
     def __init__(self, asset: str, reason: str, *, remedy: str) -> None:
@@ -176,7 +210,10 @@ class AssetNotFound(SupermachineError):
 
 @public
 class EngineUnavailable(SupermachineError):
-    """No engine can run a guest here; :attr:`tried` maps each engine's name to why it said no."""
+    """No engine can run a guest here.
+
+    :ivar tried: each engine that was tried, and why it cannot.
+    """
 
     def __init__(self, tried: Mapping[str, str]) -> None:
         said = "; ".join(f"{name}: {reason}" for name, reason in tried.items())
@@ -186,9 +223,11 @@ class EngineUnavailable(SupermachineError):
 
 @public
 class StartTimeout(SupermachineError, TimeoutError):
-    """A guest did not answer within the start timeout; :attr:`console` is its console's tail.
+    """A guest did not answer within ``start_timeout``.
 
-    :attr:`detail` says what a guest ran on that wrote nothing at all, and what to try.
+    :ivar seconds: the timeout.
+    :ivar console: the end of the guest's console.
+    :ivar detail: for a guest whose console is empty: what it ran on, and what to try.
     """
 
     def __init__(self, seconds: float, *, console: str = "", detail: str = "") -> None:
@@ -203,7 +242,11 @@ class StartTimeout(SupermachineError, TimeoutError):
 
 @public
 class RestoreTimeout(SupermachineError, TimeoutError):
-    """A restored guest did not answer within ``restore_timeout``."""
+    """A restored guest did not answer within ``restore_timeout``.
+
+    :ivar seconds: the timeout.
+    :ivar console: the end of the guest's console.
+    """
 
     def __init__(self, seconds: float, *, console: str = "") -> None:
         super().__init__(
@@ -215,7 +258,10 @@ class RestoreTimeout(SupermachineError, TimeoutError):
 
 @public
 class AcquireTimeout(SupermachineError, TimeoutError):
-    """A pool had no VM to give within its acquire timeout."""
+    """A pool had no VM to give within its acquire timeout.
+
+    :ivar seconds: the timeout.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"no VM became free within {seconds:g} s; raise the pool's max")
@@ -228,9 +274,11 @@ class VmExited(SupermachineError, trio.BrokenResourceError):
 
     It is a :exc:`trio.BrokenResourceError` too, so that streams into a VM raise it.
 
-    :attr:`reason` is one of ``"shutdown"`` (power-off), ``"reset"`` (reboot or panic),
-    ``"killed"`` (the engine's process was killed), ``"failed"`` (the engine gave up) or
-    ``"stopped"`` (:meth:`Vm.stop` was called). :attr:`console` is the tail of the console.
+    :ivar reason: ``"shutdown"`` (power-off), ``"reset"`` (reboot or panic), ``"killed"`` (the
+        engine's process was killed), ``"failed"`` (the engine gave up) or ``"stopped"``
+        (:meth:`Vm.stop` was called).
+    :ivar detail: more about it, for people; may be empty.
+    :ivar console: the end of the guest's console.
     """
 
     def __init__(self, reason: str, detail: str = "", *, console: str = "") -> None:
@@ -243,10 +291,10 @@ class VmExited(SupermachineError, trio.BrokenResourceError):
 
 @public
 class ExecEof(SupermachineError, trio.BrokenResourceError):
-    """The agent's connection of an exec ended early; also what its streams then raise.
+    """The agent's connection of an exec ended early. The streams of the exec then raise it, too.
 
-    :attr:`is_setup_failure` is true when the program had not been started yet, so that trying
-    again cannot run it twice.
+    :ivar is_setup_failure: whether the program had not been started yet, so that trying again
+        cannot run it twice.
     """
 
     def __init__(self, message: str, *, is_setup_failure: bool) -> None:
@@ -256,7 +304,11 @@ class ExecEof(SupermachineError, trio.BrokenResourceError):
 
 @public
 class AdmissionRefused(SupermachineError):
-    """A guest asks for more memory than could ever be admitted. Sizes in MiB."""
+    """A guest asks for more memory than could ever be admitted.
+
+    :ivar requested_mib: the memory of the guest, in MiB.
+    :ivar limit_mib: the limit that it can never fit, in MiB.
+    """
 
     def __init__(self, requested_mib: int, limit_mib: int) -> None:
         super().__init__(
@@ -269,7 +321,12 @@ class AdmissionRefused(SupermachineError):
 
 @public
 class FileTooLarge(SupermachineError):
-    """A guest file is larger than the caller's cap. Sizes in bytes; ``size`` may be unknown."""
+    """A guest file is larger than the caller's cap.
+
+    :ivar path: the file.
+    :ivar max_bytes: the cap.
+    :ivar size: the size of the file in bytes, or ``None`` if it is not known.
+    """
 
     def __init__(self, path: str, max_bytes: int, size: int | None = None) -> None:
         actual = "more" if size is None else f"{size} bytes"

@@ -35,18 +35,19 @@ OpenRequest: TypeAlias = Callable[[ExecRequest], AbstractAsyncContextManager[Exe
 @public
 @attrs.frozen(kw_only=True)
 class ExecOutcome:
-    """What became of a program. ``duration`` in seconds, measured in the guest.
+    """The result of a program that was run to its end."""
 
-    ``returncode`` is negative for a signal; ``peak_rss_kib`` is the largest resident set of the
-    program and the children it waited for.
-    """
-
+    #: The return code; negative for a signal.
     returncode: int
     stdout: bytes
     stderr: bytes
+    #: Seconds from the start to the end, measured in the guest.
     duration: float
+    #: Whether ``timeout`` ended it.
     timed_out: bool
+    #: Whether the event of ``output_with_cancel`` ended it.
     cancelled: bool
+    #: The largest resident set of the program and the children that it waited for.
     peak_rss_kib: int
 
     @property
