@@ -18,6 +18,7 @@ import attrs
 from ._util import validators as check
 from ._util.progress import ProgressCallback
 from ._util.public import NoPublicConstructor, public
+from ._util.run import require_trio
 from ._util.validators import StrPath
 from .bake.build import build_image
 from .bake.builder import BakeBuilder, BakeSettings
@@ -128,6 +129,7 @@ class Image(ImageSpec):
         :raises SnapshotInvalid: a file is missing, damaged, or not what was captured.
         :raises SnapshotIncompatible: another version or engine made it.
         """
+        require_trio()
         return _image(image_of(await open_snapshot(path)))
 
     def start(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[Vm]:
@@ -208,6 +210,7 @@ class OciImageBuilder(BakeBuilder):
 
         Other errors are those of :meth:`Image.from_oci`, and what the warm-up raises.
         """
+        require_trio()
         warmup = self._settings.warmup
         warm_up = None if warmup is None else partial(_warm_up, warmup)
         return _image(await build_image(self._settings, warm_up, progress))
@@ -347,6 +350,7 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
 
 @asynccontextmanager
 async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterator[Vm]:
+    require_trio()
     plan = await plan_start(image, config, workload=workload)
     async with open_vm(plan) as running:
         yield Vm._create(running, image)
@@ -388,6 +392,7 @@ class PooledVm(Vm):
 
 @asynccontextmanager
 async def _acquire(image: Image, config: VmConfig | None) -> AsyncIterator[PooledVm]:
+    require_trio()
     plan = await plan_start(image, config or VmConfig())
     async with open_vm(plan) as running:
         yield PooledVm._create(running, image, reused=False)
@@ -491,6 +496,7 @@ class PoolBuilder(PoolOptions[Image]):
 
 @asynccontextmanager
 async def _open_pool(image: Image, config: VmConfig, settings: PoolSettings) -> AsyncIterator[Pool]:
+    require_trio()
     check_bounds(settings, image, config)
 
     @asynccontextmanager
