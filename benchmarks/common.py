@@ -25,7 +25,7 @@ import trio
 from table import Report, Rows
 
 from trio_supermachine import AssetNotFound, EngineUnavailable, Image, OciImageBuilder
-from trio_supermachine.config.vm import EngineName
+from trio_supermachine.config.defaults import EngineName
 from trio_supermachine.hv.kvm.probe import probe_kvm
 from trio_supermachine.kernels import CachedKernel, list_kernels, preferred_kernel, prepare_kernel
 
@@ -172,6 +172,8 @@ async def kernels(which: str) -> AsyncIterator[CachedKernel]:
         what was baked there before. ``"all"`` is the stock kernel and the small one, as far as they
         are here. Each gets a data directory of its own, which goes with all that is baked in it.
     """
+    if which not in ("usual", "all"):
+        raise Unavailable(f"knows the kernels 'usual' and 'all', not {which!r}")
     preferred = await usual_kernel()
     if which == "usual":
         yield preferred

@@ -24,6 +24,7 @@ extensions = [
     "sphinxcontrib_trio",
     "attrs_fields",
     "inventories",
+    "public_sources",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"

@@ -22,7 +22,9 @@ from ._util.run import require_trio
 from ._util.validators import StrPath
 from .bake.build import build_image
 from .bake.builder import BakeBuilder, BakeSettings
-from .config.vm import EngineName, VmConfig
+from .bake.store import Moment
+from .config.defaults import EngineName
+from .config.vm import VmConfig
 from .errors import ConfigError
 from .hv.base import Console
 from .images.policy import PullPolicy
@@ -137,9 +139,9 @@ class Image(ImageSpec):
         return Vm.start(self, config)
 
     def acquire(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[PooledVm]:
-        """Have a VM of this image for the length of an ``async with`` block, without a pool.
+        """Acquire a VM of this image for an ``async with`` block, without a pool.
 
-        It is restored on entry and ended on exit. :meth:`pool` keeps VMs warm across calls.
+        The VM is restored on entry and ended on exit. :meth:`pool` keeps VMs warm across calls.
         """
         return _acquire(self, config)
 
@@ -163,6 +165,17 @@ async def unbaked_image(
     return _image(
         await prepare_image(ref, pull=pull, platform=platform, engine=engine, progress=progress)
     )
+
+
+async def image_for_command(
+    builder: OciImageBuilder, progress: ProgressCallback | None = None
+) -> Image:
+    """Give a baked image whose VMs run a command in the place of its workload.
+
+    The bake is the one that :meth:`OciImageBuilder.build` gives, at the moment before its workload
+    starts: nothing of the image has run in it.
+    """
+    return _image(await build_image(builder._settings, progress=progress, moment=Moment.BOOTED))
 
 
 def _image(spec: ImageSpec) -> Image:
@@ -258,10 +271,14 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
 
         A VM of an image with a snapshot is restored from it, unless ``config`` needs other
         hardware than the snapshot has: then the image boots. The image's own entrypoint and
-        command run as the workload unless ``workload`` is false. Leaving the block, by any path,
-        ends the VM at once and waits until nothing of it is left on the host. A VM that ends by
-        itself cancels the body, and the block raises :exc:`VmExited`.
+        command run as the workload. Leaving the block, by any path, ends the VM at once and waits
+        until nothing of it is left on the host. A VM that ends by itself cancels the body, and
+        the block raises :exc:`VmExited`.
 
+        :param image: what to start.
+        :param config: how to start it; ``None`` is ``VmConfig()``.
+        :param workload: run the workload. If false, a boot leaves it out, and in a restored VM all
+            programs that ran at the capture are killed before they run again.
         :raises TypeError: ``image`` is no :class:`Image`.
         :raises NotSupported: the configuration asks for what this version does not have.
         :raises EngineUnavailable: no engine can run a guest here.
@@ -308,7 +325,9 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
         return self._restoring(await self._running.capture(dest))
 
     async def snapshot_diff(self, dest: StrPath, base: Image | StrPath) -> Image:
-        """As :meth:`snapshot`, but write only the memory that differs from ``base``.
+        """Write a snapshot with only the memory that differs from ``base``.
+
+        All else is as for :meth:`snapshot`.
 
         It is fast if this VM was restored from ``base``; with any other snapshot of a guest of
         the same size all memory is compared. Restoring needs the base, byte for byte as it is.
@@ -418,7 +437,7 @@ class Pool(metaclass=NoPublicConstructor):
 
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[PooledVm]:
-        """Have a VM to oneself: an async context manager giving a :class:`PooledVm`.
+        """Acquire a VM: an async context manager giving a :class:`PooledVm`.
 
         An idle VM is handed over at once. Else the acquirer waits, in the order of arrival, for
         the next that gets ready, and one is restored for it as long as there are fewer than

@@ -6,7 +6,10 @@ from collections.abc import Awaitable, Callable
 
 import attrs
 
+from .public import public
 
+
+@public
 @attrs.frozen
 class Progress:
     """One step of progress.

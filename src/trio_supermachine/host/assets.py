@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attrs
 
+from .._util.public import public
 from ..errors import AssetNotFound
 
 
@@ -15,6 +16,7 @@ def _absolute(path: str | os.PathLike[str] | None) -> Path | None:
     return None if path is None else Path(path).absolute()
 
 
+@public
 @attrs.frozen(kw_only=True)
 class AssetPaths:
     """Explicit places of what is otherwise looked for.

@@ -6,18 +6,14 @@ old state or the new one, and stray temporary names that :func:`sweep` removes.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import trio
-
 _TEMPORARY = ".tmp-"
-_LOCK_RETRY = 0.02  # flock(2) cannot be awaited; seconds between attempts while another holds it
 
 
 def home() -> Path:
@@ -33,27 +29,6 @@ def offline() -> bool:
     return os.environ.get("TRIO_SUPERMACHINE_OFFLINE", "") not in ("", "0")
 
 
-@asynccontextmanager
-async def locked(path: Path) -> AsyncIterator[None]:
-    """Hold an exclusive lock on the file ``path``, against tasks and programs alike.
-
-    The kernel drops the lock when its holder dies. Waiting is cancellable.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        await trio.lowlevel.checkpoint()
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await trio.sleep(_LOCK_RETRY)
-        yield
-    finally:
-        os.close(fd)
-
-
 @contextmanager
 def new_file(dest: Path) -> Iterator[Path]:
     """Give a temporary sibling to write; it becomes ``dest`` if the block ends well."""
@@ -63,9 +38,9 @@ def new_file(dest: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
+        fsync(temporary)
         temporary.replace(dest)
-        _sync(dest.parent)
+        fsync(dest.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -83,10 +58,10 @@ def new_directory(dest: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file() and not file.is_symlink():
-                _sync(file)
-        _sync(temporary)
+                fsync(file)
+        fsync(temporary)
         temporary.replace(dest)
-        _sync(dest.parent)
+        fsync(dest.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -104,7 +79,8 @@ def sweep(directory: Path) -> None:
             stray.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file's data, or a directory's names, are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -8,11 +8,13 @@ import attrs
 import trio
 
 from .._util import validators as check
+from .._util.public import public
 
 #: Events that wait for a reader, unless it asks for more or fewer.
 MAX_BUFFER: Final = 256
 
 
+@public
 @attrs.frozen(kw_only=True)
 class EgressEvent:
     """One decision about what a guest wanted.

@@ -11,6 +11,7 @@ from typing import Any, Final, final
 import attrs
 
 from .._util import validators as check
+from .._util.public import public
 from ..errors import ConfigError
 from .addresses import Address, Network, unmapped_network
 
@@ -93,6 +94,7 @@ def _ports(values: Any) -> tuple[int, ...]:
     return tuple(sorted({_port(value) for value in _listed("ports", values)}))
 
 
+@public
 @final
 @attrs.frozen(kw_only=True)
 class EgressPolicy:

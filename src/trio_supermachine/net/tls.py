@@ -15,6 +15,7 @@ import trio
 
 from .._util import validators as check
 from .._util.conflict import OneAtATime
+from .._util.public import public
 from .._util.validators import MAX_PORT
 from ..errors import ConfigError
 from .relay import reset_socket
@@ -48,6 +49,7 @@ def _alpn(values: Any) -> tuple[str, ...]:
     return names
 
 
+@public
 @attrs.frozen
 class TlsConfig:
     """How :meth:`Vm.expose_tls` listens, and who it says it is. Files are PEM.

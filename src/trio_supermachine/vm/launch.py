@@ -35,7 +35,6 @@ from ..net.policy import EgressPolicy
 from .limits import memory_admission, spawn_concurrency
 from .plan import Plan
 
-_CONSOLE_TAIL: Final = 4096
 _SEED: Final = 64  # bytes of entropy
 
 
@@ -72,13 +71,15 @@ async def launch(plan: Plan) -> AsyncIterator[tuple[AgentClient, VmNetwork]]:
                 with trio.move_on_after(config.start_timeout) as scope:
                     await _set_up(client, plan)
                 if scope.cancelled_caught:
-                    raise await _start_timeout(plan, _console(client))
+                    raise await _start_timeout(plan, machine.console.text_tail())
             else:
                 await machine.resume()
                 with trio.move_on_after(config.restore_timeout) as scope:
-                    await client.restored(_renewal(config.hostname))
+                    await client.restored(_renewal(plan))
                 if scope.cancelled_caught:
-                    raise RestoreTimeout(config.restore_timeout, console=_console(client))
+                    raise RestoreTimeout(
+                        config.restore_timeout, console=machine.console.text_tail()
+                    )
         yield client, network
 
 
@@ -113,17 +114,14 @@ async def _set_up(client: AgentClient, plan: Plan) -> None:
     )
 
 
-def _renewal(hostname: str | None) -> greeting.Restore:
+def _renewal(plan: Plan) -> greeting.Restore:
     return greeting.Restore(
         seed=secrets.token_bytes(_SEED),
-        hostname=hostname or "",
+        hostname=plan.config.hostname or "",
+        ends_programs=plan.ends_programs,
         machine_id=secrets.token_hex(16),
         boot_id=str(uuid.uuid4()),
     )
-
-
-def _console(client: AgentClient) -> str:
-    return client.machine.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
 
 
 async def _start_timeout(plan: Plan, console: str) -> StartTimeout:

@@ -83,6 +83,13 @@ class RunningVm:
         """Return when the guest's agent has answered."""
         await self.client.call(wire.frame(wire.FrameType.PING))
 
+    async def start_workload(self) -> None:
+        """Start the image's workload in a VM whose plan left it out.
+
+        :raises OSError: (``EBUSY``) there is or was one.
+        """
+        await self.client.call(wire.workload_start(self.plan.image.config.argv))
+
     async def wait_workload(self) -> int:
         """Wait for the end of the workload; give its return code."""
         answer = await self.client.call(wire.frame(wire.FrameType.WORKLOAD_WAIT))
@@ -163,7 +170,7 @@ class RunningVm:
 
     @asynccontextmanager
     async def _run(self) -> AsyncIterator[None]:
-        """Have the tasks of this VM run beside a body, which its end cancels."""
+        """Run the tasks of this VM beside a body; the VM's own end cancels the body."""
         try:
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(self._watch)

@@ -21,8 +21,7 @@ from ...devices.virtio import VirtioDevice
 from ...devices.vsock import VsockDevice
 from ...errors import ConfigError
 from ...vsock.stream import VsockMux
-from ..base import Disk, MachineSpec
-from ..cmdline import COMMON_WORDS
+from ..base import COMMON_WORDS, Disk, MachineSpec
 from .api import Kvm, KvmVcpu
 from .device import MachineDevice
 from .memory import MachineMemory

@@ -23,8 +23,6 @@ from ..copying import Copying, new_file
 from .board import Board
 from .vcpu import VcpuEnd, VcpuThread
 
-_CONSOLE_TAIL: Final = 4096
-
 _ENDS: Final[dict[VcpuEnd, ExitReason]] = {
     "shutdown": "shutdown",
     "reset": "reset",
@@ -218,8 +216,7 @@ class KvmMachine(Machine):
     def _vm_exited(self) -> VmExited:
         exit_ = self._exit or self._cause
         assert exit_ is not None
-        console = self.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
-        return VmExited(exit_.reason, exit_.detail, console=console)
+        return VmExited(exit_.reason, exit_.detail, console=self.console.text_tail())
 
     # The machine's life. All below runs in tasks that the engine's ``open`` owns, but for what
     # vCPUs' threads call.

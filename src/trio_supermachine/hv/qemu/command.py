@@ -15,8 +15,7 @@ from typing import Any, Final
 import attrs
 
 from ...errors import ConfigError
-from ..base import MachineSpec
-from ..cmdline import COMMON_WORDS
+from ..base import COMMON_WORDS, MachineSpec
 from .firmware import FIRMWARE
 
 #: The virtio-serial port that carries vsock packets; the guest looks for this name.

@@ -30,7 +30,6 @@ from .qmp import QmpClient, QmpError, QmpProtocolError
 _T = TypeVar("_T")
 
 _RECEIVE: Final = 64 * 1024
-_CONSOLE_TAIL: Final = 4096
 #: How long channels may stay open when the process is dead, and the process when a channel has
 #: ended. In seconds.
 _GRACE: Final = 1.0
@@ -198,8 +197,7 @@ class QemuMachine(Machine):
 
     def _vm_exited(self) -> VmExited:
         assert self._exit is not None
-        console = self.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
-        return VmExited(self._exit.reason, self._exit.detail, console=console)
+        return VmExited(self._exit.reason, self._exit.detail, console=self.console.text_tail())
 
     # The machine's life. All below runs in tasks that the engine's ``open`` owns.
 
