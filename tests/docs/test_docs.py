@@ -53,7 +53,9 @@ def runs(block: Block) -> bool:
 def compiled(block: Block) -> CodeType:
     """The code of a block, whose lines are those of its page; it may have ``await`` anywhere."""
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT if block.kind in ("run in", "not run") else 0
-    return compile(block.whole, str(block.page), "exec", flags=flags, dont_inherit=True)
+    code = compile(block.whole, str(block.page), "exec", flags=flags, dont_inherit=True)
+    assert isinstance(code, CodeType)
+    return code
 
 
 def run_python(block: Block) -> None:

@@ -127,7 +127,7 @@ def _debian(base: Path, path: Path, config: dict[str, object], script: str = "")
 
 
 def _make_layouts(directory: Path, debian: Path) -> None:
-    serve = {"Cmd": ["serve"]}
+    serve: dict[str, object] = {"Cmd": ["serve"]}
     _busybox(directory / "alpine", {"Cmd": ["sh"]})
     _busybox(directory / "web", {**serve, "ExposedPorts": {"80/tcp": {}}}, _WEB.format(port=80))
     _busybox(directory / "webapp", serve, _WEB.format(port=8000))
@@ -156,8 +156,8 @@ def surroundings(
     if not home.exists():
         home.mkdir()
         (home / "kernels").symlink_to(hostfiles.home() / "kernels")
-    for layout, name in _IN_THE_REGISTRY.items():
-        registry.push(f"oci:{layouts / layout}:latest", name)
+    for stored, name in _IN_THE_REGISTRY.items():
+        registry.push(f"oci:{layouts / stored}:latest", name)
     conf = tmp_path_factory.mktemp("containers") / "registries.conf"
     conf.write_text(_REGISTRIES.format(host=registry.host))
     return Surroundings(layouts, home, conf)
