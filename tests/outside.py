@@ -155,6 +155,8 @@ async def guest(image: Image, cmdline: str = "") -> AsyncIterator[tuple[Vm, Outs
     config = VmConfig()
     todo = await plan(image, config)
     todo = attrs.evolve(todo, spec=attrs.evolve(todo.spec, cmdline=cmdline))
+    # Compiling takes minutes on a busy host, which says nothing about the guest.
+    executable = await trio.to_thread.run_sync(program)
     with trio.fail_after(PATIENCE):
         async with (
             launched(todo, image, config) as (client, network),
@@ -164,7 +166,7 @@ async def guest(image: Image, cmdline: str = "") -> AsyncIterator[tuple[Vm, Outs
             # That of the server, which is not started.
             nursery.start_soon(trio.serve_listeners, outside.serve, [network.egress._listener])
             vm = Vm(image, config, todo, client, network)
-            await vm.write_file("/outside", program(), mode=0o755)
+            await vm.write_file("/outside", executable, mode=0o755)
             yield vm, outside
             nursery.cancel_scope.cancel()
 
