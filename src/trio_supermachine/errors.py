@@ -12,6 +12,8 @@ from enum import Enum
 
 import trio
 
+from ._public import public
+
 __all__ = [
     "AcquireTimeout",
     "AdmissionRefused",
@@ -39,14 +41,17 @@ __all__ = [
 ]
 
 
+@public
 class SupermachineError(Exception):
     """Base of every exception that this library defines."""
 
 
+@public
 class ConfigError(SupermachineError, ValueError):
     """A configuration value makes no sense; raised where it is written."""
 
 
+@public
 class ResourceErrorKind(Enum):
     """What :meth:`VmResources.validate_for_run` found wrong, in the order it looks."""
 
@@ -56,6 +61,7 @@ class ResourceErrorKind(Enum):
     SNAPSHOT_TRIGGER_WITHOUT_OUTPUT = "snapshot-trigger-without-output"
 
 
+@public
 class ResourceError(ConfigError):
     """A :class:`VmResources` cannot be run; :attr:`kind` says why."""
 
@@ -64,6 +70,7 @@ class ResourceError(ConfigError):
         self.kind = kind
 
 
+@public
 class NotSupported(SupermachineError):
     """A feature that this version or engine does not have; :attr:`feature` names it."""
 
@@ -72,6 +79,7 @@ class NotSupported(SupermachineError):
         self.feature = feature
 
 
+@public
 class ReferenceInvalid(SupermachineError):
     """An image reference does not parse."""
 
@@ -81,6 +89,7 @@ class ReferenceInvalid(SupermachineError):
         self.reason = reason
 
 
+@public
 class ImageNotFound(SupermachineError):
     """The image that a reference names does not exist."""
 
@@ -90,6 +99,7 @@ class ImageNotFound(SupermachineError):
         self.reason = reason
 
 
+@public
 class ImageCorrupt(SupermachineError):
     """An image's content is damaged, lies about its digest or tries to leave its root."""
 
@@ -99,6 +109,7 @@ class ImageCorrupt(SupermachineError):
         self.reason = reason
 
 
+@public
 class RegistryError(SupermachineError):
     """A registry refused or failed; :attr:`status` is the HTTP status, if there was one."""
 
@@ -108,6 +119,7 @@ class RegistryError(SupermachineError):
         self.status = status
 
 
+@public
 class DiskFull(SupermachineError):
     """There is no room in the data directory for an image; :attr:`path` is what was written."""
 
@@ -119,6 +131,7 @@ class DiskFull(SupermachineError):
         self.path = path
 
 
+@public
 class BakeFailed(SupermachineError):
     """A bake did not reach its capture; :attr:`console` is the tail of the guest's console."""
 
@@ -127,10 +140,12 @@ class BakeFailed(SupermachineError):
         self.console = console
 
 
+@public
 class CaptureFailed(SupermachineError):
     """A running VM could not be captured; it goes on."""
 
 
+@public
 class SnapshotInvalid(SupermachineError):
     """A snapshot is truncated, corrupt or incomplete; :attr:`path` is the file at fault."""
 
@@ -140,10 +155,12 @@ class SnapshotInvalid(SupermachineError):
         self.reason = reason
 
 
+@public
 class SnapshotIncompatible(SnapshotInvalid):
     """A snapshot is sound, but made by another format version, engine or machine."""
 
 
+@public
 class AssetNotFound(SupermachineError):
     """A file or tool this library needs is missing; the message names the remedy.
 
@@ -157,6 +174,7 @@ class AssetNotFound(SupermachineError):
         self.remedy = remedy
 
 
+@public
 class EngineUnavailable(SupermachineError):
     """No engine can run a guest here; :attr:`tried` maps each engine's name to why it said no."""
 
@@ -166,15 +184,24 @@ class EngineUnavailable(SupermachineError):
         self.tried = dict(tried)
 
 
+@public
 class StartTimeout(SupermachineError, TimeoutError):
-    """A guest did not answer within the start timeout; :attr:`console` is its console's tail."""
+    """A guest did not answer within the start timeout; :attr:`console` is its console's tail.
 
-    def __init__(self, seconds: float, *, console: str = "") -> None:
-        super().__init__(_with_console(f"the guest did not answer within {seconds:g} s", console))
+    :attr:`detail` says what a guest ran on that wrote nothing at all, and what to try.
+    """
+
+    def __init__(self, seconds: float, *, console: str = "", detail: str = "") -> None:
+        message = f"the guest did not answer within {seconds:g} s" + (
+            f"; {detail}" if detail else ""
+        )
+        super().__init__(_with_console(message, console))
         self.seconds = seconds
         self.console = console
+        self.detail = detail
 
 
+@public
 class RestoreTimeout(SupermachineError, TimeoutError):
     """A restored guest did not answer within ``restore_timeout``."""
 
@@ -186,6 +213,7 @@ class RestoreTimeout(SupermachineError, TimeoutError):
         self.console = console
 
 
+@public
 class AcquireTimeout(SupermachineError, TimeoutError):
     """A pool had no VM to give within its acquire timeout."""
 
@@ -194,6 +222,7 @@ class AcquireTimeout(SupermachineError, TimeoutError):
         self.seconds = seconds
 
 
+@public
 class VmExited(SupermachineError, trio.BrokenResourceError):
     """The VM has ended: power-off, reboot, panic, its engine died, or it was stopped.
 
@@ -212,6 +241,7 @@ class VmExited(SupermachineError, trio.BrokenResourceError):
         self.console = console
 
 
+@public
 class ExecEof(SupermachineError, trio.BrokenResourceError):
     """The agent's connection of an exec ended early; also what its streams then raise.
 
@@ -224,6 +254,7 @@ class ExecEof(SupermachineError, trio.BrokenResourceError):
         self.is_setup_failure = is_setup_failure
 
 
+@public
 class AdmissionRefused(SupermachineError):
     """A guest asks for more memory than could ever be admitted. Sizes in MiB."""
 
@@ -236,6 +267,7 @@ class AdmissionRefused(SupermachineError):
         self.limit_mib = limit_mib
 
 
+@public
 class FileTooLarge(SupermachineError):
     """A guest file is larger than the caller's cap. Sizes in bytes; ``size`` may be unknown."""
 

@@ -34,6 +34,7 @@ static const struct action *action_of(enum frame_type type) {
     case CONNECT: return &connect_action;
     case PING:
     case SHUTDOWN:
+    case WORKLOAD_START:
     case WORKLOAD_SIGNAL:
     case WORKLOAD_WAIT:
     case SET_CLOCK:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from .malformed import MalformedError
+from .._public import public
+from . import MalformedError
 
 _MAX_ITEMS = 4096
 _MAX_STRING = 128 * 1024  # bytes; Linux's own limit on one argument
@@ -16,6 +17,7 @@ _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
 _MAX_SIGNAL = 64
 
 
+@public
 @attrs.frozen(kw_only=True)
 class ImageConfig:
     """How an image wants to be run.

@@ -38,6 +38,7 @@ enum frame_type {
     WRITE_FILE = 25,
     PING = 32,
     SHUTDOWN = 33,
+    WORKLOAD_START = 41,
     WORKLOAD_SIGNAL = 34,
     WORKLOAD_WAIT = 35,
     SET_CLOCK = 36,

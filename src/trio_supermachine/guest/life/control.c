@@ -1,5 +1,6 @@
 #include "life/control.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "core/machine.h"
@@ -28,6 +29,14 @@ static bool control_frame(struct session *session, enum frame_type type, uint8_t
         if (!read_whole(payload)) return false;
         answer(session, 0, now_ns());
         return true;
+    case WORKLOAD_START: {
+        uint32_t ignored;
+        const char **argv = read_list(payload, &ignored);
+        bool whole = read_whole(payload);
+        if (whole) answer(session, workload_start((const char *const *)argv), 0);
+        free(argv);
+        return whole;
+    }
     case WORKLOAD_SIGNAL: {
         int signum = (int)read_u32(payload);
         if (!read_whole(payload)) return false;

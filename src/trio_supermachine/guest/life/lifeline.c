@@ -85,8 +85,7 @@ static bool set_up(struct session *session, struct reader *payload) {
     }
     if (setup.stop_signal > 0) image.stop_signal = setup.stop_signal;
     lifeline_carrier->listen(AGENT_PORT, session_accept);
-    workload_start((const char *const *)setup.workload,
-                   machine_is_ours ? "/run/supermachine-workload.pid" : NULL);
+    workload_start((const char *const *)setup.workload);
     phase = RUNNING;
     session_send(session, READY, 0, NULL, 0);
     return true;
@@ -98,6 +97,7 @@ static bool restore(struct session *session, struct reader *payload) {
     const char *hostname = read_string(payload);
     const uint8_t *seed = read_bytes(payload, &seed_size);
     const char *machine_id = read_string(payload), *boot_id = read_string(payload);
+    bool ends_programs = payload->left && read_u32(payload) == 1;
     if (!read_whole(payload) || !is_seed(seed_size) || !is_machine_id(machine_id) ||
         !is_boot_id(boot_id))
         return false;
@@ -112,7 +112,12 @@ static bool restore(struct session *session, struct reader *payload) {
         renew_identity(machine_id, boot_id);
         name_host(hostname);
     }
-    freezer_thaw();
+    if (ends_programs) {
+        workload_drop();
+        freezer_kill();
+    } else {
+        freezer_thaw();
+    }
     phase = RUNNING;
     session_send(session, READY, 0, NULL, 0);
     return true;

@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -65,14 +66,18 @@ static void start_held(void) {
 
 /* --- the cgroups --- */
 
-static int command(int directory, const char *word) {
-    int fd = openat(directory, "cgroup.freeze", O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return -1;
-    ssize_t written = write(fd, word, strlen(word));
-    int error = errno;
+/* Write into a file of a cgroup; return 0 or the error. */
+static int write_at(int directory, const char *name, const char *word) {
+    int fd = openat(directory, name, O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return errno;
+    int error = write(fd, word, strlen(word)) < 0 ? errno : 0;
     close(fd);
-    errno = error;
-    return written < 0 ? -1 : 0;
+    return error;
+}
+
+static int command(int directory, const char *word) {
+    errno = write_at(directory, "cgroup.freeze", word);
+    return errno ? -1 : 0;
 }
 
 /* Say whether a cgroup is told to freeze already: by this freezer, or by the guest itself, which
@@ -216,6 +221,39 @@ void freezer_freeze(struct session *session) {
 void freezer_thaw(void) {
     if (waiting) give_up(ECANCELED);
     else thaw();
+}
+
+/* Wait until a cgroup has no process that lives, or until `deadline`. */
+static void await_empty(int directory, uint64_t deadline) {
+    int fd = openat(directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    for (;;) {
+        char text[128];
+        ssize_t size = pread(fd, text, sizeof text - 1, 0);
+        if (size < 0) break; /* it was removed, so nothing was in it */
+        text[size] = 0;
+        uint64_t now = now_ns();
+        if (strstr(text, "populated 0") || now >= deadline) break;
+        struct pollfd change = {.fd = fd, .events = POLLPRI};
+        poll(&change, 1, (int)((deadline - now) / NS_PER_MS + 1));
+    }
+    if (fd >= 0) close(fd);
+}
+
+void freezer_kill(void) {
+    int killed[MAX_CGROUPS];
+    size_t killed_count = 0;
+    for (size_t at = 0; at < frozen_count; at++) {
+        int error = write_at(frozen[at], "cgroup.kill", "1");
+        if (error) say("cgroup.kill: %s", strerror(error));
+        int directory = fcntl(frozen[at], F_DUPFD_CLOEXEC, 0);
+        if (directory >= 0) killed[killed_count++] = directory;
+    }
+    thaw();
+    uint64_t deadline = now_ns() + PATIENCE_MS * NS_PER_MS;
+    while (killed_count) {
+        await_empty(killed[--killed_count], deadline);
+        close(killed[killed_count]);
+    }
 }
 
 void freezer_forget(struct session *session) {
