@@ -15,9 +15,10 @@ from typing import Literal, final
 
 import attrs
 
+from ._public import NoPublicConstructor, public
 from ._util import validators as check
 from ._util.progress import ProgressCallback
-from ._util.public import NoPublicConstructor, public
+from ._util.run import require_trio
 from ._util.validators import StrPath
 from .bake.build import build_image
 from .bake.builder import BakeBuilder, BakeSettings
@@ -130,6 +131,7 @@ class Image(ImageSpec):
         :raises SnapshotInvalid: a file is missing, damaged, or not what was captured.
         :raises SnapshotIncompatible: another version or engine made it.
         """
+        require_trio()
         return _image(image_of(await open_snapshot(path)))
 
     def start(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[Vm]:
@@ -221,6 +223,7 @@ class OciImageBuilder(BakeBuilder):
 
         Other errors are those of :meth:`Image.from_oci`, and what the warm-up raises.
         """
+        require_trio()
         warmup = self._settings.warmup
         warm_up = None if warmup is None else partial(_warm_up, warmup)
         return _image(await build_image(self._settings, warm_up, progress))
@@ -366,6 +369,7 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
 
 @asynccontextmanager
 async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterator[Vm]:
+    require_trio()
     plan = await plan_start(image, config, workload=workload)
     async with open_vm(plan) as running:
         yield Vm._create(running, image)
@@ -407,6 +411,7 @@ class PooledVm(Vm):
 
 @asynccontextmanager
 async def _acquire(image: Image, config: VmConfig | None) -> AsyncIterator[PooledVm]:
+    require_trio()
     plan = await plan_start(image, config or VmConfig())
     async with open_vm(plan) as running:
         yield PooledVm._create(running, image, reused=False)
@@ -510,6 +515,7 @@ class PoolBuilder(PoolOptions[Image]):
 
 @asynccontextmanager
 async def _open_pool(image: Image, config: VmConfig, settings: PoolSettings) -> AsyncIterator[Pool]:
+    require_trio()
     check_bounds(settings, image, config)
 
     @asynccontextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from ._util.public import public
+from ._public import public
 
 __all__ = [
     "AcquireTimeout",

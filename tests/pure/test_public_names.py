@@ -26,7 +26,8 @@ CLASSES = {
 }
 ERRORS = {name: cls for name, cls in CLASSES.items() if issubclass(cls, public.SupermachineError)}
 
-POOL: dict[str, Any] = {field.name: 1 for field in attrs.fields(public.PoolStats)}
+_NUMBERS: dict[str, Any] = {field.name: 1 for field in attrs.fields(public.PoolStats)}
+
 #: A value of each frozen class, with something else than the default in it where that is possible.
 VALUES: list[Any] = [
     public.AssetPaths(kernel="vmlinuz"),
@@ -49,7 +50,7 @@ VALUES: list[Any] = [
     public.ImageConfig(env=("A=b",), cmd=("sh",), labels={"a": "b"}),
     public.LimitStatistics(limit=2.0, in_use=1, holders=1, waiting=0),
     public.MountSpec("/host", "tag", "/guest", symlinks=public.SymlinkPolicy.OPAQUE),
-    public.PoolStats(**POOL),
+    public.PoolStats(**_NUMBERS),
     public.Progress("download", "sha256:0", 1, None),
     public.SnapshotResources(on_listener=True, out_path="snapshot"),
     public.TlsConfig(certificate="cert.pem", key="key.pem", alpn=("h2",)),
@@ -140,7 +141,7 @@ def test_the_tables_of_public_names_agree() -> None:
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=f"module '{PACKAGE}' has no attribute 'Nothing'"):
-        public.__getattr__("Nothing")
+        public.Nothing  # noqa: B018
 
 
 def test_every_frozen_class_and_every_error_is_tried_below() -> None:

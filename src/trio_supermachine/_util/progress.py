@@ -1,4 +1,4 @@
-"""Progress of long operations on images and kernels, told to a callback."""
+"""What a long operation on an image tells its caller while it runs."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ from collections.abc import Awaitable, Callable
 
 import attrs
 
-from .public import public
+from .._public import public
 
 
 @public
 @attrs.frozen
 class Progress:
-    """One step of progress, the argument of every ``progress`` callback.
+    """One step of progress, of a download, a conversion or a bake."""
 
-    :ivar phase: of an image ``"download"``, ``"load"`` (from an archive), ``"convert"`` or
-        ``"verify"``; of a bake ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or
-        ``"publish"``; of a kernel ``"download"``, ``"unpack"`` or ``"build"``.
-    :ivar item: the thing that is worked on, for people.
-    :ivar done: the bytes that are done; for ``"build"`` the steps.
-    :ivar total: the bytes, or steps, altogether; ``None`` if they are not known.
-    """
-
+    #: ``"download"``, ``"load"`` (from an archive), ``"convert"`` or ``"verify"``; in a bake
+    #: ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``; for a kernel
+    #: ``"unpack"`` or ``"build"``.
     phase: str
+    #: The thing that is worked on, for people.
     item: str
+    #: How much is done: bytes, or steps in the phase ``"build"``.
     done: int
+    #: Of how much, or ``None`` if that is not known.
     total: int | None
 
 
@@ -34,6 +32,6 @@ ProgressCallback = Callable[[Progress], Awaitable[None]]
 async def report(
     callback: ProgressCallback | None, phase: str, item: str, done: int, total: int | None
 ) -> None:
-    """Await ``callback`` with a step of progress, if there is a callback."""
+    """Tell ``callback``, if there is one."""
     if callback is not None:
         await callback(Progress(phase, item, done, total))

@@ -1,4 +1,4 @@
-"""Files and programs that a machine needs, and where they are looked for."""
+"""Where the files and programs that a machine needs are found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import attrs
 
-from .._util.public import public
+from .._public import public
 from ..errors import AssetNotFound
 
 
@@ -19,28 +19,24 @@ def _absolute(path: str | os.PathLike[str] | None) -> Path | None:
 @public
 @attrs.frozen(kw_only=True)
 class AssetPaths:
-    """Explicit places of the files that a machine needs.
+    """The places of files that are otherwise looked for.
 
-    For ``None`` the environment variable named here counts, and without one the usual place.
-
-    :param kernel: a Linux kernel, bzImage or ELF. The variable is ``TRIO_SUPERMACHINE_KERNEL``;
-        usually it is a prepared kernel in the data directory, which the first start fetches.
-    :param initramfs: the initramfs to boot with that kernel, complete with this package's init. It
-        has no variable; usually one is made for the kernel.
-    :param qemu: the program ``qemu-system-x86_64``. The variable is ``TRIO_SUPERMACHINE_QEMU``;
-        usually the program is found in ``PATH``.
+    A field that is ``None`` leaves the choice to an environment variable, and without that to the
+    usual place.
     """
 
+    #: A Linux kernel, bzImage or ELF (``TRIO_SUPERMACHINE_KERNEL``; usually one that
+    #: ``trio-supermachine kernel`` has prepared).
     kernel: Path | None = attrs.field(default=None, converter=_absolute)
+    #: The initramfs to boot with that kernel, complete with this package's init; ``None`` makes
+    #: one (no variable).
     initramfs: Path | None = attrs.field(default=None, converter=_absolute)
+    #: The program ``qemu-system-x86_64`` (``TRIO_SUPERMACHINE_QEMU``; usually from ``PATH``).
     qemu: Path | None = attrs.field(default=None, converter=_absolute)
 
 
 def find_qemu(assets: AssetPaths | None = None) -> Path:
-    """Give the absolute path of QEMU.
-
-    :raises AssetNotFound: there is none.
-    """
+    """The absolute path of QEMU. :raises AssetNotFound: there is none."""
     name = "qemu-system-x86_64"
     explicit = _explicit(
         "qemu", assets, "TRIO_SUPERMACHINE_QEMU", "apt-get install qemu-system-x86"
@@ -58,10 +54,7 @@ def find_qemu(assets: AssetPaths | None = None) -> Path:
 
 
 def find_kernel(assets: AssetPaths | None = None) -> Path | None:
-    """Give the kernel that ``assets`` or the environment names; ``None`` if neither does.
-
-    :raises AssetNotFound: it does not exist.
-    """
+    """The kernel that was named, or ``None``. :raises AssetNotFound: it does not exist."""
     return _explicit(
         "kernel",
         assets,
@@ -71,10 +64,7 @@ def find_kernel(assets: AssetPaths | None = None) -> Path | None:
 
 
 def find_initramfs(assets: AssetPaths | None = None) -> Path | None:
-    """Give the initramfs that ``assets`` names; ``None`` if it names none.
-
-    :raises AssetNotFound: it does not exist.
-    """
+    """The initramfs that was named, or ``None``. :raises AssetNotFound: it does not exist."""
     return _explicit("initramfs", assets, None, "leave it out, and one is made")
 
 

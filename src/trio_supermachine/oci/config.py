@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from .._util.public import public
+from .._public import public
 from . import MalformedError
 
 _MAX_ITEMS = 4096
@@ -20,25 +20,23 @@ _MAX_SIGNAL = 64
 @public
 @attrs.frozen(kw_only=True)
 class ImageConfig:
-    """The settings with which an image is to be run, from its configuration.
+    """Settings with which an image is to be run, from its configuration."""
 
-    :ivar env: environment variables, as ``NAME=value``.
-    :ivar entrypoint: the program to run, perhaps with its first arguments; may be empty.
-    :ivar cmd: the arguments behind it; without an entrypoint the program and its arguments.
-    :ivar workdir: the workload's working directory, an absolute path in the guest.
-    :ivar user: the workload's user, ``name|uid[:group|gid]``; empty for root.
-    :ivar stop_signal: the signal that asks the workload to end, as a Linux signal number.
-    :ivar exposed_ports: ports that the workload serves, such as ``"80/tcp"``.
-    :ivar labels: labels of the image.
-    """
-
+    #: The environment variables, as ``NAME=value``.
     env: tuple[str, ...] = ()
+    #: The program to run, with arguments that stay in front of the command. May be empty.
     entrypoint: tuple[str, ...] = ()
+    #: The command, which ``with_cmd`` and the command line replace.
     cmd: tuple[str, ...] = ()
+    #: The directory in which programs start, an absolute path in the guest.
     workdir: str = "/"
+    #: The user of programs, ``name|uid[:group|gid]``; empty for root.
     user: str = ""
+    #: The signal that asks the workload to end, by its number on Linux.
     stop_signal: int = 15
+    #: The ports that the workload serves, such as ``"80/tcp"``.
     exposed_ports: tuple[str, ...] = ()
+    #: Notes of the image's maker.
     labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
     @property
