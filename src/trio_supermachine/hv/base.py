@@ -213,7 +213,7 @@ class Machine(ABC):
 
     @abstractmethod
     async def wait_exit(self) -> MachineExit:
-        """Wait until the machine has ended by itself or by :meth:`kill`; any number of tasks may."""
+        """Wait until the machine has ended by itself or by :meth:`kill`. Any number may wait."""
 
     @abstractmethod
     def kill(self, reason: ExitReason = "stopped") -> None:
