@@ -22,7 +22,7 @@ from streams import EXEC, STDOUT, host_calls, vm_calls, vm_stdin, vm_stdout
 from table import Rows
 
 from trio_supermachine import Image, Vm
-from trio_supermachine.config.vm import EngineName
+from trio_supermachine.config.defaults import EngineName
 from trio_supermachine.hv.base import Captured
 from trio_supermachine.hv.kvm.machine import KvmMachine
 

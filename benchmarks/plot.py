@@ -37,7 +37,7 @@ FIGURES = (
     ("streams", "stdout of an exec", "A program's output", "a raw port of QEMU"),
 )
 
-WIDTH, LEFT, RIGHT, BAR, GAP, HEAD = 760, 230, 120, 18, 4, 24
+WIDTH, LEFT, RIGHT, BAR, GAP, HEAD = 760, 230, 150, 18, 4, 24
 OURS, THEIRS, TEXT, FAINT = "#3b6fb6", "#b9bfc9", "#222222", "#666666"
 
 
@@ -137,7 +137,7 @@ def draw(figures: Sequence[Figure], caption: str) -> str:
 async def main(data: str, out: str) -> AsyncIterator[Rows]:
     place = Path(data) if data else DATA
     rows = Rows(title="what is drawn")
-    figures = []
+    figures, smoke = [], False
     for benchmark, name, title, beside in FIGURES:
         document = read(place, benchmark)
         row = row_of(document, name)
@@ -146,8 +146,10 @@ async def main(data: str, out: str) -> AsyncIterator[Rows]:
         rows.add(title, row["median"], row["unit"], by=row["engine"])
         baseline = row["baseline"]
         rows.add(f"{title}: {beside}", baseline["median"], row["unit"], by=baseline["engine"])
+        smoke |= document["smoke"]
     host = document["host"]
     caption = f"{host['processors']} x {host['processor']}, {host['system']}, {document['date']}"
+    caption = "A smoke run: these numbers say nothing." if smoke else caption
     with scratch() as temporary:
         kept = {"": place / "performance.svg", "-": temporary / "performance.svg"}
         file = kept.get(out, Path(out))

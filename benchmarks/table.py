@@ -68,20 +68,25 @@ class Rows:
 
     def summary(self) -> list[dict[str, Any]]:
         """Each row by its columns."""
-        found = []
+        found: list[dict[str, Any]] = []
         for key, values in self.values.items():
             name, unit, by = key
-            median = statistics.median(values)
-            beside, ratio = None, None
+            row: dict[str, Any] = {
+                "name": name,
+                "unit": unit,
+                "engine": by,
+                "count": len(values),
+                "best": _best_first(values, unit)[0],
+                "median": statistics.median(values),
+                "p99": _p99(values, unit),
+                "baseline": None,
+                "ratio": None,
+            }
             if (other := self.baseline(key)) is not None:
-                least = statistics.median(self.values[other])
-                beside = {"name": other[0], "engine": other[2], "median": least}
-                ratio = median / least if least else None
-            row = {"name": name, "unit": unit, "engine": by, "count": len(values)}
-            found.append(
-                {**row, "median": median, "p99": _p99(values, unit), "baseline": beside}
-                | {"ratio": ratio}
-            )
+                beside = statistics.median(self.values[other])
+                row["baseline"] = {"name": other[0], "engine": other[2], "median": beside}
+                row["ratio"] = statistics.median(values) / beside if beside else None
+            found.append(row)
         return found
 
     def print(self) -> None:
@@ -106,9 +111,13 @@ def _line(
     return f"{name:{width}} {median:>9} {p99:>9} {unit:6} {beside:>9} {ratio:>6} {by}"
 
 
+def _best_first(values: list[float], unit: str) -> list[float]:
+    """Sorted: of a rate more is better, of all else less."""
+    return sorted(values, reverse=unit.endswith("/s"))
+
+
 def _p99(values: list[float], unit: str) -> float:
-    worst_last = sorted(values, reverse=unit.endswith("/s"))
-    return worst_last[min(len(values) - 1, int(len(values) * 0.99))]
+    return _best_first(values, unit)[min(len(values) - 1, int(len(values) * 0.99))]
 
 
 @attrs.define

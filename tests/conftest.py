@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
+from pathlib import Path
 
 import attrs
 import pytest
 import trio
+from hypothesis import HealthCheck, settings
 
 from trio_supermachine import EngineUnavailable, Image, Vm
 from trio_supermachine.api import unbaked_image
@@ -21,6 +23,12 @@ from trio_supermachine.hv.select import VARIABLE, choose_engine
 
 from .support.guests import VCPUS
 from .support.processes import child_processes, open_files, own_threads
+
+pytest_plugins = ["tests.support.durations"]
+
+# How long an example takes is up to what else the host does, and so no property.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 if engine := os.environ.get("TRIO_SUPERMACHINE_TEST_ENGINE"):
     os.environ[VARIABLE] = engine  # for the programs that tests start, too
@@ -45,6 +53,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"{reason}; scripts/kvm-lab has a real one")
     if item.get_closest_marker("qemu") and _engine_name() != "qemu":
         pytest.skip("about QEMU's processes; VMs run on another engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the files, let those come first that take long."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    ranks: dict[Path, int] = {}
+    for item in items:
+        rank = 0 if item.get_closest_marker("long") else 1 if item.get_closest_marker("vm") else 2
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ from ..support.outside import program
 
 __all__ = ["agent", "bare_agent"]  # fixtures
 
+pytestmark = pytest.mark.long
+
 
 # --- as streams ---
 
@@ -403,6 +405,7 @@ async def test_the_agents_own_port_is_none_that_is_listened_on(busybox: Image) -
 
 
 @pytest.mark.vm
+@pytest.mark.several_vcpus
 async def test_the_first_listener_stays_the_first_whatever_processor_the_next_runs_on(
     busybox: Image,
 ) -> None:

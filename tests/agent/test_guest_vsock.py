@@ -145,6 +145,7 @@ def test_without_its_host_the_machine_powers_off(boot: Boot, tmp_path: Path) -> 
         assert qemu.process.wait(g.PATIENCE) == 0
 
 
+@pytest.mark.several_vcpus
 @pytest.mark.parametrize("vcpus", [1, 2])
 def test_a_copy_is_told_so_before_anything_runs_in_it(
     boot: Boot, tmp_path: Path, vcpus: int

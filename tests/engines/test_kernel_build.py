@@ -37,6 +37,8 @@ from trio_supermachine.kernels.image import KernelImage
 from ..pure.test_kernels import elf
 from ..support.guests import PATIENCE
 
+pytestmark = pytest.mark.long
+
 # The configuration.
 
 
@@ -316,6 +318,7 @@ async def test_a_build_makes_a_kernel_once(own_home: Path) -> None:
 
 
 @pytest.mark.vm
+@pytest.mark.small_kernel
 async def test_a_guest_on_the_small_kernel_has_what_images_rely_on(vm: Vm) -> None:
     kernel = await preferred_kernel()
     if kernel is None or kernel.kind != "small" or "TRIO_SUPERMACHINE_KERNEL" in os.environ:

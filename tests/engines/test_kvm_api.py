@@ -25,6 +25,8 @@ from ..support.tiny_guest import (
     tiny_guest,
 )
 
+pytestmark = pytest.mark.lab
+
 _LAPIC_SPURIOUS = 0xF0
 
 
@@ -198,7 +200,7 @@ async def test_an_ioeventfd_takes_the_place_of_an_exit() -> None:
             guest.vm.ioeventfd(events[2], 0x1000_0000)
             thread = VcpuThread(guest.vcpu, seen.handlers())
             seen.stop_at(end, thread.stop)
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await thread.run()
             assert seen.calls == [("out", out_match, 1, 5), ("out", end, 1, 7)]
             assert [os.eventfd_read(event) for event in events] == [1, 1, 1]
@@ -229,7 +231,7 @@ async def test_an_irqfd_wakes_a_halted_guest_with_the_routed_message() -> None:
             seen.on_call = thread.stop
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(thread.run)
-                with trio.fail_after(30):
+                with trio.fail_after(60):
                     await thread.pause()
                     thread.resume()
                 os.eventfd_write(event, 1)

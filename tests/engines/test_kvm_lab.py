@@ -16,6 +16,7 @@ import pytest
 LAB = Path(__file__).parents[2] / "scripts" / "kvm-lab"
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(os.geteuid() != 0, reason="the lab's file server needs root"),
     pytest.mark.skipif(
         shutil.which("qemu-system-x86_64") is None or shutil.which("apt-get") is None,

@@ -22,6 +22,7 @@ from trio_supermachine.hv.base import Disk, Machine, MachineSpec
 from trio_supermachine.hv.qemu.engine import QemuEngine
 
 from ..support import GUEST_PROGRAMS
+from ..support.guests import CLOCK
 from ..support.kvm_guest import remains, scripted_with
 from ..support.qemu_guest import console_until, scripted
 
@@ -73,6 +74,7 @@ async def output(vm: Vm, script: str) -> str:
 # --- the machine that Linux finds ---
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize(
     ("script", "reason", "detail"),
     [
@@ -91,6 +93,8 @@ async def test_how_linux_ends_is_told(
         assert b"last words" in m.console.tail(100_000)
 
 
+@pytest.mark.lab
+@pytest.mark.several_vcpus
 @pytest.mark.parametrize("vcpus", [1, 2, 4])
 async def test_every_vcpu_works_and_gets_its_interrupts(tmp_path: Path, vcpus: int) -> None:
     script = (
@@ -189,6 +193,8 @@ async def test_the_devices_are_those_of_the_qemu_engine(tmp_path: Path) -> None:
 # --- its life ---
 
 
+@pytest.mark.lab
+@pytest.mark.several_vcpus
 async def test_streams_go_on_through_pauses_and_captures(image: Image, tmp_path: Path) -> None:
     data = random.Random(1).randbytes(600_000)
     echoed = bytearray()
@@ -213,13 +219,14 @@ async def test_streams_go_on_through_pauses_and_captures(image: Image, tmp_path:
                 await vm.snapshot(tmp_path / str(number))
         assert echoed == data
         before = time.time()
-        assert before - 1 <= int(await output(vm, "date +%s")) <= time.time() + 1
+        assert before - CLOCK <= int(await output(vm, "date +%s")) <= time.time() + 1
 
 
 #: In a session of its own before its exec ends, which would take it along.
 SERVE = "setsid sh -c '(nc -ll -p 8000 -e cat) </dev/null >/dev/null 2>&1 &'; true"
 
 
+@pytest.mark.several_vcpus
 async def test_copies_of_copies_are_whole_and_their_own(image: Image, tmp_path: Path) -> None:
     ask = (
         "head -c16 /dev/urandom | od -An -tx8; cat /proc/sys/kernel/random/uuid"
@@ -238,7 +245,7 @@ async def test_copies_of_copies_are_whole_and_their_own(image: Image, tmp_path: 
             assert await vm.read_file("/root/data") == data
             assert await output(vm, "echo hello | nc 127.0.0.1 8000") == "hello"
             before = time.time()
-            assert before - 1 <= int(await output(vm, "date +%s")) <= time.time() + 1
+            assert before - CLOCK <= int(await output(vm, "date +%s")) <= time.time() + 1
             answers.append((await output(vm, ask)).splitlines())
             answers.append((await output(vm, ask)).splitlines()[:2] + [str(generation)] * 2)
             if generation % 2:
@@ -247,6 +254,7 @@ async def test_copies_of_copies_are_whole_and_their_own(image: Image, tmp_path: 
         assert len(set(kind)) == len(answers), kind
 
 
+@pytest.mark.several_vcpus
 async def test_random_cancellations_leave_nothing(image: Image, tmp_path: Path) -> None:
     rng = random.Random(9)
 
@@ -283,6 +291,7 @@ async def test_random_cancellations_leave_nothing(image: Image, tmp_path: Path) 
 # --- root in the guest means harm ---
 
 
+@pytest.mark.several_vcpus
 @pytest.mark.parametrize("what", ["b", "c", "m", "p", "bm", "bcmpr"])
 async def test_whatever_root_does_to_the_hardware_the_host_is_whole(
     tmp_path: Path, what: str
@@ -302,6 +311,7 @@ async def test_whatever_root_does_to_the_hardware_the_host_is_whole(
     assert disks[0].path.read_bytes() == bytes(1 << 20)
 
 
+@pytest.mark.several_vcpus
 async def test_a_guest_that_forks_and_floods_is_stopped_at_once(image: Image) -> None:
     flood = "while :; do echo flood; done >/dev/console"
     async with started(image, vcpus=2) as vm:
@@ -311,6 +321,7 @@ async def test_a_guest_that_forks_and_floods_is_stopped_at_once(image: Image) ->
                 await vm.stop(grace=0.2)
 
 
+@pytest.mark.several_vcpus
 async def test_a_disk_under_load_keeps_every_byte(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(16 << 20))

@@ -38,6 +38,8 @@ from ..support.tiny_guest import (
 
 from trio_supermachine.hv.kvm.state_format import decode_state, encode_state  # isort: skip
 
+pytestmark = pytest.mark.lab
+
 KERNEL_GS_BASE = 0xC000_0102
 TSC, TSC_DEADLINE = 0x10, 0x6E0
 NO_SUCH_MSR = 0xDEAD_0000

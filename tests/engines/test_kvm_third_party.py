@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from trio_supermachine.host import files as hostfiles
+from trio_supermachine.host.locks import locked
 from trio_supermachine.hv.base import Disk, Machine
 
 from ..support.debian_image import run
@@ -27,7 +28,7 @@ try:
 except ImportError:
     pytest.skip("the package was built without the KVM binding", allow_module_level=True)
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.several_vcpus]
 
 MEMORY_MIB = 389
 PATIENCE = 600
@@ -53,7 +54,7 @@ async def _prepare() -> Path:
     codename = platform.freedesktop_os_release()["VERSION_CODENAME"]
     kept = hostfiles.home() / "test-images"
     disk = kept / f"{codename}-fio-stress-ng.squashfs"
-    async with hostfiles.locked(kept / ".lock"):
+    async with locked(kept / ".lock"):
         if not await trio.Path(disk).exists():
             tar = kept / f".{disk.name}.tar"
             made = kept / f".{disk.name}.new"

@@ -30,6 +30,8 @@ from ..support.tiny_guest import (
     tiny_guest,
 )
 
+pytestmark = pytest.mark.lab
+
 MODES: tuple[Mode, ...] = ("real", "protected", "long")
 HOLE = 0x1000_0000  # no memory there
 
@@ -56,7 +58,7 @@ async def _run(code: bytes, mode: Mode, last_port: int = 0xEE) -> Seen:
     with tiny_guest(code + code_out(last_port) + spin, mode) as guest:
         thread = VcpuThread(guest.vcpu, seen.handlers())
         seen.stop_at(last_port, thread.stop)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             assert await thread.run() == VcpuExit("stopped")
     assert seen.calls.pop()[1] == last_port
     return seen
@@ -100,7 +102,7 @@ async def test_a_repeated_input_fills_memory(size: int, opcode: bytes) -> None:
     with tiny_guest(code + code_out(0xEE) + spin) as guest:
         thread = VcpuThread(guest.vcpu, seen.handlers())
         seen.stop_at(0xEE, thread.stop)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             await thread.run()
         item = bytes.fromhex("11223344")[:size]
         assert guest.memory[DATA : DATA + size * count] == item * count
@@ -148,7 +150,7 @@ async def test_a_stubborn_guest_stops(name: str, mode: Mode, how: str) -> None:
         async def run() -> None:
             ends.append(await thread.run())
 
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run)
                 for _ in range(3):
@@ -164,7 +166,7 @@ async def test_a_stubborn_guest_stops(name: str, mode: Mode, how: str) -> None:
 
 @pytest.mark.parametrize("mode", ["protected", "long"])
 async def test_a_triple_fault_ends_as_a_reset(mode: Mode) -> None:
-    with tiny_guest(b"\x0f\x0b", mode) as guest, trio.fail_after(30):  # an undefined instruction
+    with tiny_guest(b"\x0f\x0b", mode) as guest, trio.fail_after(60):  # an undefined instruction
         sregs = guest.vcpu.get_sregs()
         sregs.idt.limit = 0  # no handler for it, nor for that fault, nor for the next
         guest.vcpu.set_sregs(sregs)
@@ -175,12 +177,12 @@ async def test_a_triple_fault_ends_as_a_reset(mode: Mode) -> None:
 
 
 async def test_a_halt_that_nothing_can_end_is_an_end() -> None:
-    with tiny_guest(halt_loop) as guest, trio.fail_after(30):
+    with tiny_guest(halt_loop) as guest, trio.fail_after(60):
         assert (await VcpuThread(guest.vcpu, Seen().handlers()).run()).end == "halted"
 
 
 async def test_code_outside_of_memory_is_an_end_and_no_exception() -> None:
-    with tiny_guest(b"\xb8\x00\x00\x00\x10\xff\xe0") as guest, trio.fail_after(30):  # jmp HOLE
+    with tiny_guest(b"\xb8\x00\x00\x00\x10\xff\xe0") as guest, trio.fail_after(60):  # jmp HOLE
         assert (await VcpuThread(guest.vcpu, Seen().handlers()).run()).end == "failed"
 
 
@@ -212,7 +214,7 @@ async def test_a_paused_guest_does_nothing_and_goes_on_where_it_was() -> None:
 
 async def test_an_access_is_complete_when_the_guest_stands() -> None:
     code = bytes.fromhex("e4 70 eb fe")  # in al, 0x70; jmp here
-    with tiny_guest(code) as guest, trio.fail_after(30):
+    with tiny_guest(code) as guest, trio.fail_after(60):
         handling, go_on = threading.Event(), threading.Event()
 
         def port_in(port: int, size: int) -> int:
@@ -281,7 +283,7 @@ async def test_other_signals_do_not_disturb_it() -> None:
     seen = Seen()
     handled = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
-        with tiny_guest(out_loop) as guest, trio.fail_after(30):
+        with tiny_guest(out_loop) as guest, trio.fail_after(60):
             thread = VcpuThread(guest.vcpu, seen.handlers())
 
             def disturb() -> None:
@@ -301,7 +303,7 @@ def test_trio_need_not_run_in_the_main_thread() -> None:
     ends: list[VcpuExit] = []
 
     async def main() -> None:
-        with tiny_guest(spin) as guest, trio.fail_after(30):
+        with tiny_guest(spin) as guest, trio.fail_after(60):
             thread = VcpuThread(guest.vcpu, Seen().handlers())
 
             async def run() -> None:
@@ -327,7 +329,7 @@ async def test_a_cancellation_at_any_point_leaves_nothing() -> None:
     before = _left_behind()
     for point in range(60):
         seen = Seen()
-        with tiny_guest(out_loop, irqchip=True) as guest, trio.fail_after(30):
+        with tiny_guest(out_loop, irqchip=True) as guest, trio.fail_after(60):
             thread = VcpuThread(guest.vcpu, seen.handlers(), standing=point % 7 == 0)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(thread.run)
@@ -348,7 +350,7 @@ async def test_a_cancellation_at_any_point_leaves_nothing() -> None:
 )
 async def test_whatever_bytes_a_guest_runs_there_is_an_end(code: bytes, mode: Mode) -> None:
     seen = Seen()
-    with tiny_guest(code, mode, irqchip=True) as guest, trio.fail_after(30):
+    with tiny_guest(code, mode, irqchip=True) as guest, trio.fail_after(60):
         thread = VcpuThread(guest.vcpu, seen.handlers())
         seen.stop_after(100, thread.stop)
         async with trio.open_nursery() as nursery:

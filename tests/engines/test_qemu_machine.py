@@ -171,6 +171,7 @@ async def test_disks_appear_in_order_from_files_with_any_name(tmp_path: Path) ->
     script = "for d in /sys/block/vd*; do n=${d##*/}; echo $n=$(head -c 8 /dev/$n); done; echo end"
     spec = await scripted(odd, script + "\nsleep 1000")
     kernel = odd / "kernel,"
+    assert spec.kernel is not None
     kernel.symlink_to(spec.kernel)
     disks = tuple(Disk(path=name) for name in names)
     async with QemuEngine().open(attrs.evolve(spec, kernel=kernel, disks=disks)) as machine:
@@ -262,6 +263,8 @@ trio.run(main)
 
 
 def _host_program(spec: MachineSpec) -> subprocess.Popen[bytes]:
+    assert spec.kernel is not None
+    assert spec.initramfs is not None
     return subprocess.Popen(
         [sys.executable, "-c", _HOST_PROGRAM, spec.kernel, spec.initramfs],
         stdout=subprocess.PIPE,
@@ -274,7 +277,7 @@ async def test_a_killed_host_program_leaves_no_engine(agent_spec: MachineSpec) -
         qemu = os.pidfd_open(int(host.stdout.readline()))
         try:
             host.kill()
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await trio.lowlevel.wait_readable(qemu)
         finally:
             os.close(qemu)

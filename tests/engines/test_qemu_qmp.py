@@ -89,7 +89,7 @@ async def qemu() -> AsyncIterator[Qemu]:
     try:
         async with stream, trio.open_nursery() as nursery:
             nursery.start_soon(client.run)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 await client.negotiate()
             yield Qemu(client, process, events)
             nursery.cancel_scope.cancel()
@@ -138,7 +138,7 @@ async def test_a_cancelled_command_does_not_confuse_the_next() -> None:
 
 async def test_commands_fail_at_once_when_qemu_dies() -> None:
     async with qemu() as q:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             q.process.kill()
             while True:
                 try:
@@ -151,7 +151,7 @@ async def test_commands_fail_at_once_when_qemu_dies() -> None:
 
 async def test_events_are_told() -> None:
     async with qemu() as q:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await q.client.execute("quit")
             event = await q.events.receive()
         assert event == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from trio_supermachine.host import files as hostfiles
+from trio_supermachine.host.locks import locked
 
 from ..support.guests import read_until
 
@@ -60,7 +61,7 @@ def test_a_directory_is_published_at_the_end_of_the_block(tmp_path: Path) -> Non
 def test_sweep_removes_what_killed_programs_left(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from trio_supermachine import hostfiles\n"
+        "from trio_supermachine.host import files as hostfiles\n"
         "with hostfiles.new_file(Path(sys.argv[1]) / 'f') as f, "
         "hostfiles.new_directory(Path(sys.argv[1]) / 'd') as d:\n"
         "    (d / 'x').write_text('x')\n"
@@ -76,22 +77,23 @@ def test_sweep_removes_what_killed_programs_left(tmp_path: Path) -> None:
 
 async def test_a_lock_excludes_other_tasks_and_waiting_is_cancellable(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    async with hostfiles.locked(lock):
+    async with locked(lock):
         with trio.move_on_after(0.05) as scope:
-            async with hostfiles.locked(lock):
+            async with locked(lock):
                 pytest.fail("two holders")
         assert scope.cancelled_caught
-    async with hostfiles.locked(lock):
+    async with locked(lock):
         pass
+    assert lock.exists()
 
 
 async def test_a_killed_program_drops_its_lock(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     program = (
         "import sys, trio; from pathlib import Path\n"
-        "from trio_supermachine import hostfiles\n"
+        "from trio_supermachine.host.locks import locked\n"
         "async def main():\n"
-        "    async with hostfiles.locked(Path(sys.argv[1])):\n"
+        "    async with locked(Path(sys.argv[1])):\n"
         "        print('held', flush=True)\n"
         "        await trio.sleep_forever()\n"
         "trio.run(main)\n"
@@ -109,9 +111,9 @@ async def test_a_killed_program_drops_its_lock(tmp_path: Path) -> None:
         async with process.stdout:
             assert await read_until(process.stdout, b"\n") == b"held\n"
             with trio.move_on_after(0.05) as scope:
-                async with hostfiles.locked(lock):
+                async with locked(lock):
                     pytest.fail("two holders")
             assert scope.cancelled_caught
             process.kill()
-            async with hostfiles.locked(lock):
+            async with locked(lock):
                 pass

@@ -163,12 +163,13 @@ def test_a_kernel_makes_a_machine_that_can_run_and_so_does_a_snapshot() -> None:
 def test_what_cannot_run_is_refused_in_a_fixed_order() -> None:
     resources = VmResources().with_memory_mib(0).with_vcpus(0).with_snapshot_after_ms(1)
     kinds = []
-    for repair in (
+    repairs: tuple[Callable[[VmResources], VmResources], ...] = (
         lambda r: r.with_memory_mib(1),
         lambda r: r.with_vcpus(1),
         lambda r: r.with_kernel_path("/k"),
         lambda r: r.with_snapshot_after_ms(1, "/out"),
-    ):
+    )
+    for repair in repairs:
         with pytest.raises(ResourceError) as caught:
             resources.validate_for_run()
         kinds.append(caught.value.kind)
@@ -217,8 +218,8 @@ def test_a_volume_has_one_gibibyte_unless_told_otherwise() -> None:
         lambda: VmResources(kernel_path=""),
         lambda: VmResources(kernel_path="a\0b"),
         lambda: VmResources(block_devices="/dev/sda"),
-        lambda: VmResources(volumes=["/data"]),
-        lambda: VmResources(profile="latency"),
+        lambda: VmResources(volumes=["/data"]),  # type: ignore[list-item]
+        lambda: VmResources(profile="latency"),  # type: ignore[arg-type]
         lambda: VmResources().with_http_port(65536),
         lambda: VmResources().with_vsock_exec_guest_port(2**32 - 1),
         lambda: VmResources().with_quiesce_ms(-1),

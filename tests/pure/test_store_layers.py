@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from trio_supermachine import ConfigError, Progress
 from trio_supermachine.bake.extra import ExtraFile, extra_layer
+from trio_supermachine.host.locks import exclusive, in_use, try_exclusive, unused
 from trio_supermachine.images.layers import ImageStore
-from trio_supermachine.images.locks import exclusive, in_use, try_exclusive, unused
 from trio_supermachine.images.prepare import prepare_image
 from trio_supermachine.images.spec import ImageSpec
 from trio_supermachine.oci.platform import Platform
@@ -71,7 +71,7 @@ async def test_images_without_a_layer_in_common_are_made_side_by_side(tmp_path: 
         slow = reference("slow", b"1", b"2")
         nursery.start_soon(lambda: prepare_image(slow, progress=stop_there))
         await converting.wait()
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             await prepare_image(reference("other", b"3"))
             with trio.move_on_after(0.2) as waits:
                 await prepare_image(reference("shares", b"3", b"2"))

@@ -17,8 +17,8 @@ import trio
 
 from trio_supermachine import ConfigError, ImageNotFound
 from trio_supermachine.bake.store import Bake, BakeStore
+from trio_supermachine.host.locks import exclusive, in_use
 from trio_supermachine.images.layers import ImageStore
-from trio_supermachine.images.locks import exclusive, in_use
 from trio_supermachine.library.prune import KEPT_UNUSED, prune, remove
 from trio_supermachine.oci.layer import Sink
 from trio_supermachine.oci.layer_info import DirectoryInfo

@@ -84,13 +84,13 @@ class Machine:
         self.driver.notify(queue)
 
     async def answer(self, queue: int) -> bytes:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while not (used := self.rings[queue].used()):
                 await self.shell.signalled.wait()
         return self.memory.read(_DATA + 0x1000 * queue + 0x800, used[-1][1])
 
     async def wait_reset(self) -> None:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while self.driver.status:
                 await trio.lowlevel.checkpoint()
 
@@ -261,7 +261,7 @@ async def test_a_driver_at_fault_gets_needs_reset_and_an_interrupt() -> None:
         machine.start()
         machine.rings[1].publish(1000)
         machine.driver.notify(1)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while not machine.driver.status & STATUS_DEVICE_NEEDS_RESET:
                 await trio.lowlevel.checkpoint()
         assert len(machine.shell.faults) == 1
@@ -282,7 +282,7 @@ async def test_faults_of_two_queues_at_once_are_one_fault_of_the_device() -> Non
         machine.start()
         for ring in machine.rings:
             ring.publish(1000)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while not machine.driver.status & STATUS_DEVICE_NEEDS_RESET:
                 await trio.lowlevel.checkpoint()
         assert machine.shell.signals == [0]
@@ -309,7 +309,7 @@ async def test_an_interrupt_waits_while_its_vector_is_masked() -> None:
         driver = machine.driver
         driver.write(driver.table + 16 + 12, 4, 1)
         machine.ask(0, b"x")
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while not driver.read(driver.pending, 8):
                 await trio.lowlevel.checkpoint()
         assert machine.shell.signals == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import attrs
 import pytest
@@ -355,8 +356,8 @@ async def hear(driver: Driver) -> list[Packet]:
 async def test_what_is_wrong_with_a_packet_is_answered_by_a_reset(fields: dict[str, int]) -> None:
     async with by_hand() as (_, driver):
         give(driver, 2)
-        op = fields.pop("op", Op.REQUEST)
-        say(driver, op, **fields)
+        header: dict[str, Any] = {"op": Op.REQUEST, **fields}
+        say(driver, **header)
         (answer,) = await hear(driver)
         assert answer.op is Op.RST
         assert (answer.src_cid, answer.src_port) == (

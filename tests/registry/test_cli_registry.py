@@ -190,7 +190,7 @@ def test_what_cannot_be_is_said_in_one_line(home: Path, tmp_path: Path) -> None:
 
 def test_an_archive_is_not_written_to_a_terminal(push: Callable[..., str]) -> None:
     said("pull", "-q", reference := push(layer("a")))
-    terminal = pexpect.spawn(PROGRAM[0], [*PROGRAM[1:], "save", "-", reference], timeout=30)
+    terminal = pexpect.spawn(PROGRAM[0], [*PROGRAM[1:], "save", "-", reference], timeout=120)
     terminal.expect_exact("not written to a terminal")
     terminal.expect(pexpect.EOF)
     terminal.close()
@@ -199,7 +199,7 @@ def test_an_archive_is_not_written_to_a_terminal(push: Callable[..., str]) -> No
 
 def test_bars_are_for_terminals(push: Callable[..., str]) -> None:
     reference = push(layer("a", 2_000_000), layer("b"))
-    terminal = pexpect.spawn(PROGRAM[0], [*PROGRAM[1:], "pull", reference], timeout=60)
+    terminal = pexpect.spawn(PROGRAM[0], [*PROGRAM[1:], "pull", reference], timeout=120)
     terminal.expect("download [0-9a-f]{24}")
     terminal.expect("sha256:[0-9a-f]{64}\r\n")
     terminal.expect(pexpect.EOF)
@@ -253,7 +253,7 @@ async def test_a_pull_that_a_signal_ends_says_nothing_and_goes_on_later(
                 while not any(f.stat().st_size > 500_000 for f in home.glob("content/partial/*")):
                     await trio.sleep(0.02)
             process.send_signal(signum)
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 assert await process.wait() == 128 + signum
         assert not list(home.glob("content/leases/*"))
         (begun,) = home.glob("content/partial/*")

@@ -395,7 +395,7 @@ async def test_a_layer_that_has_two_sizes_is_not_waited_for(layout: Layout, home
         await stream.send_all(reply("200 OK", headers, data if request.method == "GET" else b""))
 
     async with hostile_server(answer) as server:
-        with trio.fail_after(20), pytest.raises(ImageCorrupt, match="two sizes"):
+        with trio.fail_after(60), pytest.raises(ImageCorrupt, match="two sizes"):
             await prepare_image(f"{server.host}/app:1")
     await verify(home)
 

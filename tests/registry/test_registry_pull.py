@@ -160,14 +160,9 @@ class TestForms:
         parts = [
             layout.manifest([LAYER], architecture=a, **platform(a)) for a in ("amd64", "arm64")
         ]
-        index = {
-            "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.index.v1+json",
-            "manifests": parts,
-        }
-        layout.write(
-            layout.blob(json.dumps(index).encode(), index["mediaType"], **layout.tagged("both"))
-        )
+        media_type = "application/vnd.oci.image.index.v1+json"
+        index = {"schemaVersion": 2, "mediaType": media_type, "manifests": parts}
+        layout.write(layout.blob(json.dumps(index).encode(), media_type, **layout.tagged("both")))
         registry.push(f"oci:{layout.path}:both", "public/index:both")
         asked = reference(registry.host, "public/index:both")
         async with open_registry(asked, settings=QUICK) as client:
@@ -409,7 +404,7 @@ class TestNetwork:
     async def test_a_stall_is_given_up_and_made_good(
         self, on: str, after: int, registry: RegistryServer, pushed: Layout
     ) -> None:
-        patient = attrs.evolve(QUICK, stall_timeout=0.3)
+        patient = attrs.evolve(QUICK, stall_timeout=1)
         async with fault_proxy(registry.address, [Stall(on=on, after=after)]) as proxy:
             document, _ = await pull(proxy.host, settings=patient)
             assert document.digest == digest_in(pushed)

@@ -13,7 +13,7 @@ from trio_supermachine.vsock.stream import VsockStream
 
 from .agent_process import AgentMachine, open_agent
 
-PATIENCE = 60
+PATIENCE = 120
 RESET = struct.pack("ii", 1, 0)
 BIG = bytes(range(256)) * 12288  # 3 MiB: more than all that holds anything on the way
 

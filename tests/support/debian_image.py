@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from trio_supermachine.host import files as hostfiles
+from trio_supermachine.host.locks import locked
 
 run = partial(trio.run_process, capture_stdout=True, capture_stderr=True)
 
@@ -38,7 +39,7 @@ async def kept_layout(packages: Sequence[str], options: Sequence[str]) -> Path:
     digest = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
     kept = hostfiles.home() / "test-images"
     layout = kept / f"{codename}-{digest}"
-    async with hostfiles.locked(kept / ".lock"):
+    async with locked(kept / ".lock"):
         if not layout.exists():
             hostfiles.sweep(kept)
             with hostfiles.new_directory(layout) as directory:

@@ -31,7 +31,7 @@ TCP, UDP = 6, 17
 TERMINAL, STDIN, EXACT_ENV, NULL_STDOUT, NULL_STDERR, MERGE_STDERR = 1, 2, 4, 8, 16, 32
 HOST_WINDOW = 262144
 AGENT_PORT, LIFELINE_PORT = 1028, 1029
-PATIENCE = 60.0  # seconds until a silent agent is given up: for hangs, never a claim
+PATIENCE = 120.0  # seconds until a silent agent is given up: for hangs, never a claim
 
 
 def u32(value: int) -> bytes:

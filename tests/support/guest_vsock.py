@@ -7,7 +7,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .guest_client import frame, restore_payload, string, strings, u32
 _WORDS = "console=ttyS0 reboot=t panic=-1 quiet supermachine.channel=vsock"
 
 
-def frames(connection: socket.socket) -> Iterator[tuple[int, int, bytes]]:
+def frames(connection: socket.socket) -> Generator[tuple[int, int, bytes], None, None]:
     with closing(connection.makefile("rb")) as file:
         while header := file.read(8):
             length, kind, stream, _ = struct.unpack("<IBBH", header)

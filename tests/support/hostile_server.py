@@ -105,6 +105,7 @@ async def hostile_server(
     """Serve until the block ends."""
     server = HostileServer("", handler)
     async with trio.open_nursery() as nursery:
+        serve: Callable[..., Awaitable[object]]
         if tls is None:
             serve = partial(trio.serve_tcp, server.serve, 0, host="127.0.0.1")
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -18,17 +19,38 @@ def open_files() -> dict[int, str]:
     return found
 
 
+def children_of(pid: int) -> Iterator[int]:
+    """The children that a process's threads have; they may be gone by now."""
+    for task in _listed(Path(f"/proc/{pid}/task")):
+        try:
+            yield from map(int, (task / "children").read_text().split())
+        except OSError:
+            continue  # the thread has ended, or the kernel does not tell
+
+
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError:
+        return []
+
+
 def child_processes() -> dict[int, str]:
     """The process's living children and their names."""
+    if Path("/proc/thread-self/children").exists():
+        candidates = iter(children_of(os.getpid()))
+    else:  # a kernel without CONFIG_PROC_CHILDREN
+        candidates = (int(name) for name in os.listdir("/proc") if name.isdigit())
     found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for pid in candidates:
         try:
-            name, _, rest = stat.read_text().partition(" (")[2].rpartition(") ")
+            stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             continue
+        name, _, rest = stat.partition(" (")[2].rpartition(") ")
         state, parent = rest.split()[:2]
         if int(parent) == os.getpid() and state != "Z":
-            found[int(stat.parent.name)] = name
+            found[pid] = name
     return found
 
 

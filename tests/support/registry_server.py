@@ -29,7 +29,7 @@ import trustme
 USER, PASSWORD = "reader", "secret"
 # bcrypt of PASSWORD, the one kind that docker-registry takes.
 _HTPASSWD = "$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a"
-_PATIENCE = 20
+_PATIENCE = 60
 
 
 @attrs.frozen

@@ -15,10 +15,11 @@ import trio
 from trio_supermachine import Image, Vm, VmConfig
 
 from ..support.debian_image import debian_layout
+from ..support.guests import CLOCK
 
 __all__ = ["debian_layout"]  # a fixture
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 PORT = 8000
 
@@ -47,10 +48,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 threading.Thread(target=tick, daemon=True).start()
 http.server.HTTPServer(("127.0.0.1", {PORT}), Handler).serve_forever()
 """.encode()
-
-#: By how many seconds a guest's clock may be off. It is set after a restore, and an emulated guest
-#: that gets no CPU for a while is late with that.
-CLOCK = 5
 
 #: One connection and no second try: whoever does not listen yet has failed.
 REQUEST = rf"exec 3<>/dev/tcp/127.0.0.1/{PORT} && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && cat <&3"

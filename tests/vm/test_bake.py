@@ -23,12 +23,12 @@ from trio_supermachine import (
 )
 from trio_supermachine.bake.store import BakeStore
 from trio_supermachine.host import files as hostfiles
-from trio_supermachine.images.locks import unused
+from trio_supermachine.host.locks import unused
 from trio_supermachine.library.prune import prune
 
 from ..support.guests import VCPUS
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.small_kernel]
 
 BUSYBOX = "builtin:busybox"
 
@@ -99,7 +99,7 @@ async def test_a_bake_is_done_once_and_restores_what_it_was(home: Path) -> None:
         assert await vm.read_file("/etc/app/conf") == b"configured"
         assert await output(vm, "echo $GREETING; pwd; id -un") == "hello\n/var\nnobody\n"
         before = int(await output(vm, "wc -l </tmp/count"))
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while int(await output(vm, "wc -l </tmp/count")) == before:
                 pass
 

@@ -28,7 +28,7 @@ from ..support.outside import (
     run,
 )
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.small_kernel]
 
 #: Connections that the guest has ended, and the host has not noticed yet.
 ENDING = 32

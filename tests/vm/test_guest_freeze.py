@@ -14,9 +14,9 @@ from trio_supermachine import Vm
 from trio_supermachine.agent import greeting, wire
 from trio_supermachine.agent.client import AgentClient
 
-from ..support.guests import read_until
+from ..support.guests import CLOCK, read_until
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.small_kernel]
 
 COUNT = "n=0; while :; do n=$((n+1)); echo $n >/tmp/next; mv /tmp/next /tmp/count; done"
 
@@ -99,6 +99,36 @@ async def test_what_is_started_in_a_frozen_guest_starts_after_the_thaw(vm: Vm) -
     assert await vm.read_file("/tmp/started") == b""
 
 
+async def test_what_waits_for_the_thaw_starts_in_order_unless_it_is_cancelled(vm: Vm) -> None:
+    pids = []
+
+    async def start(name: str) -> None:
+        async with vm.exec(["touch", f"/tmp/{name}"]) as child:
+            pids.append((child.pid, name))
+            await child.wait()
+
+    await call(vm, wire.freeze())
+    async with trio.open_nursery() as nursery:
+        for name in ("first", "second"):
+            nursery.start_soon(start, name)
+            await trio.testing.wait_all_tasks_blocked()
+            await call(vm, wire.frame(wire.FrameType.PING))
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as cancelled:
+                cancelled.start_soon(start, "cancelled")
+                await trio.testing.wait_all_tasks_blocked()
+                await call(vm, wire.frame(wire.FrameType.PING))
+                scope.cancel()
+        nursery.start_soon(start, "third")
+        await trio.testing.wait_all_tasks_blocked()
+        await call(vm, wire.frame(wire.FrameType.PING))
+        assert not pids
+        await call(vm, wire.thaw())
+    assert [name for _, name in sorted(pids)] == ["first", "second", "third"]
+    with pytest.raises(FileNotFoundError):
+        await vm.read_file("/tmp/cancelled")
+
+
 async def test_what_is_started_in_a_frozen_guest_has_its_empty_stdin_ended(vm: Vm) -> None:
     await call(vm, wire.freeze())
     async with trio.open_nursery() as nursery:
@@ -153,7 +183,7 @@ async def test_a_copys_clock_is_right(vm: Vm) -> None:
     await sh(vm, "date -s 2001-01-01")
     before = time.time()
     vm._running.client = await renew(vm, greeting.Restore(seed=bytes(32)))
-    assert before - 1 <= int(await sh(vm, "date +%s")) <= time.time() + 1
+    assert before - CLOCK <= int(await sh(vm, "date +%s")) <= time.time() + 1
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from ..support.network_images import clients, network_layout
 
 __all__ = ["clients", "directory", "fetch", "names", "network_layout"]  # fixtures
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.long]
 
 
 async def test_curl_urllib_and_a_static_program_fetch_a_page_from_the_hosts_loopback(

@@ -7,6 +7,8 @@ import pytest
 from trio_supermachine import Image, NotSupported, Vm, VmConfig
 from trio_supermachine.devices.rng import RngDevice
 
+pytestmark = pytest.mark.lab
+
 
 @pytest.mark.kvm
 async def test_a_guest_has_a_device_of_the_programs_own(busybox: Image) -> None:

@@ -33,6 +33,8 @@ from trio_supermachine.api import unbaked_image
 from ..support.guests import PATIENCE
 from ..support.processes import engines, machines
 
+pytestmark = [pytest.mark.lab, pytest.mark.small_kernel]
+
 
 @pytest.fixture
 def image() -> Image:

@@ -13,7 +13,7 @@ from trio_supermachine import ExecChild, Vm
 
 from ..support.guests import guest_processes, read_past, read_until
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.lab]
 
 
 async def test_output_is_streamed_as_it_is_written(vm: Vm) -> None:

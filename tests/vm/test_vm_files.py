@@ -8,7 +8,7 @@ import pytest
 
 from trio_supermachine import FileTooLarge, Vm
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.lab]
 
 
 async def test_what_is_written_is_read(vm: Vm) -> None:

@@ -78,6 +78,7 @@ async def check_refused(forward: TcpForwarder) -> None:
 # --- connect ---
 
 
+@pytest.mark.lab
 async def test_connections_are_trios_half_closeable_streams(server: Vm) -> None:
     async with await server.connect(HALF) as stream:
         await stream.send_all(b"12345")
@@ -144,6 +145,7 @@ async def test_a_connection_ends_with_its_vm(baked: Image) -> None:
 # --- forwards of TCP ---
 
 
+@pytest.mark.lab
 async def test_a_forward_carries_bytes_and_ends_of_data(server: Vm) -> None:
     forward = await server.expose_tcp(guest_port=HALF)
     host, port = forward.local_addr
@@ -172,6 +174,7 @@ async def test_a_client_of_a_port_that_nobody_listens_on_is_reset(server: Vm) ->
     await client.aclose()
 
 
+@pytest.mark.lab
 async def test_a_client_that_resets_resets_in_the_guest(vm: Vm) -> None:
     forward = await vm.expose_tcp(guest_port=ECHO)
     program = ["sh", "-c", "cat 2>/tmp/error"]
@@ -285,6 +288,7 @@ async def test_an_ipv6_address_is_one_to_listen_on(server: Vm) -> None:
 # --- what survives a snapshot ---
 
 
+@pytest.mark.lab
 async def test_listeners_survive_a_snapshot(vm: Vm, tmp_path: Path) -> None:
     await vm.write_file("/tmp/page", b"what is served")
     await vm.run_process(["httpd", "-p", "8080", "-h", "/tmp"])  # which leaves its group

@@ -88,6 +88,7 @@ async def test_the_same_image_through_each_local_transport(tmp_path: Path) -> No
             nursery.start_soon(check, source)
 
 
+@pytest.mark.several_vcpus
 async def test_pythons_own_tests_of_processes_pass_in_a_debian(debian_layout: Path) -> None:
     image = await unbaked_image(f"oci:{debian_layout}:t")
     async with Vm.start(image, VmConfig(memory_mib=512, vcpus=2)) as vm:

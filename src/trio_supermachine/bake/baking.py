@@ -1,8 +1,8 @@
-"""One bake: start a plan, wait until its guest is ready, warm it up, and capture it."""
+"""One bake: a guest boots and is captured, its workload gets ready, and it is captured again."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..vm.plan import Plan
 from ..vm.running import RunningVm, open_vm
 from ..vm.warm import run_trial
 from .builder import BakeSettings
+from .store import Moment
 
 _Wait = Callable[[], Awaitable[object]]
 
@@ -29,13 +30,13 @@ async def bake(
     settings: BakeSettings,
     plan: Plan,
     warm_up: Callable[[RunningVm], Awaitable[object]] | None,
-    dest: Path,
+    places: Mapping[Moment, Path],
     fingerprint: str,
     progress: ProgressCallback | None,
 ) -> None:
-    """Make the snapshot ``dest`` by starting ``plan``.
+    """Start ``plan``, whose workload does not run yet, and make the snapshots of ``places``.
 
-    Errors of the warm-up pass through. Cancelled or failed, it leaves nothing.
+    Errors of the warm-up pass through. Cancelled or failed, no snapshot is half-made.
 
     :raises BakeFailed: the guest did not get as far as its capture.
     """
@@ -43,16 +44,24 @@ async def bake(
     try:
         await report(progress, "boot", image.reference, 0, None)
         async with open_vm(plan) as running:
+            if Moment.BOOTED in places:
+                await _warm(running, settings)
+                if Moment.READY not in places:
+                    await report(progress, "capture", image.reference, 0, None)
+                await running.capture(places[Moment.BOOTED], fingerprint=fingerprint)
+            if Moment.READY not in places:
+                return
             await report(progress, "wait", image.reference, 0, None)
+            if image.config.argv:
+                await running.start_workload()
             await _ready(running, settings)
             if warm_up is not None:
                 await report(progress, "warmup", image.reference, 0, None)
                 await warm_up(running)
-            with trio.move_on_after(settings.trigger_timeout):
-                await run_trial(running)
+            await _warm(running, settings)
             await trio.sleep(settings.triggers.quiesce_ms / 1000)
             await report(progress, "capture", image.reference, 0, None)
-            await running.capture(dest, fingerprint=fingerprint)
+            await running.capture(places[Moment.READY], fingerprint=fingerprint)
     except VmExited as error:
         message = f"the guest of {image.reference} ended before it was captured ({error.reason})"
         raise BakeFailed(message, console=error.console) from error
@@ -63,6 +72,11 @@ async def bake(
         raise BakeFailed(message, console=error.console) from error
     except CaptureFailed as error:
         raise BakeFailed(f"{image.reference} could not be captured: {error}") from error
+
+
+async def _warm(running: RunningVm, settings: BakeSettings) -> None:
+    with trio.move_on_after(settings.trigger_timeout):
+        await run_trial(running)
 
 
 async def _ready(running: RunningVm, settings: BakeSettings) -> None:
@@ -101,7 +115,7 @@ async def _ready(running: RunningVm, settings: BakeSettings) -> None:
 
 
 def _serves(image: ImageSpec) -> bool:
-    """Whether an image says that it serves a TCP port."""
+    """Say whether an image declares that it serves a TCP port."""
     exposed = any(port.endswith("/tcp") for port in image.config.exposed_ports)
     return image.guest_port is not None or (bool(image.config.argv) and exposed)
 

@@ -8,8 +8,9 @@ from typing import Any, Final, Self
 import attrs
 
 from .._util import validators as check
-from ..config.resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, SnapshotResources
-from ..config.vm import MAX_VCPUS, MIN_MEMORY_MIB, EngineName
+from ..config.defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, EngineName
+from ..config.resources import SnapshotResources
+from ..config.vm import MAX_VCPUS, MIN_MEMORY_MIB
 from ..errors import ConfigError
 from ..images.policy import PullPolicy
 from ..images.prepare import check_request
@@ -42,7 +43,7 @@ def _words(name: str, value: object) -> tuple[str, ...]:
 
 @attrs.frozen(kw_only=True)
 class BakeSettings:
-    """Which image is to be baked, and how.
+    """Settings of a bake.
 
     :ivar triggers: what the capture waits for; the first that comes counts.
     :ivar trigger_timeout: how long to wait for it, in seconds.

@@ -1,9 +1,10 @@
-"""What has been baked, below ``bakes`` in the data directory.
+"""The store of bakes, below ``bakes`` in the data directory.
 
-``FINGERPRINT/snapshot`` is the snapshot of a bake, ``FINGERPRINT/used`` has the time of its last
-use, ``FINGERPRINT.lock`` exists while somebody makes or removes it, and ``names/NAME`` holds the
-fingerprint that a name stands for. A snapshot appears by one rename; until then what is in its
-directory is nobody's, and the next who takes the lock removes it.
+``FINGERPRINT/snapshot`` and ``FINGERPRINT/booted`` are the snapshots of a bake, one for each
+:class:`Moment`. ``FINGERPRINT/used`` has the time of its last use. ``FINGERPRINT.lock`` exists
+while somebody makes or removes it. ``names/NAME`` holds the fingerprint that a name stands for. A
+snapshot appears by one rename; until then what is in its directory is nobody's, and the next who
+takes the lock removes it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
@@ -23,12 +25,21 @@ import trio
 
 from ..errors import ConfigError, SnapshotInvalid
 from ..host import files as hostfiles
-from ..images.locks import exclusive, try_exclusive
+from ..host.locks import exclusive, try_exclusive
 from ..snapshots import Metadata, Snapshot, open_snapshot, read_metadata
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _GOING: Final = ".tmp-"  # what hostfiles.sweep removes
+
+
+class Moment(Enum):
+    """A moment of a bake at which it is captured, by the name of the snapshot's directory."""
+
+    #: The guest has booted, and its workload has not started: for running another command.
+    BOOTED = "booted"
+    #: The workload is ready and the warm-up has run: for all that is started of the image.
+    READY = "snapshot"
 
 
 def check_name(name: object) -> str:
@@ -69,13 +80,16 @@ class BakeStore:
     def __init__(self, root: Path | None = None) -> None:
         self._bakes = (hostfiles.home() if root is None else root) / "bakes"
 
-    def place(self, fingerprint: str) -> Path:
-        """Where the snapshot of a bake is, or will be."""
-        return self._bakes / fingerprint / "snapshot"
+    def place(self, fingerprint: str, moment: Moment = Moment.READY) -> Path:
+        """Give the place where a snapshot of a bake is, or will be."""
+        return self._bakes / fingerprint / moment.value
 
-    async def find(self, fingerprint: str) -> Snapshot | None:
-        """The snapshot of a bake, verified; ``None`` if there is none that is sound."""
-        place = self.place(fingerprint)
+    def _has_any(self, fingerprint: str) -> bool:
+        return any(self.place(fingerprint, moment).exists() for moment in Moment)
+
+    async def find(self, fingerprint: str, moment: Moment = Moment.READY) -> Snapshot | None:
+        """Give a snapshot of a bake, verified; ``None`` if there is none that is sound."""
+        place = self.place(fingerprint, moment)
         if not place.exists():
             await trio.lowlevel.checkpoint()
             return None
@@ -90,9 +104,10 @@ class BakeStore:
         async with exclusive(self._lock(fingerprint)):
             yield
 
-    async def clear(self, fingerprint: str) -> None:
-        """Remove what is at a bake's place: it is half made or damaged. The caller makes it."""
-        await trio.to_thread.run_sync(self._take_away, fingerprint)
+    async def clear(self, fingerprint: str, moment: Moment) -> None:
+        """Remove a snapshot that is half made or damaged. The caller makes the bake."""
+        place = self.place(fingerprint, moment)
+        await trio.to_thread.run_sync(self._take_away, place)
 
     def mark_used(self, fingerprint: str) -> None:
         """Note that a bake was asked for just now, unless it has gone meanwhile."""
@@ -109,7 +124,7 @@ class BakeStore:
                 new.write_text(fingerprint)
 
     def names(self) -> Mapping[str, str]:
-        """Which fingerprint each name stands for."""
+        """Map each name to the fingerprint that it stands for."""
         found = {}
         for path in sorted((self._bakes / "names").glob("[!.]*")):
             if _NAME.fullmatch(path.name) and (fingerprint := _read_name(path)) is not None:
@@ -121,15 +136,18 @@ class BakeStore:
         (self._bakes / "names" / name).unlink(missing_ok=True)
 
     async def list(self) -> list[Bake]:
-        """All bakes, the last used first."""
+        """Describe all bakes, the last used first."""
         names = self.names()
         found = []
         for directory in sorted(self._bakes.glob("*")):
             if not _FINGERPRINT.fullmatch(directory.name):
                 continue
-            place = directory / "snapshot"
-            if not place.exists():
+            fingerprint = directory.name
+            if not self._has_any(fingerprint):
                 continue
+            place = self.place(fingerprint)
+            if not place.exists():
+                place = self.place(fingerprint, Moment.BOOTED)
             metadata, problem = None, None
             try:
                 metadata = await read_metadata(place)
@@ -137,7 +155,6 @@ class BakeStore:
                 if not place.exists():  # it was removed meanwhile
                     continue
                 problem = error
-            fingerprint = directory.name
             found.append(
                 Bake(
                     fingerprint=fingerprint,
@@ -163,20 +180,20 @@ class BakeStore:
                 for name, of in self.names().items():
                     if of == fingerprint:
                         self.remove_name(name)
-                self._take_away(fingerprint)
+                self._take_away(self._bakes / fingerprint)
             return held
 
     def half_made(self) -> Iterator[str]:
-        """The fingerprints of what killed programs left, or others are making."""
+        """Give the fingerprints of bakes that were left half made, or are being made."""
         for directory in self._bakes.glob("*"):
-            if _FINGERPRINT.fullmatch(directory.name) and not (directory / "snapshot").exists():
+            if _FINGERPRINT.fullmatch(directory.name) and not self._has_any(directory.name):
                 yield directory.name
 
     def sweep(self) -> None:
         """Remove what was being removed when a program was killed, and names without a bake."""
         hostfiles.sweep(self._bakes)
         for name, fingerprint in self.names().items():
-            if not self.place(fingerprint).exists():
+            if not self._has_any(fingerprint):
                 self.remove_name(name)
         for lock in self._bakes.glob("*.lock"):
             with try_exclusive(lock):
@@ -185,18 +202,18 @@ class BakeStore:
     def _lock(self, fingerprint: str) -> Path:
         return self._bakes / f"{fingerprint}.lock"
 
-    def _take_away(self, fingerprint: str) -> None:
+    def _take_away(self, place: Path) -> None:
         # Under another name first, so that a kill on the way leaves nothing that looks whole.
         going = self._bakes / (_GOING + secrets.token_hex(8))
         try:
-            (self._bakes / fingerprint).rename(going)
+            place.rename(going)
         except FileNotFoundError:
             return
         shutil.rmtree(going, ignore_errors=True)
 
 
 def allocated(directory: Path) -> int:
-    """The bytes that the files below a directory take on the disk; holes take none."""
+    """Count the bytes that the files below a directory take on the disk; holes take none."""
     total = 0
     for parent, _, names in os.walk(directory):
         for name in names:

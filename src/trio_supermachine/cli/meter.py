@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from .._util.progress import Progress
-from .failures import printable
+from .exits import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

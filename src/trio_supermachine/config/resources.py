@@ -15,9 +15,11 @@ from typing import Any, Final
 
 import attrs
 
+from .._public import public
 from .._util import validators as check
 from .._util.validators import StrPath
 from ..errors import ConfigError, ResourceError, ResourceErrorKind
+from .defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
 
 DEFAULT_CMDLINE: Final = "console=ttyAMA0 reboot=t panic=-1"
 """The default kernel command line of arm64 guests."""
@@ -27,8 +29,6 @@ _X86_CMDLINE: Final = "console=ttyS0 reboot=t panic=-1"
 DEFAULT_EXEC_GUEST_PORT: Final = 1028
 """The vsock port on which the guest's agent listens."""
 
-DEFAULT_MEMORY_MIB: Final = 256
-DEFAULT_VCPUS: Final = 1
 
 _MAX_PORT: Final = 2**32 - 2  # the highest vsock port; 2**32 - 1 means "any"
 
@@ -39,6 +39,7 @@ def default_cmdline(machine: str | None = None) -> str:
     return DEFAULT_CMDLINE if arm else _X86_CMDLINE
 
 
+@public
 class VmProfile(Enum):
     """What a machine is tuned for."""
 
@@ -71,6 +72,7 @@ def _flag(instance: object, field: attrs.Attribute[Any], value: object) -> None:
     check.boolean(field.name, value)
 
 
+@public
 @attrs.frozen
 class VolumeSpec:
     """A writable disk that outlives its machines.
@@ -97,6 +99,7 @@ def volume_tuple(values: Iterable[VolumeSpec]) -> tuple[VolumeSpec, ...]:
     return volumes
 
 
+@public
 @attrs.frozen(kw_only=True)
 class SnapshotResources:
     """When to capture a machine, and where to. Any trigger needs :attr:`out_path`."""
@@ -124,6 +127,7 @@ class SnapshotResources:
         return self.after_ms is not None or self.at_heartbeat is not None or self.on_listener
 
 
+@public
 @attrs.frozen(kw_only=True)
 class EndpointResources:
     """The host's unix sockets and ports that lead into a machine."""
@@ -150,6 +154,7 @@ class EndpointResources:
     )
 
 
+@public
 @attrs.frozen(kw_only=True)
 class VmResources:
     """What one virtual machine is made of.

@@ -6,19 +6,19 @@ import re
 from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import attrs
 
+from .._public import public
 from .._util import validators as check
 from .._util.validators import StrPath
 from ..devices.virtio import VirtioDevice
 from ..errors import ConfigError, NotSupported
 from ..host.assets import AssetPaths
 from ..net.policy import EgressPolicy
-from .resources import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, VolumeSpec, volume_tuple
-
-EngineName = Literal["auto", "qemu", "kvm"]
+from .defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, EngineName
+from .resources import VolumeSpec, volume_tuple
 
 MIN_MEMORY_MIB: Final = 32
 MAX_VCPUS: Final = 16
@@ -30,6 +30,7 @@ _HOSTNAME = re.compile(
 )
 
 
+@public
 class SymlinkPolicy(Enum):
     """What becomes of symbolic links in a mounted host directory."""
 
@@ -37,6 +38,7 @@ class SymlinkPolicy(Enum):
     OPAQUE = "opaque"
 
 
+@public
 @attrs.frozen
 class MountSpec:
     """A host directory that the guest sees at ``guest_path``, under the file-system tag ``tag``."""
@@ -99,6 +101,7 @@ def _seconds(instance: object, field: attrs.Attribute[Any], value: object) -> No
     check.seconds(field.name, value)
 
 
+@public
 @attrs.frozen(kw_only=True)
 class VmConfig:
     """How to start a VM; frozen, and each ``with_*`` method returns a changed copy.

@@ -34,6 +34,7 @@ static const struct action *action_of(enum frame_type type) {
     case CONNECT: return &connect_action;
     case PING:
     case SHUTDOWN:
+    case WORKLOAD_START:
     case WORKLOAD_SIGNAL:
     case WORKLOAD_WAIT:
     case SET_CLOCK:
@@ -45,7 +46,7 @@ static const struct action *action_of(enum frame_type type) {
 }
 
 _Noreturn static void serve(const struct carrier *carrier) {
-    bool work = true; /* the greeting is to be sent */
+    bool work = true; /* HELLO is to be sent */
     lifeline_open(carrier);
     for (;;) {
         loop_turn(work);
@@ -54,8 +55,8 @@ _Noreturn static void serve(const struct carrier *carrier) {
     }
 }
 
-/* A program that writes much fills its pipe before this process runs, instead of being interrupted
- * for every piece: a third more goes through. An idle machine answers as fast as ever. */
+/* Do not interrupt a program that runs: one that writes much then fills its pipe before this
+ * process reads, and a third more goes through. An idle machine answers as fast as before. */
 static void give_way(void) {
     struct sched_param none = {0};
     syscall(SYS_sched_setscheduler, 0, SCHED_BATCH | SCHED_RESET_ON_FORK, &none);
@@ -68,7 +69,7 @@ static void prepare(void) {
     sessions_serve(action_of);
 }
 
-/* Find the port by its name; `device` is where its path goes. */
+/* Find the port by its name, and write its path to `device`. */
 static bool find_port(void *device) {
     DIR *ports = opendir("/sys/class/virtio-ports");
     bool found = false;

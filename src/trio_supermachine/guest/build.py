@@ -50,7 +50,7 @@ _PSEUDO_MAP_FD = 1
 
 
 def build(architectures: Iterable[str] = ARCHITECTURES) -> list[Path]:
-    """Compile what is out of date; returns the paths of all programs asked for.
+    """Compile what is out of date. Returns the paths of all programs asked for.
 
     :raises subprocess.CalledProcessError: the compiler failed; it has said why on stderr.
     """
@@ -108,10 +108,10 @@ def _build_hooks(directory: Path) -> None:
 
 
 def hook_programs(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The programs in a BPF object file: names and instructions, in the order of the file.
+    """Yield the programs in a BPF object file: names and instructions, in the order of the file.
 
-    Each may refer to the one map, which the loader is to put in: such an instruction is marked as
-    the kernel wants it (``BPF_PSEUDO_MAP_FD``).
+    Each may refer to the one map, which the loader puts in. Such an instruction is marked as the
+    kernel wants it (``BPF_PSEUDO_MAP_FD``).
 
     :raises ValueError: a program refers to anything else, as variables or functions.
     """
@@ -130,7 +130,7 @@ def hook_programs(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _sections(data: bytes) -> list[tuple[bytes, int, int, bytes]]:
-    """Name, type, the section that it is about, and content of each."""
+    """Read all sections: name, type, the section that it is about, and content."""
     (table,) = struct.unpack_from("<Q", data, 40)
     size, count, names_index = struct.unpack_from("<HHH", data, 58)
     headers = [struct.unpack_from("<IIQQQQII", data, table + size * i) for i in range(count)]

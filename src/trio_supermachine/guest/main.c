@@ -1,5 +1,8 @@
-/* PID 1: an early set-up, then the agent as a child, and reaping for ever. It reads nothing from
- * anyone, so nothing in the guest or outside can bring it, and with it the kernel, down. */
+/* PID 1 of the guest: it mounts what the initramfs needs, starts the agent as its child, and reaps
+ * for ever. When the agent ends, the machine powers off. PID 1 reads nothing from anyone: so
+ * nothing in the guest or outside can bring it down, and the kernel with it.
+ *
+ * The same program is the agent in tests, and one that does nothing (--trial). */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -38,7 +41,7 @@ static void bring_loopback_up(void) {
     if (fd >= 0) close(fd);
 }
 
-/* What every program of the guest inherits. */
+/* Set the limits that every program of the guest inherits. */
 static void set_limits(void) {
     struct rlimit files = {FILES_SOFT, FILES_HARD};
     struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY};
@@ -72,7 +75,8 @@ _Noreturn static void run_as_init(void) {
     reap_until_gone(agent);
 }
 
-/* A descriptor that a program gets as a standard stream must not be one of this process's own. */
+/* Open what is missing of descriptors 0 to 2: none of the agent's own may become a standard stream
+ * of a program. */
 static void open_missing_streams(void) {
     int fd;
     do fd = open("/dev/null", O_RDWR);
@@ -83,7 +87,7 @@ static void open_missing_streams(void) {
 
 int main(int count, char **arguments) {
     if (getpid() == 1 && count < 2) run_as_init();
-    /* A program that every guest has, and that does nothing: for warm-ups. */
+    /* Do nothing: warm-ups need a program that every guest has. */
     if (count == 2 && !strcmp(arguments[1], "--trial")) return 0;
     if (count == 5 && !strcmp(arguments[3], "--root") && (chroot(arguments[4]) || chdir("/")))
         die("%s: %s", arguments[4], strerror(errno));

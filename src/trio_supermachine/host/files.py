@@ -1,27 +1,25 @@
-"""Where this library keeps files on the host, and how it writes them.
+"""The data directory, and files and directories of the host that appear whole.
 
-Everything is published by a rename, so that a program killed at any moment leaves either the
-old state or the new one, and stray temporary names that :func:`sweep` removes.
+A file or directory is made under a temporary name beside its own, written to the disk, renamed,
+and then its directory is written to the disk. A program that is killed at any moment, or a host
+that loses power, leaves the old state or the new one. A killed program may leave temporary names,
+too, which :func:`sweep` removes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import trio
-
 _TEMPORARY = ".tmp-"
-_LOCK_RETRY = 0.02  # flock(2) cannot be awaited; seconds between attempts while another holds it
 
 
 def home() -> Path:
-    """The data directory: ``$TRIO_SUPERMACHINE_HOME``, or below the XDG data directory."""
+    """Give the data directory: ``$TRIO_SUPERMACHINE_HOME``, or one below XDG's for data."""
     if explicit := os.environ.get("TRIO_SUPERMACHINE_HOME"):
         return Path(explicit).absolute()
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
@@ -29,43 +27,25 @@ def home() -> Path:
 
 
 def offline() -> bool:
-    """Whether ``$TRIO_SUPERMACHINE_OFFLINE`` forbids downloads."""
+    """Give whether ``$TRIO_SUPERMACHINE_OFFLINE`` forbids downloads."""
     return os.environ.get("TRIO_SUPERMACHINE_OFFLINE", "") not in ("", "0")
-
-
-@asynccontextmanager
-async def locked(path: Path) -> AsyncIterator[None]:
-    """Hold an exclusive lock on the file ``path``, against tasks and programs alike.
-
-    The kernel drops the lock when its holder dies. Waiting is cancellable.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        await trio.lowlevel.checkpoint()
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await trio.sleep(_LOCK_RETRY)
-        yield
-    finally:
-        os.close(fd)
 
 
 @contextmanager
 def new_file(dest: Path) -> Iterator[Path]:
-    """Give a temporary sibling to write; it becomes ``dest`` if the block ends well."""
+    """Give an empty temporary file, which becomes ``dest`` if the block ends well.
+
+    It is beside ``dest``, whose directory is made. It takes the place of a file that is there.
+    """
     dest.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=dest.parent)
     os.close(fd)
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
+        fsync(temporary)
         temporary.replace(dest)
-        _sync(dest.parent)
+        fsync(dest.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -73,9 +53,9 @@ def new_file(dest: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(dest: Path) -> Iterator[Path]:
-    """Give a temporary sibling directory; it becomes ``dest`` if the block ends well.
+    """Give an empty temporary directory, which becomes ``dest`` if the block ends well.
 
-    ``dest`` must not exist, or be an empty directory.
+    It is beside ``dest``, which must not exist, or be an empty directory.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=dest.parent))
@@ -83,19 +63,19 @@ def new_directory(dest: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file() and not file.is_symlink():
-                _sync(file)
-        _sync(temporary)
+                fsync(file)
+        fsync(temporary)
         temporary.replace(dest)
-        _sync(dest.parent)
+        fsync(dest.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def sweep(directory: Path) -> None:
-    """Remove temporary names that killed programs left in ``directory``.
+    """Remove what killed programs left under temporary names in ``directory``.
 
-    The caller holds the lock under which they are made.
+    The caller holds the lock under which files are made there, so that nobody is at work on one.
     """
     for stray in directory.glob(_TEMPORARY + "*"):
         if stray.is_dir() and not stray.is_symlink():
@@ -104,7 +84,8 @@ def sweep(directory: Path) -> None:
             stray.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file's data, or a directory's names, are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

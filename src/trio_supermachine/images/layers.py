@@ -26,13 +26,13 @@ import trio
 
 from .._util.progress import ProgressCallback, report
 from ..host import files as hostfiles
+from ..host.locks import exclusive, in_use, locked, unused
+from ..oci import MalformedError
 from ..oci.layer import Sink
 from ..oci.layer_info import DirectoryInfo, LayerInfo, Link
-from ..oci.malformed import MalformedError
 from ..oci.manifest import LayerSource
 from ..oci.squashfs import convert, write_squashfs
 from .limits import max_layer
-from .locks import exclusive, in_use, unused
 from .verified import VerifiedBlobs
 
 _SCRATCH = ".tmp-"  # what hostfiles.sweep removes
@@ -114,7 +114,7 @@ class ImageStore:
             for name in sorted(set(names)):
                 await stack.enter_async_context(exclusive(self.lock_of(_hex(name))))
             self._layers.mkdir(parents=True, exist_ok=True)
-            async with hostfiles.locked(self._layers / "lock"):
+            async with locked(self._layers / "lock"):
                 self._sweep()
                 scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._layers))
                 stack.callback(shutil.rmtree, scratch, ignore_errors=True)
@@ -128,7 +128,7 @@ class ImageStore:
     async def sweep(self) -> None:
         """Remove what killed programs left of layers."""
         if self._layers.is_dir():
-            async with hostfiles.locked(self._layers / "lock"):
+            async with locked(self._layers / "lock"):
                 self._sweep()
 
     def _sweep(self) -> None:

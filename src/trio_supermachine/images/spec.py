@@ -7,7 +7,7 @@ from typing import cast, get_args
 
 import attrs
 
-from ..config.vm import EngineName
+from ..config.defaults import EngineName
 from ..errors import SnapshotIncompatible
 from ..oci.config import ImageConfig
 from ..snapshots import Snapshot

@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn, final
 import attrs
 import trio
 
+from .._public import public
 from .._util import validators as check
 from .._util.conflict import OneAtATime
 from .._util.validators import MAX_PORT
@@ -48,6 +49,7 @@ def _alpn(values: Any) -> tuple[str, ...]:
     return names
 
 
+@public
 @attrs.frozen
 class TlsConfig:
     """How :meth:`Vm.expose_tls` listens, and who it says it is. Files are PEM.

@@ -9,7 +9,7 @@ from typing import Generic, Self, TypeVar
 import attrs
 
 from .._util import validators as check
-from ..config.resources import DEFAULT_MEMORY_MIB
+from ..config.defaults import DEFAULT_MEMORY_MIB
 from ..config.vm import VmConfig
 from ..errors import AdmissionRefused, ConfigError
 from ..images.spec import ImageSpec
@@ -50,7 +50,7 @@ class PoolOptions(Generic[ImageT]):
         return attrs.evolve(self, idle_timeout=check.seconds("idle_timeout", seconds))
 
     def acquire_timeout(self, seconds: float) -> Self:
-        """Have an acquire give up with :exc:`AcquireTimeout` after this many seconds.
+        """Let an acquire raise :exc:`AcquireTimeout` after this many seconds.
 
         Unless given, it never does: a cancel scope does that.
         """

@@ -75,7 +75,7 @@ async def launch(plan: Plan) -> AsyncIterator[tuple[AgentClient, VmNetwork]]:
             else:
                 await machine.resume()
                 with trio.move_on_after(config.restore_timeout) as scope:
-                    await client.restored(_renewal(config.hostname))
+                    await client.restored(_renewal(plan))
                 if scope.cancelled_caught:
                     raise RestoreTimeout(
                         config.restore_timeout, console=machine.console.text_tail()
@@ -114,10 +114,11 @@ async def _set_up(client: AgentClient, plan: Plan) -> None:
     )
 
 
-def _renewal(hostname: str | None) -> greeting.Restore:
+def _renewal(plan: Plan) -> greeting.Restore:
     return greeting.Restore(
         seed=secrets.token_bytes(_SEED),
-        hostname=hostname or "",
+        hostname=plan.config.hostname or "",
+        ends_programs=plan.ends_programs,
         machine_id=secrets.token_hex(16),
         boot_id=str(uuid.uuid4()),
     )

@@ -37,13 +37,15 @@ class KernelFacts:
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """What is to be started: the machine, and what its guest is told.
+    """One start, decided: the engine, the machine, and what its guest is told.
 
     :ivar host: the engine's facts about this host, on which a snapshot depends.
     :ivar layers: the files of the image's layers with their digests; ``None`` until they are read.
     :ivar workload: the command of the workload that the guest starts; a restored guest has its
         own already.
     :ivar source: the snapshot that the machine is restored from; ``None`` for a boot.
+    :ivar ends_programs: kill the programs of a restored guest, its workload among them, before
+        they run again.
     """
 
     image: ImageSpec
@@ -56,6 +58,7 @@ class Plan:
     kernel: KernelFacts
     workload: tuple[str, ...] = ()
     source: Snapshot | None = None
+    ends_programs: bool = False
 
     @property
     def started_by(self) -> Literal["boot", "restore"]:
@@ -76,9 +79,9 @@ async def plan_start(image: ImageSpec, config: VmConfig, *, workload: bool = Tru
         if config.require_restore:
             raise SnapshotInvalid(image.reference, "the image has no snapshot; bake it first")
         return await plan_boot(image, config, workload=workload)
-    difference = _difference(image, snapshot, config, workload)
+    difference = _difference(snapshot, config)
     if difference is None:
-        return await _plan_restore(image, snapshot, config)
+        return await _plan_restore(image, snapshot, config, workload=workload)
     if config.require_restore:
         reason = f"the configuration has {difference}; leave that out, or bake with it"
         raise SnapshotIncompatible(str(snapshot.directory), reason)
@@ -125,9 +128,12 @@ async def plan_boot(
     )
 
 
-def _difference(
-    image: ImageSpec, snapshot: Snapshot, config: VmConfig, workload: bool
-) -> str | None:
+async def plan_going_on(plan: Plan, snapshot: Snapshot) -> Plan:
+    """Plan a restore in the place of a boot: from a snapshot that was made by the same plan."""
+    return await _plan_restore(plan.image, snapshot, plan.config, workload=True)
+
+
+def _difference(snapshot: Snapshot, config: VmConfig) -> str | None:
     """Tell what a start needs that the snapshot does not have; ``None`` if a restore will do."""
     metadata = snapshot.metadata
     if config.engine not in ("auto", metadata.engine):
@@ -141,12 +147,12 @@ def _difference(
         return "devices of its own"
     if config.assets is not None and (config.assets.kernel or config.assets.initramfs):
         return "a kernel of its own"
-    if image.config.argv and not workload:
-        return "no workload"
     return None
 
 
-async def _plan_restore(image: ImageSpec, snapshot: Snapshot, config: VmConfig) -> Plan:
+async def _plan_restore(
+    image: ImageSpec, snapshot: Snapshot, config: VmConfig, *, workload: bool
+) -> Plan:
     metadata = snapshot.metadata
     engine = await choose_engine(metadata.engine, config.assets)
     host = await engine.host_facts()
@@ -180,4 +186,5 @@ async def _plan_restore(image: ImageSpec, snapshot: Snapshot, config: VmConfig) 
             release=metadata.kernel_release,
         ),
         source=snapshot,
+        ends_programs=bool(image.config.argv) and not workload,
     )

@@ -4,8 +4,9 @@
 
 #include "core/loop.h"
 
-/* What each may have sent that is not used. The first few have the wide window, those beyond have
- * the narrow one, which is less in a small machine: 1024 of all take an eighth of its memory. */
+/* Windows. The first lines have the wide one, those beyond have the narrow one. In a small machine
+ * there are fewer wide ones, and the narrow one is smaller: the windows of 1024 lines are an eighth
+ * of its memory at the most. */
 #define WIDE_WINDOW 262144u
 #define WIDE_LINES 256u
 #define NARROW_WINDOW 65536u
@@ -30,7 +31,7 @@ struct line *line_find(uint32_t local_port, uint32_t peer_port) {
 }
 
 static uint32_t next_window(void) {
-    static size_t share; /* of this machine's memory */
+    static size_t share; /* a sixteenth of this machine's memory */
     struct sysinfo machine;
     if (!share) share = sysinfo(&machine) ? 1 : machine.totalram / 16 * machine.mem_unit;
     if (!lines || lines < smaller(WIDE_LINES, share / WIDE_WINDOW)) return WIDE_WINDOW;
@@ -76,7 +77,7 @@ void line_drop(struct line *line) {
 
 void lines_drop_all(void) {
     struct line *all = NULL, *line;
-    /* Taken out first: letting one of them go may dial anew. */
+    /* Take all out first: a user that is let go may dial anew. */
     for (size_t i = 0; i < BUCKETS; i++)
         while ((line = buckets[i])) {
             buckets[i] = line->next;

@@ -1,4 +1,5 @@
-/* The connections of the serial carrier: what is known of each, and what it has received. */
+/* The lines of the serial carrier: a table, and for each what is known and what it has received.
+ * serial.h has the states and rules. */
 #pragma once
 
 #include "carriers/inbox.h"
@@ -6,33 +7,37 @@
 #define MAX_LINES 4096u
 
 enum state {
-    DIALING,
+    DIALING, /* REQUEST is owed or sent */
     OPEN,
-    CLOSING, /* shut down, the host's RST is due */
-    LEFT,    /* the host has closed it, and knows it no more; what it sent is not all used */
+    CLOSING, /* shut down; the host's RST is due */
+    LEFT,    /* closed by the host and in no table; its user has not used all that came */
 };
+
+/* What is to be said on a line. */
 enum {
     OWES_REQUEST = 1,
     OWES_RESPONSE = 2,
     OWES_CREDIT = 4,
-    OWES_END = 8,
-    OWES_SHUT = 16,
-    OWES_RST = 32,
+    OWES_END = 8,   /* SHUT of sending */
+    OWES_SHUT = 16, /* SHUT of both */
+    OWES_RST = 32,  /* and then the line is dropped */
 };
 
 struct line {
     struct conn conn;
     enum state state;
     unsigned owes;
-    bool said_end;  /* this side has said that it sends no more */
+    bool said_end;  /* the user sends no more */
     bool peer_deaf; /* the host receives no more */
     uint32_t local_port, peer_port;
-    uint32_t window;                            /* from the host, not used: at the most */
-    uint32_t sent, peer_window, peer_consumed;  /* towards the host */
-    bool short_of_credit;                       /* it would have sent more */
-    uint32_t received, consumed, told_consumed; /* from the host */
+
+    uint32_t window;                            /* bound on what came and was not used */
+    uint32_t received, consumed, told_consumed; /* bytes that came; that were used; as told */
     struct inbox inbox;
-    struct line *next;
+
+    uint32_t sent, peer_window, peer_consumed;
+    bool short_of_credit; /* more would have been sent */
+    struct line *next;    /* in its bucket */
 };
 
 struct line *line_find(uint32_t local_port, uint32_t peer_port);
@@ -40,23 +45,23 @@ bool lines_are_full(void);
 struct line *line_add(const struct carrier *carrier, uint32_t local_port, uint32_t peer_port,
                       enum state state);
 
-/* No packet concerns it any more. */
+/* Take a line out of the table: no packet concerns it any more. */
 void line_forget(struct line *line);
 
-/* The same, and the end of it. Its user has been let go. */
+/* Forget a line and free it. It must have no user. */
 void line_drop(struct line *line);
 
-/* All of them have gone: users are told, once none can be found any more. */
+/* Drop all lines, and tell their users, once none can be found any more. */
 void lines_drop_all(void);
 
-/* Something is to be said on it. */
+/* Have this said, in the line's turn. */
 void line_owe(struct line *line, unsigned what);
 
-/* Hand what came to the user, and keep what that does not use. */
+/* Hand what came to the user, through the inbox. */
 void line_take(struct line *line, const uint8_t *bytes, size_t size);
 
-/* The user can use more of it. */
+/* Offer what is kept again. */
 void line_resume(struct line *line);
 
-/* The host has ended: the user hears of it when it has used what came before. */
+/* Tell the user of the host's end, if it is time. A line that was LEFT is over by that. */
 void line_tell_end(struct line *line);

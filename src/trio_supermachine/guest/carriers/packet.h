@@ -1,4 +1,4 @@
-/* The packets of the serial carrier, as docs/reference/wire.rst has them. */
+/* Packets of the serial carrier, as docs/wire.rst has them. */
 #pragma once
 
 #include <stdint.h>
@@ -8,8 +8,10 @@
 #define STREAM_TYPE 1
 #define MAX_PAYLOAD 65536u /* of a packet that comes */
 
+/* Operations of vsock. */
 enum op { REQUEST = 1, RESPONSE, RST, SHUT, RW, CREDIT_UPDATE, CREDIT_REQUEST };
-/* Not of vsock: around a capture of the machine. They concern no connection. */
+
+/* Operations around a capture of the machine. They are not of vsock, and concern no line. */
 enum quiet_op { OP_FREEZE = 16, OP_FROZEN, OP_THAW, OP_RESET };
 
 struct packet {

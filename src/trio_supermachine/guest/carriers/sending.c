@@ -4,8 +4,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#define WRITE_SIZE 32768u /* what Linux's virtio-console driver takes in one write */
-#define MAX_RESETS 64u    /* owed to connections that do not exist */
+#define WRITE_SIZE 32768u /* Linux's virtio-console driver takes as much in one write */
+#define MAX_RESETS 64u    /* owed for packets that concern no line */
 
 enum voice voice;
 
@@ -88,7 +88,7 @@ static void put_resets(void) {
 
 bool sending_can(void) {
     if (voice != TALKING) return false;
-    /* What is left over from a write goes first; and a packet deserves some room. */
+    /* Send the rest of the last write first, and have some room for a packet. */
     if ((out_at || WRITE_SIZE - out_size < WRITE_SIZE / 8) && !flush_out()) return false;
     put_resets();
     return writable;
@@ -128,7 +128,7 @@ void sending_commit(struct conn *conn, size_t size) {
 bool sending_turn(struct conn *conn) {
     struct line *line = (struct line *)conn;
     if (line->state == LEFT) {
-        if (line->owes & OWES_RST) line_drop(line); /* nobody is there to be told */
+        if (line->owes & OWES_RST) line_drop(line); /* the host has forgotten it */
         return false;
     }
     if (line->owes & (OWES_REQUEST | OWES_RESPONSE)) {
@@ -141,7 +141,7 @@ bool sending_turn(struct conn *conn) {
         line->owes &= ~OWES_END;
         return line->owes;
     }
-    if (line->owes & OWES_SHUT) { /* before a reset: it tells that the stream is whole */
+    if (line->owes & OWES_SHUT) { /* ahead of RST, which alone would say that bytes were lost */
         put(line, SHUT, 3, 0);
         line->owes &= ~OWES_SHUT;
         return line->owes;
@@ -153,7 +153,7 @@ bool sending_turn(struct conn *conn) {
     }
     bool more = line->conn.user && line->state == OPEN && line->conn.user->pump(conn);
     if (line->owes & OWES_CREDIT) {
-        /* Data that went out a moment ago has told it already. */
+        /* Send no packet for it if data that went out a moment ago has told it. */
         line->owes &= ~OWES_CREDIT;
         if (line->told_consumed != line->consumed &&
             WRITE_SIZE - out_size >= sizeof(struct packet) && !out_at)

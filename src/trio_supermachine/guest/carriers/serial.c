@@ -26,7 +26,7 @@ static void (*accepted)(struct conn *conn);
 
 static const struct carrier serial;
 
-/* --- the user's side of closing --- */
+/* --- closing, by the user --- */
 
 static void end(struct conn *conn) {
     struct line *line = (struct line *)conn;
@@ -59,8 +59,8 @@ static void break_off(struct line *line) {
 
 static void owe_nobody(void) { sending_owe_reset(header.dst_port, header.src_port); }
 
-/* The host has closed the connection, having ended sending: a user who cares for what it sent gets
- * all of it. False: there is none. */
+/* Keep a line that the host has closed in order, until its user has used all that came. False: the
+ * line has no such user. */
 static bool leave(struct line *line) {
     if (line->state != OPEN || !line->conn.user || !line->conn.user->ended) return false;
     line_forget(line);
@@ -93,7 +93,7 @@ static void take_shut(struct line *line) {
 }
 
 static void take_reset(struct line *line) {
-    /* Where both have ended it is how the host closes. */
+    /* When both sides have ended sending, the host closes so. */
     bool both = line->said_end && !(line->owes & OWES_END) && line->inbox.ended;
     if (both && leave(line)) return;
     conn_let_user_go(&line->conn);
@@ -101,7 +101,6 @@ static void take_reset(struct line *line) {
 }
 
 static void take_data(struct line *line) {
-    /* The peer counts what it has sent against fwd_cnt; beyond the window it gets a reset. */
     bool beyond = line->received - line->consumed + header.len > line->window;
     if (line->state == DIALING || line->inbox.ended || beyond) {
         break_off(line);
@@ -127,7 +126,7 @@ static const char *take_quiet_op(void) {
     return NULL;
 }
 
-/* Act on `header`. Returns NULL, or what makes this carrier useless. */
+/* Act on `header`. Returns NULL, or why the carrier has to end. */
 static const char *take_header(void) {
     if (header.src_cid != HOST_CID || header.dst_cid != GUEST_CID) return "a packet for others";
     if (header.type != STREAM_TYPE) return "a packet of unknown type";
@@ -163,16 +162,16 @@ static const char *take_header(void) {
     case RST: take_reset(line); break;
     case SHUT: take_shut(line); break;
     case RW: take_data(line); break;
-    case CREDIT_UPDATE: break; /* which all packets are */
+    case CREDIT_UPDATE: break; /* credit is taken from every packet */
     default:
-        line->told_consumed = line->consumed - 1; /* asked for, so told even if nothing is new */
+        line->told_consumed = line->consumed - 1; /* have it told even if nothing is new */
         line_owe(line, OWES_CREDIT);
     }
     return NULL;
 }
 
 static void take_body(const uint8_t *bytes, size_t size) {
-    /* It may have gone since its header came. */
+    /* Look again: the line may have gone since the header came. */
     struct line *line = body_is_wanted ? line_find(header.dst_port, header.src_port) : NULL;
     if (line) line_take(line, bytes, size);
 }
@@ -199,16 +198,16 @@ static void parse(void) {
 
 static bool take(void) {
     parse();
-    if (in_at < in_size) return sending_is_possible(); /* the resets owed go out first */
+    if (in_at < in_size) return sending_is_possible(); /* first, owed resets must go out */
     in_at = in_size = 0;
-    /* A read gives a page at the most: what is there is taken in together, so that a program
-     * gets its stdin in large pieces. */
+    /* Read all that is there: a read gives one page at the most, and a program is to get its stdin
+     * in large pieces. */
     while (readable && in_size < sizeof in) {
         ssize_t got = read(port.fd, in + in_size, sizeof in - in_size);
         if (got > 0) {
             in_size += (size_t)got;
         } else if (got == 0) {
-            readable = false; /* on a virtio port: the host's end is not open now */
+            readable = false; /* a virtio port reads so while the host's end is not open */
             hung_up = ends_when_empty;
         } else if (errno == EAGAIN) {
             readable = false;

@@ -19,8 +19,8 @@
 #include "core/wire.h"
 #include "system/uevent.h"
 
-/* Small frames, and two of data: what one turn sends is one system call, and on AF_VSOCK few
- * packets. */
+/* Room for small frames and two of data: what one turn sends is one system call, and few packets
+ * of AF_VSOCK. */
 #define DATA_FRAME (FRAME_HEADER + MAX_DATA)
 #define OUT_SIZE (4096u + 2 * DATA_FRAME)
 #define IN_SIZE 131072u
@@ -35,16 +35,16 @@ struct line {
     struct watch watch;
     bool readable, writable;
     bool asks_for_room; /* events tell when there is room to send */
-    bool closing;       /* an event has told that it ends: only reading tells when */
+    bool closing;       /* an event has told of an end; only reading tells when it comes */
     bool broken;        /* nothing can be sent */
-    bool ending;        /* the user sends no more: say so after what is left */
-    bool shut;          /* it has been said */
-    bool rude;          /* the user has reset it: what cannot be sent at once is not */
-    bool finishing;     /* the user has closed it: send what is left, then close */
-    uint8_t *unsent;    /* what a write left over */
+    bool ending;        /* end sending after what is unsent */
+    bool shut;          /* sending has ended */
+    bool finishing;     /* close after what is unsent */
+    bool rude;          /* do not wait for what is unsent */
+    uint8_t *unsent;    /* what the socket did not take */
     size_t unsent_at, unsent_size;
     struct inbox inbox;
-    struct line *next_ready, *previous_ready; /* among those that have something to take in */
+    struct line *next_ready, *previous_ready; /* in the list of those to read from */
     bool listed;
 };
 
@@ -107,8 +107,8 @@ static void line_ready(struct watch *watch, uint32_t events) {
     }
 }
 
-/* Room to send is asked for only when there was none: each packet that brings credit would wake
- * this process for nothing. */
+/* Ask for room to send only after there was none. Otherwise each packet that brings credit would
+ * wake this process for nothing. */
 static uint32_t events_of(const struct line *line) {
     return EPOLLIN | EPOLLRDHUP | (line->asks_for_room ? EPOLLOUT : 0);
 }
@@ -126,7 +126,7 @@ static struct line *add(int fd, bool connected) {
 
 /* --- sending --- */
 
-/* Nothing can be sent any more; but what has come before the end counts. */
+/* Give up sending. What came before the end is still read. */
 static void lose(struct line *line) {
     line->broken = line->closing = line->readable = true;
     line->writable = false;
@@ -138,10 +138,10 @@ static void wait_for_room(struct line *line) {
     line->writable = false;
     if (line->asks_for_room) return;
     line->asks_for_room = true;
-    watch_change(&line->watch, events_of(line)); /* which tells if there is room by now */
+    watch_change(&line->watch, events_of(line)); /* tells of room that has come meanwhile */
 }
 
-/* How much of it went; less when it must wait. -1: the other side has gone. */
+/* Send what goes now. Returns how much, or -1: the other side has gone. */
 static ssize_t send_some(struct line *line, const uint8_t *bytes, size_t size) {
     size_t done = 0;
     while (done < size && line->writable) {
@@ -202,15 +202,15 @@ static bool turn(struct conn *conn) {
     }
     if (out_size) send_out(line);
     if (line->rude) line->unsent_size = 0;
-    /* A broken one tells of a reset, not of an end. */
+    /* Say nothing on a broken line, where a reset is still to be told to the user. */
     if (line->ending && !line->unsent_size && !line->broken) {
         line->ending = false;
         line->shut = true;
         shutdown(line->watch.fd, SHUT_WR);
     }
     if (line->finishing && !line->unsent_size) {
-        /* A close alone would not do: a program being spawned may hold the same socket. What was
-         * sent is delivered first. */
+        /* Shut it down: a close is not enough while a program being started holds the socket, too.
+         * What was sent before is delivered. */
         shutdown(line->watch.fd, SHUT_RDWR);
         drop(line);
         return false;
@@ -249,15 +249,15 @@ static void resume(struct conn *conn) {
     list(line);
 }
 
-/* The host may have ended sending, or have closed altogether, which AF_VSOCK tells by this alone.
- * When this side has ended sending nothing tells, and it makes no difference: all is said when what
- * came has been used. */
+/* Find out whether the host has closed altogether, or has ended sending only. When this side has
+ * ended sending nothing tells, and nothing depends on it. */
 static bool is_closed(struct line *line) {
     if (line->shut) return false;
     return line->broken || (send(line->watch.fd, "", 0, MSG_NOSIGNAL) < 0 && errno == EPIPE);
 }
 
-/* What came before the end counts; but nobody would read answers to more of it. */
+/* Read once, and hand on what came. A host that has closed reads no answers: its line is broken off
+ * even though the user has not used all. */
 static void take_line(struct line *line) {
     if (line->inbox.size || line->inbox.ended) {
         if (line->closing && is_closed(line)) break_off(line);
@@ -277,7 +277,7 @@ static void take_line(struct line *line) {
         else inbox_tell_end(&line->inbox, &line->conn);
         return;
     }
-    /* What gave less is empty: the next event tells of more. */
+    /* Wait for the next event: a socket that gave less is empty. */
     if ((size_t)got < sizeof in && !line->closing) line->readable = false;
     inbox_take(&line->inbox, &line->conn, in, (size_t)got);
     if (line->readable) list(line);
@@ -291,9 +291,9 @@ static void take_connection(void) {
     struct sockaddr_storage peer = {0};
     socklen_t size = sizeof peer;
     int fd = accept4(listener.fd, (struct sockaddr *)&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    acceptable = false; /* this watch tells again as long as there are more */
+    acceptable = false; /* the watch is level-triggered: it tells again if there are more */
     if (fd < 0) return;
-    /* A program in the guest could dial its own machine's address. */
+    /* Refuse programs of this machine, which can dial its address. */
     if (lines >= MAX_CONNECTIONS || !is_host(&peer)) {
         close(fd);
         return;
@@ -368,7 +368,7 @@ static void listen_on(uint32_t port, void (*then)(struct conn *)) {
     watch_add_level(&listener, fd, EPOLLIN, listener_ready);
 }
 
-/* Whether the machine's device has been found: only then has it an address. */
+/* Say whether the machine has its device by now: it has an address then. */
 static bool has_cid(void *unused) {
     (void)unused;
     unsigned cid = VMADDR_CID_ANY;

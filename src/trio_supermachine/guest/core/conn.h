@@ -1,45 +1,70 @@
-/* A connection with the host: a stream of bytes each way, whatever carries it.
+/* Connections with the host: byte streams, whatever carries them.
  *
- * Below is a carrier (serial.c, sockets.c); above is a session (session.c). Sending is pulled:
- * a carrier that can send asks the next connection in the queue, in turn, for at most one
- * packet, so that none starves another and nothing is buffered in between. */
+ * Theory of operation
+ *
+ * A *carrier* (carriers/) moves the bytes; a *user* makes sense of them: a session, a relay or a
+ * flow of datagrams. Each knows the other as a table of functions only. A carrier's own part of a
+ * connection is called its *line*; it begins with `struct conn`, and the carrier frees it.
+ *
+ * Receiving is pushed. The carrier offers what has come; a user that cannot use all of it says how
+ * much, and calls `resume` when it can use more. The carrier keeps what is left, up to a bound, and
+ * holds the host back beyond that.
+ *
+ * Sending is pulled. A connection with something to send is put into one queue. In each turn of the
+ * loop the carrier asks the connections of the queue one after the other, each for a packet or so.
+ * So no connection starves another, and nothing is buffered between user and carrier. Within its
+ * turn a user calls `reserve`, writes there, and calls `commit`.
+ *
+ * An end has three forms. `end` says that no more is sent; receiving goes on. `finish` closes after
+ * all that was committed is out. `reset` closes at once, and the host hears that something was
+ * lost. After the last two the connection has no user, and the user must not touch it.
+ *
+ * A connection that the host closes or resets has gone: its user hears `gone`, once, and nothing
+ * more. Its memory stays until the end of the turn (free_later), so that a function that is under
+ * way may still look at it. */
 #pragma once
 
 #include "core/util.h"
 
 struct conn;
 
+/* Functions of a user. */
 struct conn_user {
-    /* Bytes came. Returns how many were used; the rest is offered again after conn_resume. */
+    /* Use bytes that came. Returns how many were used; the rest is offered again after `resume`. */
     size_t (*input)(struct conn *conn, const uint8_t *bytes, size_t size);
-    /* Sending is possible: reserve and commit once. Returns whether there may be more. */
+    /* Send, if there is something: reserve and commit once. Returns whether there may be more. */
     bool (*pump)(struct conn *conn);
-    /* The host sends no more, and all that it sent has been used. NULL: that is nothing to this
-     * user, who has no use either for what came before the host closed. */
+    /* Hear that the host sends no more; all that it sent has been used. NULL for a user to whom the
+     * end alone is nothing: it hears `gone` when the host closes, and may miss what came before. */
     void (*ended)(struct conn *conn);
-    /* The host has closed or reset it. No call comes after this one. */
+    /* Hear that the host has closed or reset the connection. It is the last call. */
     void (*gone)(struct conn *conn);
 };
 
+/* Functions of a carrier. */
 struct carrier {
-    /* Where to put bytes to send, and how many can go now (perhaps 0). */
+    /* Say where to put bytes to send, and how many can go now (perhaps 0). */
     size_t (*reserve)(struct conn *conn, uint8_t **at);
+    /* Send this many of the bytes put there. */
     void (*commit)(struct conn *conn, size_t size);
+    /* Offer what was not used again. */
     void (*resume)(struct conn *conn);
-    /* After what is committed no more is sent; receiving goes on. */
+    /* Send no more after what is committed. Receiving goes on. */
     void (*end)(struct conn *conn);
-    /* Close it once everything committed is out; or at once and rudely. The user is let go. */
+    /* Close once everything committed is out. The connection has no user from now on. */
     void (*finish)(struct conn *conn);
+    /* Close at once. The connection has no user from now on. */
     void (*reset)(struct conn *conn);
-    /* The connection's turn to send. Returns whether it wants another. */
+    /* Let the connection send, in its turn. Returns whether it wants another. */
     bool (*turn)(struct conn *conn);
-    /* Whether any connection could send now; and: nobody sends more in this turn. */
+    /* Say whether any connection could send now. */
     bool (*can_send)(void);
+    /* Write out what is gathered: nobody sends more in this turn of the loop. */
     void (*flush)(void);
     /* Dial a host port. NULL with errno if that fails at once. */
     struct conn *(*dial)(uint32_t port);
     /* Begin to accept the host's connections to one port, and hand each to `accepted`, which gives
-     * it a user. Once. */
+     * it a user. Called once. */
     void (*listen)(uint32_t port, void (*accepted)(struct conn *conn));
     /* Take in what has come, within the bounds of a turn. Returns whether there is more. */
     bool (*take)(void);
@@ -51,16 +76,16 @@ struct conn {
     void *owner;                  /* the user's */
     struct conn *next, *previous; /* in the queue of those who want to send */
     bool queued;
-    bool closed; /* when it has gone: in order, all that the host sent having been used */
+    bool closed; /* set before `gone`: the host ended in order, and all that it sent was used */
 };
 
 /* Put a connection into the queue of those that have something to send. */
 void conn_queue(struct conn *conn);
 void conn_unqueue(struct conn *conn);
 
-/* For carriers: the user hears that the connection has gone, and nothing of it after that. */
-void conn_let_user_go(struct conn *conn);
-
 /* Let those in the queue send in turn, as far as a turn of the loop goes.
- * Returns whether there is more that could be sent at once. */
+ * Returns whether more could be sent at once. */
 bool conn_run_queue(const struct carrier *carrier);
+
+/* For carriers: tell the user that the connection has gone, and leave it without one. */
+void conn_let_user_go(struct conn *conn);

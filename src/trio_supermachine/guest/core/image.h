@@ -1,12 +1,12 @@
-/* The image, as SETUP tells of it: every exec and the workload begin from this. */
+/* The image as SETUP describes it. Every exec and the workload begin from this. */
 #pragma once
 
 struct image {
     const char *const *environment; /* NAME=value, up to NULL */
     const char *workdir;            /* absolute */
-    const char *user;               /* as find_identity has it */
+    const char *user;               /* as find_identity reads it */
     int stop_signal;                /* for the workload at a shutdown */
 };
 
-/* An image that asks for nothing, until set-up. */
+/* Before set-up: an empty environment, "/", root and SIGTERM. */
 extern struct image image;

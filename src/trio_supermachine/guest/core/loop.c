@@ -46,7 +46,7 @@ int watch_release(struct watch *watch) {
 
 void watch_drop(struct watch *watch) {
     if (watch->fd < 0) return;
-    /* A close alone would not do: a program being spawned may hold the same open file. */
+    /* Do not leave it to close: a program being started may hold the same open file. */
     close(watch_release(watch));
 }
 

@@ -3,9 +3,9 @@
 
 #include <stdbool.h>
 
-/* In tests there is no machine to set up or to power off: the agent is an ordinary process of the
- * host then, and what it ends is what it started, and itself. */
+/* False in tests: the agent is an ordinary process of the host then. It leaves the host's mounts,
+ * clock and names alone, and at the end kills what it started, and exits. */
 extern bool machine_is_ours;
 
-/* Whether the kernel's command line names this carrier as supermachine.channel. */
+/* Say whether the kernel's command line names this carrier as supermachine.channel. */
 bool channel_is(const char *wanted);

@@ -27,8 +27,8 @@ static void release(struct session *session) {
 
 static void gone(struct conn *conn) { release(conn->owner); }
 
-/* Frames that break the protocol end their connection. */
-static void give_up(struct session *session) {
+/* Reset the connection: a frame has broken the protocol. */
+static void break_off(struct session *session) {
     struct conn *conn = session->conn;
     release(session);
     conn->carrier->reset(conn);
@@ -82,7 +82,7 @@ static bool take_payload(struct session *session, const uint8_t *bytes, size_t s
     return true;
 }
 
-/* Take in one part of a frame. Returns how much was used; 0: the session has been given up. */
+/* Take in one part of a frame. Returns how much was used; 0: the session is no more. */
 static size_t take_part(struct session *session, const uint8_t *bytes, size_t size) {
     size_t used;
     bool sound = true;
@@ -98,7 +98,7 @@ static size_t take_part(struct session *session, const uint8_t *bytes, size_t si
     }
     if (sound && !session->finishing && !session->payload_left) sound = end_frame(session);
     if (sound) return used;
-    give_up(session);
+    break_off(session);
     return 0;
 }
 
@@ -106,7 +106,7 @@ static size_t input(struct conn *conn, const uint8_t *bytes, size_t size) {
     struct session *session = conn->owner;
     size_t used = 0;
     while (used < size && conn->owner) {
-        if (session->finishing) return size; /* an answer is on its way; the rest is moot */
+        if (session->finishing) return size; /* thrown away: the answer is on its way */
         if (session->held) return used;
         if (queue_free(session) < ROOM_FOR_ANSWERS) {
             session->stalled = true;
@@ -194,7 +194,7 @@ size_t session_room(struct session *session, uint8_t **at) {
     size_t room = session->conn->carrier->reserve(session->conn, at);
     if (room <= FRAME_HEADER) return 0;
     *at += FRAME_HEADER;
-    /* With its header it fills a packet of AF_VSOCK: a few bytes more would be another one. */
+    /* With its header this fills one packet of AF_VSOCK; a few bytes more would need another. */
     return smaller(room - FRAME_HEADER, MAX_DATA - FRAME_HEADER);
 }
 

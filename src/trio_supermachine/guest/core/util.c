@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 static void say_arguments(const char *format, va_list arguments) {
-    /* One write for a line: init, agent and workload share the console. */
+    /* Write a line at once: init, agent and workload share the console. */
     char line[512] = "supermachine: ";
     size_t used = strlen(line);
     int more = vsnprintf(line + used, sizeof line - used - 1, format, arguments);

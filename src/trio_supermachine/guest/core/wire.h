@@ -1,4 +1,7 @@
-/* Frames and payloads, as docs/reference/wire.rst has them. */
+/* Frames and payloads, as docs/wire.rst has them: constants, a reader and a writer.
+ *
+ * The reader takes what a hostile host may have sent, and never reads beyond the payload. The first
+ * thing that does not fit sets `bad`, which is tested once, at the end (read_whole). */
 #pragma once
 
 #include "core/util.h"
@@ -35,6 +38,7 @@ enum frame_type {
     WRITE_FILE = 25,
     PING = 32,
     SHUTDOWN = 33,
+    WORKLOAD_START = 41,
     WORKLOAD_SIGNAL = 34,
     WORKLOAD_WAIT = 35,
     SET_CLOCK = 36,
@@ -45,9 +49,9 @@ enum frame_type {
     OPEN_OUTSIDE = 48,
 };
 
-#define ALL_IS_WRITTEN 1 /* what answers SHUTDOWN with OK */
+#define ALL_IS_WRITTEN 1 /* the value of OK that answers SHUTDOWN */
 
-/* A payload being read. Anything that does not fit sets `bad`, and reads as zeros from then on. */
+/* A payload being read. What does not fit sets `bad`, and reads as zeros from then on. */
 struct reader {
     uint8_t *at;
     size_t left;
@@ -58,16 +62,16 @@ uint16_t read_u16(struct reader *reader);
 uint32_t read_u32(struct reader *reader);
 uint64_t read_u64(struct reader *reader);
 
-/* Bytes, in place. */
+/* Read bytes, in place. */
 const uint8_t *read_bytes(struct reader *reader, uint32_t *size);
 
-/* A string, in place: it is moved onto its length so that it can end with a NUL. */
+/* Read a string, in place: it is moved onto its length, so that there is room for its NUL. */
 const char *read_string(struct reader *reader);
 
-/* Strings in place, in an array from malloc that ends with NULL. */
+/* Read strings, in place, into an array from malloc that ends with NULL. */
 const char **read_list(struct reader *reader, uint32_t *count);
 
-/* Whether it was all sound, and is used up. */
+/* Say whether the payload was sound and is used up. */
 bool read_whole(const struct reader *reader);
 
 /* A payload being written, into a buffer known to be large enough. */

@@ -1,5 +1,6 @@
 #include "life/control.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "core/machine.h"
@@ -21,13 +22,21 @@ static void answer(struct session *session, int error, uint64_t value) {
 static bool control_frame(struct session *session, enum frame_type type, uint8_t stream,
                           struct reader *payload) {
     (void)stream;
-    if (session->state) return false; /* one action for a connection */
+    if (session->state) return false; /* a connection takes one action */
     session->state = session;
     switch (type) {
     case PING:
         if (!read_whole(payload)) return false;
         answer(session, 0, now_ns());
         return true;
+    case WORKLOAD_START: {
+        uint32_t ignored;
+        const char **argv = read_list(payload, &ignored);
+        bool whole = read_whole(payload);
+        if (whole) answer(session, workload_start((const char *const *)argv), 0);
+        free(argv);
+        return whole;
+    }
     case WORKLOAD_SIGNAL: {
         int signum = (int)read_u32(payload);
         if (!read_whole(payload)) return false;

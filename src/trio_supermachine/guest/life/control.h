@@ -1,4 +1,4 @@
-/* The small actions, those that one frame asks for and one answers. */
+/* The control actions: one frame asks, one answers, and the connection is closed. */
 #pragma once
 
 #include "core/session.h"

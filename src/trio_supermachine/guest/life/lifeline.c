@@ -19,8 +19,6 @@
 
 static const struct carrier *lifeline_carrier;
 
-/* A machine that runs and has lost its lifeline may be a copy of the one that was set up: it asks
- * once. The host kills what it is done with, so nobody waits for the answer "no". */
 static enum { BOOTED, RUNNING, COPIED } phase;
 enum { KIND_BOOT = 0, KIND_RESTORE = 1 };
 
@@ -52,7 +50,7 @@ static bool setup_read(struct setup *setup, struct reader *payload) {
     return read_whole(payload) && is_seed(setup->seed_size) && is_machine_id(setup->machine_id);
 }
 
-/* NULL, or what failed, with errno. */
+/* Set up all but what is the image's. NULL, or what failed, with errno. */
 static const char *set_up_machine(const struct setup *setup) {
     add_entropy(setup->seed, setup->seed_size);
     set_clock(setup->realtime_ns);
@@ -70,7 +68,7 @@ static void fail(struct session *session, const char *what) {
 }
 
 static bool set_up(struct session *session, struct reader *payload) {
-    static struct setup setup; /* what it points to stays: the image refers to it */
+    static struct setup setup; /* the image points into its payload, which stays */
     if (setup.environment || !setup_read(&setup, payload)) return false;
     session_take_payload(session);
     const char *failed = NULL;
@@ -87,8 +85,7 @@ static bool set_up(struct session *session, struct reader *payload) {
     }
     if (setup.stop_signal > 0) image.stop_signal = setup.stop_signal;
     lifeline_carrier->listen(AGENT_PORT, session_accept);
-    workload_start((const char *const *)setup.workload,
-                   machine_is_ours ? "/run/supermachine-workload.pid" : NULL);
+    workload_start((const char *const *)setup.workload);
     phase = RUNNING;
     session_send(session, READY, 0, NULL, 0);
     return true;
@@ -100,6 +97,7 @@ static bool restore(struct session *session, struct reader *payload) {
     const char *hostname = read_string(payload);
     const uint8_t *seed = read_bytes(payload, &seed_size);
     const char *machine_id = read_string(payload), *boot_id = read_string(payload);
+    bool ends_programs = payload->left && read_u32(payload) == 1;
     if (!read_whole(payload) || !is_seed(seed_size) || !is_machine_id(machine_id) ||
         !is_boot_id(boot_id))
         return false;
@@ -114,7 +112,12 @@ static bool restore(struct session *session, struct reader *payload) {
         renew_identity(machine_id, boot_id);
         name_host(hostname);
     }
-    freezer_thaw();
+    if (ends_programs) {
+        workload_drop();
+        freezer_kill();
+    } else {
+        freezer_thaw();
+    }
     phase = RUNNING;
     session_send(session, READY, 0, NULL, 0);
     return true;
@@ -131,7 +134,7 @@ static bool lifeline_frame(struct session *session, enum frame_type type, uint8_
 static void greet(uint32_t kind);
 
 static void lifeline_gone(struct session *session) {
-    /* After a failure the host still has to read why; it then ends the machine. */
+    /* Wait for the host, which reads why set-up failed, and then ends the machine. */
     if (session->finishing) return;
     if (phase != RUNNING) {
         say("the host does not answer");

@@ -19,11 +19,11 @@
 #include "programs/freezer.h"
 #include "programs/workload.h"
 
-/* Until the machine powers off by itself, if the host does not end it. */
+/* Time that the host has to end the machine, before it powers off by itself. */
 #define FOR_THE_HOST_MS 100
 
 static bool shutting_down;
-static struct session *asked; /* for the shutdown; NULL: nobody waits for its answer */
+static struct session *asked; /* for the shutdown; NULL: nobody, or it has gone */
 static unsigned waited_for;
 static struct timer grace;
 
@@ -49,8 +49,8 @@ static void power_off_by(struct timer *timer) {
     power_off();
 }
 
-/* A kernel takes its time to power off, and has nothing to do that anyone would miss: the host is
- * told that all is written, and ends the machine. */
+/* Tell the host that all is written, so that it ends the machine. That is quicker than to power
+ * off, and nothing is missed. */
 static void leave(void) {
     if (!asked) power_off();
     end_and_write_all();
@@ -59,9 +59,8 @@ static void leave(void) {
     timer_set(&grace, now_ns() + FOR_THE_HOST_MS * NS_PER_MS, power_off_by);
 }
 
-/* Whether it is a program that runs: neither a thread of the kernel nor a zombie. All that is begun
- * here has a group of its own, or one of its family's; most of the others can be told by that, and
- * what the kernel says of a process takes it long to write. */
+/* Say whether a process is a program that runs: neither a thread of the kernel nor a zombie. Most
+ * threads of the kernel are told by their group, 0, which is quick to ask for; /proc is slow. */
 static bool is_program(pid_t pid) {
     if (getpgid(pid) <= 0) return false;
     char path[32], text[512];
@@ -81,7 +80,7 @@ static void program_ended(struct watch *watch, uint32_t events) {
     (void)events;
     watch_drop(watch);
     free_later(watch);
-    if (--waited_for == 0) wait_for_all(SIGTERM); /* what they started meanwhile */
+    if (--waited_for == 0) wait_for_all(SIGTERM); /* for what they started meanwhile */
 }
 
 static void wait_for(pid_t pid) {
@@ -137,7 +136,7 @@ void shut_down(struct session *session, uint32_t grace_ms) {
     shutting_down = true;
     asked = session;
     timer_set(&grace, now_ns() + grace_ms * NS_PER_MS, grace_over);
-    timer_set(&now, 1, begin); /* in a turn of its own: this one may be handling what ends */
+    timer_set(&now, 1, begin); /* not now: what ends may be in use in this turn */
 }
 
 void shut_down_forget(struct session *session) {

@@ -14,15 +14,15 @@
 
 #define MAX_PLACES 3
 
-/* A TCP connection being made, to one place after the other until one answers. */
+/* An attempt to connect: to one place after the other, until one answers. */
 struct attempt {
     struct session *session;
     struct watch watch; /* fd -1: none now */
     struct sockaddr_storage places[MAX_PLACES];
     size_t next, count;
-    bool looked;
+    bool looked; /* in the tables, for a place that is not on loopback */
     uint32_t port;
-    int error; /* of the first place: what follows may not exist in this machine */
+    int error; /* of the first place: this machine may not have the others */
 };
 
 static socklen_t size_of(const struct sockaddr_storage *place) {
@@ -50,7 +50,7 @@ static void add_loopback(struct attempt *attempt) {
     add_place(attempt, &place);
 }
 
-/* The connection is made: from now on it is the host's, which is told so first. */
+/* Hand the program's connection to a relay, which says OK to the host first. */
 static void succeed(struct attempt *attempt) {
     uint8_t ok[FRAME_HEADER + 8];
     struct writer writer = {ok + FRAME_HEADER};
@@ -74,7 +74,7 @@ static int begin(struct attempt *attempt, const struct sockaddr_storage *place) 
     return error;
 }
 
-/* Loopback has it not: it may be bound to another of the machine's addresses. */
+/* Add the place where the port is bound to another of the machine's addresses, if there is one. */
 static void look_elsewhere(struct attempt *attempt) {
     struct sockaddr_storage place;
     if (attempt->looked) return;
@@ -82,7 +82,7 @@ static void look_elsewhere(struct attempt *attempt) {
     if (listeners_find(IPPROTO_TCP, &attempt->port, &place)) add_place(attempt, &place);
 }
 
-/* Returns whether the outcome is open; if not, the session has failed. */
+/* Begin to connect to the next place. False: there was none, and the session has failed. */
 static bool try_next(struct attempt *attempt) {
     for (;;) {
         if (attempt->next == attempt->count) look_elsewhere(attempt);
@@ -96,8 +96,8 @@ static bool try_next(struct attempt *attempt) {
     return false;
 }
 
-/* A port that nobody listens on and that is one of those that the kernel gives to clients may be
- * given to this very socket: then it is connected to itself. */
+/* Say whether a socket is connected to itself. The kernel may have given it the very port that it
+ * was to connect to, if nobody listens there. */
 static bool is_its_own_peer(int fd) {
     struct sockaddr_storage own = {0}, peer = {0};
     socklen_t own_size = sizeof own, peer_size = sizeof peer;
@@ -125,7 +125,7 @@ static void place_ready(struct watch *watch, uint32_t events) {
 
 static void connect_tcp(struct session *session, uint32_t port) {
     struct sockaddr_storage unused;
-    /* The agent's own port would take it. */
+    /* Look first where the agent's own socket would answer. */
     bool must_look = !port || port == FLOW_PORT;
     if (must_look && !listeners_find(IPPROTO_TCP, &port, &unused)) {
         session_fail(session, ECONNREFUSED, port, "nothing listens");

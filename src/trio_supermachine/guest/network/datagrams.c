@@ -13,10 +13,10 @@
 #include "network/egress.h"
 
 #define MAX_FLOWS 256u
-#define MAX_QUEUED 131072u /* bytes of a flow that the host does not take */
+#define MAX_QUEUED 131072u /* bytes of a flow, to the host */
 #define SILENCE_S 60u
 #define RECEIVED_PER_TURN 32
-#define MAX_ANSWER 1024u /* of OK and ERROR */
+#define MAX_ANSWER 1024u /* bytes of OK or ERROR */
 
 struct queued {
     struct queued *next;
@@ -42,7 +42,7 @@ struct flow {
     bool answered;
     uint8_t header[FRAME_HEADER]; /* of the host's frame that is being taken in */
     size_t header_size, payload_at;
-    uint8_t *payload; /* if it comes in parts */
+    uint8_t *payload; /* of that frame, if it comes in parts; NULL: none yet */
 };
 
 static struct watch sockets[2] = {{.fd = -1}, {.fd = -1}};
@@ -79,7 +79,7 @@ static void touch(struct flow *flow) {
     link_newest(flow);
 }
 
-/* The connection has gone, or is let go by the caller. */
+/* Free a flow, whose connection has gone, or is ended by the caller. */
 static void release(struct flow *flow) {
     begin(flow);
     unlink_flow(flow);
@@ -107,8 +107,8 @@ static void end_silent(struct timer *timer) {
     if (oldest) timer_set(timer, oldest->used_ns + SILENCE_S * NS_PER_S, end_silent);
 }
 
-/* The least recently used makes room, of those that the host has answered: it owes no answer to
- * more than MAX_FLOWS then, however many a program begins. */
+/* End the least recently used flow that the host has answered, if there are too many. False: there
+ * is none. */
 static bool make_room(void) {
     struct flow *flow = oldest;
     if (flows < MAX_FLOWS) return true;
@@ -157,12 +157,12 @@ static void deliver(const struct flow *flow, const uint8_t *bytes, size_t size) 
             .cmsg_len = CMSG_LEN(sizeof from), .cmsg_level = IPPROTO_IP, .cmsg_type = IP_PKTINFO};
         memcpy(CMSG_DATA(header), &from, sizeof from);
     }
-    /* What cannot go now is lost, as datagrams are. */
+    /* Lose what cannot go now, as datagrams are lost. */
     ssize_t ignored = sendmsg(flow->socket_fd, &message, MSG_NOSIGNAL);
     (void)ignored;
 }
 
-/* The frame's payload is `size` bytes. False: the flow is to end. */
+/* Read the size of the frame's payload. False: the flow must end. */
 static bool take_header(struct flow *flow, size_t *size) {
     uint32_t length;
     enum frame_type type = flow->header[4];
@@ -184,7 +184,7 @@ static void end_frame(struct flow *flow, const uint8_t *payload, size_t size) {
     flow->payload = NULL;
 }
 
-/* Take in one part of a frame. Returns how much was used; `broken` says that the flow is to end. */
+/* Take in one part of a frame. Returns how much was used. `broken`: the flow must end. */
 static size_t take_part(struct flow *flow, const uint8_t *bytes, size_t size, bool *broken) {
     size_t used = 0, payload_size;
     if (flow->header_size < FRAME_HEADER) {
@@ -196,7 +196,7 @@ static size_t take_part(struct flow *flow, const uint8_t *bytes, size_t size, bo
     *broken = !take_header(flow, &payload_size);
     if (*broken) return used;
     size_t here = smaller(payload_size - flow->payload_at, size - used);
-    if (here == payload_size) { /* at once, as most do */
+    if (here == payload_size) { /* it came whole, as most do */
         end_frame(flow, bytes + used, here);
         return used + here;
     }
@@ -254,7 +254,7 @@ static bool pump(struct conn *conn) {
 
 static const struct conn_user flow_user = {.input = input, .pump = pump, .gone = gone};
 
-/* NULL: none can be had. */
+/* Begin a flow. NULL: that cannot be now. */
 static struct flow *open_flow(int fd, const union address *program, const union address *outside) {
     uint8_t frame[OPEN_SIZE];
     if (!flow_request(&outside->any, IPPROTO_UDP, frame) || !make_room()) return NULL;
@@ -282,7 +282,7 @@ static struct flow *find_flow(const union address *program, const union address 
 
 /* --- from programs --- */
 
-/* Where a datagram was sent to, without a port. */
+/* Find out where a datagram was sent to, without the port. */
 static bool read_outside(struct msghdr *message, union address *outside) {
     struct cmsghdr *header = CMSG_FIRSTHDR(message);
     if (header && header->cmsg_level == IPPROTO_IP && header->cmsg_type == IP_PKTINFO) {
@@ -300,7 +300,7 @@ static bool read_outside(struct msghdr *message, union address *outside) {
     return false;
 }
 
-/* False: there is none. */
+/* Take one datagram of a program. False: there is none. */
 static bool take_datagram(int fd) {
     uint8_t control[256] __attribute__((aligned(_Alignof(struct cmsghdr)))), header[FRAME_HEADER];
     union address program = {0}, outside = {0};
@@ -336,7 +336,7 @@ static bool open_socket(struct watch *watch, int family) {
     int fd = flow_socket(watch, family, SOCK_DGRAM, readable), yes = 1;
     if (fd < 0) return false;
     if (family == AF_INET) return !setsockopt(fd, IPPROTO_IP, IP_PKTINFO, &yes, sizeof yes);
-    /* Flow addresses are this machine's by a route only: to send from one has to be allowed. */
+    /* Allow to send from flow addresses, which are this machine's by a route only. */
     return !setsockopt(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &yes, sizeof yes) &&
            !setsockopt(fd, IPPROTO_IPV6, IPV6_FREEBIND, &yes, sizeof yes);
 }

@@ -13,16 +13,14 @@
 #define BACKLOG 1024
 #define ACCEPTS_PER_TURN 16
 #define SOCKETS 4
-/* More wait in the backlog. */
 #define MAX_RELAYS 1024u
-/* The host's backlog is a short one, and it refuses what is beyond. */
-#define MAX_DIALS 32u
+#define MAX_DIALS 32u /* the host's backlog is short, and it refuses what is beyond */
 
 static const struct carrier *carrier;
 static struct watch listeners[2] = {{.fd = -1}, {.fd = -1}};
 static struct watch *sockets[SOCKETS];
 static unsigned socket_count, relays, dials;
-static bool waiting; /* for the host, for a relay to end, or for what the kernel lacks */
+static bool waiting; /* for a dial or a relay to be over: then look at all sockets again */
 
 /* --- the sockets --- */
 
@@ -33,7 +31,7 @@ int flow_socket(struct watch *watch, int family, int type,
     bool ip6 = family == AF_INET6;
     int fd = socket(family, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), yes = 1;
     if (fd < 0) return -1;
-    listeners_own(fd); /* no service of this machine's */
+    listeners_own(fd); /* no program listens here */
     watch_add(watch, fd, EPOLLIN, ready);
     sockets[socket_count++] = watch;
     if (ip6 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes)) return -1;
@@ -44,7 +42,7 @@ int flow_socket(struct watch *watch, int family, int type,
 }
 
 void flow_socket_again(struct watch *watch) {
-    watch_change(watch, EPOLLIN); /* which tells of more */
+    watch_change(watch, EPOLLIN); /* tells of what is there already */
 }
 
 /* --- dialling --- */
@@ -112,7 +110,7 @@ bool flow_request(const struct sockaddr *address, uint32_t protocol, uint8_t fra
 
 /* --- connections --- */
 
-/* The program reads ECONNRESET. */
+/* Reset a program's connection: it reads ECONNRESET. */
 static void refuse(int fd) {
     struct linger none = {.l_onoff = 1};
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &none, sizeof none);
@@ -143,7 +141,8 @@ static void acceptable(struct watch *watch, uint32_t events) {
         if (fd >= 0) {
             lead_out(fd);
         } else if (errno != ECONNABORTED && errno != EINTR) {
-            waiting |= errno != EAGAIN; /* no event would tell of what is left */
+            waiting |=
+                errno != EAGAIN; /* the kernel lacks something, and no event tells when not */
             return;
         }
     }

@@ -26,7 +26,7 @@ _Static_assert(sizeof to_flow6 <= MAX_WORDS * sizeof *to_flow6, "the longest of 
 
 #define HOOK(code, at) {#at, code, sizeof code / sizeof *code, BPF_CGROUP_##at}
 
-/* What leads out comes last: a program that is led to the agent is understood on its way back. */
+/* All hooks. Those that lead out come last: the others must be there for the way back. */
 /* clang-format off */
 static const struct hook hooks[] = {
     HOOK(from_flow4, UDP4_RECVMSG),
@@ -59,7 +59,7 @@ static int make_map(void) {
     return bpf(BPF_MAP_CREATE, &attributes);
 }
 
-/* The map's descriptor in the place of its address. */
+/* Put the map's descriptor in the place of its address. */
 static void refer_to_map(struct bpf_insn *code, size_t count) {
     for (size_t i = 0; i < count; i++)
         if (code[i].code == (BPF_LD | BPF_IMM | BPF_DW) && code[i].src_reg == BPF_PSEUDO_MAP_FD)
@@ -84,7 +84,7 @@ static int load(const struct hook *hook, char *log) {
     return bpf(BPF_PROG_LOAD, &attributes);
 }
 
-/* Once more, for what the kernel's verifier says. */
+/* Load a hook once more, for what the kernel's verifier says of it. */
 static void tell_why(const struct hook *hook) {
     char *log = must_alloc(LOG_SIZE);
     int fd = load(hook, log), error = errno;
@@ -115,10 +115,11 @@ static bool attach(const struct hook *hook, int cgroup) {
 }
 
 static bool attach_all(int cgroup) {
-    /* As machine code they would take 2 MiB in each snapshot, to be faster once in a connection. */
+    /* Have them interpreted. Compiled they would take 2 MiB in each snapshot, and they run once in
+     * a connection. */
     char jit[16];
     long known = read_text(JIT, jit, sizeof jit);
-    if (known > 0) write_text(JIT, "0"); /* a kernel that must compile refuses */
+    if (known > 0) write_text(JIT, "0"); /* a kernel that always compiles refuses that */
     bool attached = true;
     for (size_t i = 0; attached && i < sizeof hooks / sizeof *hooks; i++)
         attached = attach(&hooks[i], cgroup);

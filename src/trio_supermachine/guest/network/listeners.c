@@ -9,8 +9,8 @@
 #include "core/loop.h"
 
 #define LOOK_MS 20u
-#define LISTEN 0x0A /* TCP_LISTEN, as the kernel's tables have it */
-#define UNCONNECTED 0x07
+#define LISTEN 0x0A      /* TCP_LISTEN, in the kernel's tables */
+#define UNCONNECTED 0x07 /* TCP_CLOSE, which they have for UDP */
 #define MAX_OWN 8
 
 struct waiter {
@@ -20,27 +20,27 @@ struct waiter {
     struct waiter *next;
 };
 
-/* One line of a table. */
+/* A line of a table. */
 struct entry {
-    uint32_t address[4]; /* as it is in memory; IPv4's is the first */
+    uint32_t address[4]; /* in network order; IPv4 has the first word only */
     uint32_t port;
     unsigned state;
     unsigned long inode;
 };
 
-/* What is looked for, and what of it was made first. */
+/* A search: what is looked for, and which of those found was made first. */
 struct search {
     uint32_t port; /* 0: any */
     int family;    /* of what was found; 0: nothing was */
     struct entry found;
-    uint8_t *ports; /* NULL, or a bit for each that there is */
+    uint8_t *ports; /* NULL, or a bit for each port that was found */
 };
 
 static struct waiter *waiters;
 static struct timer next_look;
 static unsigned long own[MAX_OWN];
 static size_t own_count;
-static uint32_t first_port; /* known to be listened on before others; 0: none */
+static uint32_t first_port; /* port that was the first when it was last asked for; 0: none */
 
 void listeners_own(int fd) {
     struct stat status;
@@ -66,9 +66,9 @@ static bool read_entry(const char *line, struct entry *entry) {
     return true;
 }
 
-/* Sockets are numbered as they are made, though by each processor in blocks of its own: the lowest
- * number is the first. The kernel lists those that listen before all others, so that many
- * connections cost nothing. */
+/* Search one table. Of several sockets the one with the lowest inode is the first: the kernel
+ * numbers them as they are made, though each processor from a block of its own. Those that listen
+ * stand before all others, so that many connections cost nothing. */
 static void search_in(struct search *search, const char *table, int family, unsigned state) {
     FILE *file = fopen(table, "re");
     char line[512];
@@ -92,8 +92,8 @@ static void search_tcp(struct search *search) {
     search_in(search, "/proc/net/tcp6", AF_INET6, LISTEN);
 }
 
-/* The first of all ports: what was it once stays it, since numbers say that of sockets of one
- * processor alone. */
+/* Search for the first of all ports. The one that was the first stays it: numbers are in order for
+ * sockets of one processor only. */
 static void search_first(struct search *search) {
     if (first_port) {
         struct search known = *search;
@@ -147,7 +147,7 @@ bool listeners_find(uint32_t protocol, uint32_t *port, struct sockaddr_storage *
 
 static void answer(struct session *session, uint32_t port) {
     session_send_ok(session, port);
-    session_finish(session); /* which makes it a waiter no more */
+    session_finish(session); /* listeners_forget is called by that */
 }
 
 static void look(struct timer *timer) {

@@ -12,7 +12,7 @@
 #include "bpf/flow.h"
 #include "core/util.h"
 
-#define LO 1 /* the first device of a network namespace */
+#define LO 1 /* index: it is the first device of a network namespace */
 #define ROOM 128
 
 struct message {
@@ -37,12 +37,12 @@ static void add(struct message *message, uint16_t type, const void *value, size_
         (uint32_t)(NLMSG_ALIGN(message->header.nlmsg_len) + RTA_LENGTH(size));
 }
 
-/* 0, or -1 with errno. */
+/* Send a message to the kernel, and read its answer. 0, or -1 with errno. */
 static int ask(int fd, const struct message *message) {
     struct {
         struct nlmsghdr header;
         struct nlmsgerr error;
-        uint8_t rest[ROOM]; /* of the message, which comes back with an error */
+        uint8_t rest[ROOM]; /* of the message, which an error brings back */
     } answer;
     if (send(fd, message, message->header.nlmsg_len, 0) < 0) return -1;
     ssize_t got = recv(fd, &answer, sizeof answer, 0);
@@ -65,7 +65,7 @@ static int add_address(int fd, uint8_t family, const void *address, size_t size)
     return ask(fd, &message);
 }
 
-/* As 127.0.0.0/8 is without asking: the whole prefix is this machine. */
+/* Make a whole prefix this machine's, as 127.0.0.0/8 is without asking. */
 static int add_local_route(int fd, const void *prefix, uint8_t bits) {
     struct message message;
     uint32_t device = LO;

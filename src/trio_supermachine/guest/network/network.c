@@ -10,12 +10,12 @@
 #include "network/lo.h"
 #include "system/newfile.h"
 
-/* An address that no machine has: the host itself answers. */
+/* Resolver: an address that no machine has, for which the host itself answers. */
 #define RESOLVER "nameserver 192.0.0.1\n"
 #define RESOLV_CONF "/etc/resolv.conf"
 
-/* A new file, also in the place of a symbolic link: nothing else in the guest keeps it up to date.
- */
+/* Write a new file, also in the place of a symbolic link: nothing in the guest keeps that up to
+ * date. */
 static void name_resolver(void) {
     struct new_file file;
     mkdir("/etc", 0755);

@@ -17,7 +17,7 @@ struct relay {
     bool readable, writable, hung_up;
     bool program_ended; /* the host has been told */
     bool host_ended;    /* the program has been told */
-    bool deaf;          /* the program takes nothing any more; what it has said counts */
+    bool deaf;          /* the program takes nothing; what it has said still goes out */
     uint8_t ahead[MAX_AHEAD];
     size_t ahead_at, ahead_size;
     uint8_t answer[ANSWER_SIZE];
@@ -31,7 +31,7 @@ static void begin(struct relay *relay) {
     relay->begun = true;
 }
 
-/* The connection has another user by now, or none. */
+/* Free a relay, whose connection has gone, or is ended by the caller. */
 static void release(struct relay *relay, bool rudely) {
     struct linger none = {.l_onoff = 1};
     if (rudely) setsockopt(relay->watch.fd, SOL_SOCKET, SO_LINGER, &none, sizeof none);
@@ -56,9 +56,8 @@ static void end_if_both_have(struct relay *relay) {
 
 /* --- to the host --- */
 
-/* A program that was killed looks like one that still listens, until it is sent something: the
- * kernel forgets its socket in a minute (tcp_fin_timeout), and answers probes by RST from then on.
- */
+/* Probe a program that has ended sending. One that was killed looks the same until it is sent
+ * something. The kernel forgets its socket in a minute (tcp_fin_timeout), and then answers RST. */
 static void watch_for_death(int fd) {
     int yes = 1, seconds = PROBE_AFTER;
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &seconds, sizeof seconds);
@@ -88,7 +87,7 @@ static bool pump(struct conn *conn) {
     ssize_t got = recv(relay->watch.fd, at, room, 0);
     if (got > 0) {
         conn->carrier->commit(conn, (size_t)got);
-        /* A socket that gave less is empty: the next event tells of more. */
+        /* Wait for the next event: a socket that gave less is empty. */
         if ((size_t)got < room && !relay->hung_up) relay->readable = false;
         return relay->readable;
     }
@@ -108,7 +107,7 @@ static bool pump(struct conn *conn) {
 
 /* --- to the program --- */
 
-/* OK is taken away from what the host says; anything else is the end. */
+/* Take OK away from what the host says. Anything else in its place is the end. */
 static size_t take_answer(struct relay *relay, const uint8_t *bytes, size_t size) {
     uint8_t expected[FRAME_HEADER];
     size_t used = smaller(size, relay->answer_left), at = ANSWER_SIZE - relay->answer_left;
@@ -120,7 +119,8 @@ static size_t take_answer(struct relay *relay, const uint8_t *bytes, size_t size
     return size;
 }
 
-/* The program's side is broken. What it said before still reaches the host, and then the reset. */
+/* Give up a program's side that is broken. What it said before still reaches the host, and a reset
+ * follows. */
 static void become_deaf(struct relay *relay) {
     relay->deaf = relay->readable = true;
     if (relay->program_ended) break_off(relay);

@@ -1,27 +1,34 @@
-/* A program's TCP connection, and the host's side of it: bytes go both ways as they are. */
+/* A relay: a TCP connection of a program and a connection with the host, whose bytes go both ways
+ * as they are.
+ *
+ * Ends are relayed, too. When one side ends sending, the other is told, and its bytes still come.
+ * When both have, the relay is over. When one side is reset, the other is reset: the host at once;
+ * the program's bytes that came before a reset of its own still go out first (`deaf`).
+ *
+ * Nothing is buffered here. The program's bytes are read straight into the carrier's buffer, when
+ * it is this connection's turn. The host's bytes stay in the carrier's inbox until the program's
+ * socket takes them. */
 #pragma once
 
 #include "core/conn.h"
 #include "core/wire.h"
 
-/* What is said to the host before the program's bytes, at the most. */
+/* Bound on what is said ahead. */
 #define MAX_AHEAD 64
 
 /* Who wants to know about a relay. */
 struct relay_owner {
     void (*begun)(void); /* what is said ahead is out, or never will be */
-    void (*over)(void);  /* it has ended */
+    void (*over)(void);
 };
 
-/* Relay between a connection that has no user, or whose user lets it go by this, and a connected
- * socket, whose owner the relay is from now on. What of the host's has been received and not used
- * comes first. It ends by itself, when both sides have ended sending or one of them has reset its
- * connection: then the other is reset, too.
+/* Relay between a connection, whose user lets it go by this, and a connected socket, which the
+ * relay owns from now on. Bytes of the host that were received and not used come first.
  *
- * `ahead` goes to the host first, the program's bytes right behind it. With `answered` the host's
- * bytes begin by its answer to that: OK, or else the program's connection is reset.
- * `owner` is NULL if nobody wants to know.
+ * `ahead` is said to the host ahead of the program's bytes. `answered`: the host's bytes begin with
+ * its answer to that, which is taken away; if it is not OK, the relay is reset. `owner` may be
+ * NULL.
  *
- * Not from within a call of the connection's user. */
+ * Do not call this from within a call of the connection's user. */
 void relay_start(struct conn *conn, int socket_fd, const void *ahead, size_t ahead_size,
                  bool answered, const struct relay_owner *owner);

@@ -11,14 +11,14 @@ struct udp {
     struct session *session;
     struct watch watch;
     bool readable;
-    uint8_t *rest; /* of a frame of which a part has been sent; until it is out, no other begins */
+    uint8_t *rest; /* of a frame that is partly sent; no other begins until it is out; NULL: none */
     size_t rest_at, rest_size;
 };
 
 static bool from_host(struct session *session, uint8_t stream, const uint8_t *bytes, size_t size) {
     struct udp *udp = session->state;
     if (stream || size > MAX_DATAGRAM) return false;
-    /* The error of an earlier one is told first, and is not this one's. */
+    /* Try twice: an error may be that of an earlier datagram. */
     for (int tries = 0; tries < 2; tries++)
         if (send(udp->watch.fd, bytes, size, MSG_NOSIGNAL) >= 0 || errno == EAGAIN) break;
     return true;
@@ -55,7 +55,7 @@ static bool produce(struct session *session) {
     if (!session->conn->carrier->reserve(session->conn, &at)) return false;
     ssize_t got = recv(udp->watch.fd, frame + FRAME_HEADER, MAX_DATA, 0);
     if (got < 0) {
-        /* An error is that of a datagram sent: nobody took it. There may be more to receive. */
+        /* Go on after an error: it is that of a datagram that was sent, and that nobody took. */
         if (errno == EAGAIN) udp->readable = false;
         return udp->readable;
     }

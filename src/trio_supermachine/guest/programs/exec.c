@@ -21,7 +21,7 @@
 
 struct exec {
     struct session *session;
-    uint8_t *payload; /* what the strings of the request are in */
+    uint8_t *payload; /* has the strings of the request */
     struct request request;
     struct identity identity;
     const char **environment;
@@ -33,9 +33,9 @@ struct exec {
 
     struct input input;
     struct output outputs[2];
-    int program_ends[3]; /* kept while a program of the chain is still to come */
+    int program_ends[3]; /* for the programs of the chain that are still to come */
 
-    /* The first process stays a zombie until the end: its group is the group of all. */
+    /* The first process stays a zombie until the end: the group of all is named by its pid. */
     struct child first, later, *leader;
     pid_t group; /* 0: nothing was started */
     uint32_t stage;
@@ -59,7 +59,7 @@ static int any_master(const struct exec *exec) {
 static void kill_group(struct exec *exec) {
     if (!exec->group) return;
     kill(-exec->group, SIGKILL);
-    /* A shell's jobs have groups of their own; the one in the foreground is the terminal's. */
+    /* Kill the foreground job, too: a shell gives each job a group of its own. */
     pid_t foreground = 0;
     int master = is_terminal(exec) ? any_master(exec) : -1;
     if (master >= 0 && !ioctl(master, TIOCGPGRP, &foreground) && foreground > 1)
@@ -147,7 +147,7 @@ static void start_now(struct start_held *held) { start(CONTAINER(held, struct ex
 
 /* --- staged files --- */
 
-/* Open the next file to stage; publish those that are complete; after the last, start. */
+/* Open the next file to stage. Publish those that are complete. After the last, start. */
 static void stage_on(struct exec *exec) {
     const struct request *request = &exec->request;
     while (exec->files_done < request->file_count) {
@@ -191,16 +191,17 @@ static void send_exit(struct exec *exec, int returncode) {
     write_u32(&writer, exec->timed_out ? EXIT_TIMED_OUT : 0);
     write_u64(&writer, (now_ns() - exec->started_ns) / 1000);
     write_u64(&writer, exec->peak_rss_kib);
-    exec->exited = true; /* the timeout stays, for descendants that hold a stream open */
+    exec->exited = true; /* the timeout goes on, for descendants that hold a stream open */
     close_all(exec->program_ends);
     input_close(&exec->input);
     session_send(exec->session, EXIT, 0, payload, sizeof payload);
     exec->outputs[0].last_stage = true;
-    if (is_terminal(exec)) exec->outputs[0].readable = true; /* to find its end */
+    if (is_terminal(exec)) exec->outputs[0].readable = true; /* its end is still to be found */
     close_if_done(exec);
 }
 
-/* A terminal's session ends with its leader, so each stage has a group of its own. */
+/* Leave the stage that has ended. A terminal's session ends with its leader, so that the next stage
+ * begins a group of its own. */
 static void leave_stage(struct exec *exec) {
     if (is_terminal(exec)) {
         kill_group(exec);
@@ -219,7 +220,7 @@ static void next_stage(struct exec *exec) {
     const char *failed;
     int error = exec->timed_out ? 0 : start_stage(exec, &failed);
     if (exec->timed_out) send_exit(exec, -SIGKILL);
-    else if (error) send_exit(exec, error == ENOENT ? 127 : 126); /* as a shell would say */
+    else if (error) send_exit(exec, error == ENOENT ? 127 : 126); /* as in a shell */
 }
 
 static void next_stage_now(struct start_held *held) {
@@ -312,7 +313,7 @@ static bool take_window(struct exec *exec, uint8_t stream, struct reader *payloa
 static bool take_close(struct exec *exec, uint8_t stream, struct reader *payload) {
     if (!read_whole(payload) || stream < 1 || stream > 2) return false;
     watch_drop(&exec->outputs[stream - 1].watch);
-    if (is_terminal(exec)) input_close(&exec->input); /* with the last of it, it hangs up */
+    if (is_terminal(exec)) input_close(&exec->input); /* with its last end closed it hangs up */
     close_if_done(exec);
     return true;
 }
@@ -323,7 +324,7 @@ static bool take_signal(struct exec *exec, struct reader *payload) {
     uint32_t group = read_u32(payload);
     if (!read_whole(payload)) return false;
     int error = ESRCH;
-    /* The group may have members still when its leader has ended. */
+    /* A group may have members when its leader has ended. */
     if (group ? exec->group != 0 : exec->leader && !exec->exited)
         error = kill(group ? -exec->group : exec->leader->pid, signum) ? errno : 0;
     uint32_t answer[2] = {sequence, (uint32_t)error};

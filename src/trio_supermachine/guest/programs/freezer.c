@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -13,16 +14,16 @@
 #include "system/unique.h"
 
 #define CGROUP "/sys/fs/cgroup/guest"
-#define MAX_CGROUPS 64u /* frozen at once, beside each other */
-#define YIELDS 4
-#define PATIENCE_MS 2000u /* a process in the kernel freezes when it comes out */
+#define MAX_CGROUPS 64u   /* frozen at once */
+#define YIELDS 4          /* ahead of waiting for an event */
+#define PATIENCE_MS 2000u /* for all cgroups together */
 
-static int cgroup = -1; /* where programs begin */
-static int frozen[MAX_CGROUPS];
+static int cgroup = -1;         /* directory of the one that programs begin in */
+static int frozen[MAX_CGROUPS]; /* directories of those that were told to freeze */
 static size_t frozen_count;
 static enum { THAWED, FREEZING, FROZEN } state;
-static struct session *waiting; /* for FREEZING to end */
-static struct watch changes = {.fd = -1};
+static struct session *waiting;           /* for FREEZING to end */
+static struct watch changes = {.fd = -1}; /* of the cgroup that was told last */
 static struct timer patience;
 static struct start_held *first_held;
 
@@ -65,17 +66,22 @@ static void start_held(void) {
 
 /* --- the cgroups --- */
 
-static int command(int directory, const char *word) {
-    int fd = openat(directory, "cgroup.freeze", O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return -1;
-    ssize_t written = write(fd, word, strlen(word));
-    int error = errno;
+/* Write into a file of a cgroup; return 0 or the error. */
+static int write_at(int directory, const char *name, const char *word) {
+    int fd = openat(directory, name, O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return errno;
+    int error = write(fd, word, strlen(word)) < 0 ? errno : 0;
     close(fd);
-    errno = error;
-    return written < 0 ? -1 : 0;
+    return error;
 }
 
-/* Frozen here already, or by the guest's own wish: then it is not ours to thaw. */
+static int command(int directory, const char *word) {
+    errno = write_at(directory, "cgroup.freeze", word);
+    return errno ? -1 : 0;
+}
+
+/* Say whether a cgroup is told to freeze already: by this freezer, or by the guest itself, which
+ * then has to thaw it. */
 static bool is_told_to_freeze(int directory) {
     char word = '1';
     int fd = openat(directory, "cgroup.freeze", O_RDONLY | O_CLOEXEC);
@@ -85,7 +91,7 @@ static bool is_told_to_freeze(int directory) {
     return word == '1';
 }
 
-/* A cgroup that a program has made beside its own, as container engines do. -1: no more. */
+/* Find a cgroup that a program has made beside `guest`, and that is not frozen. -1: no more. */
 static int find_other(void) {
     int fd = openat(cgroup, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC), found = -1;
     DIR *top = fd < 0 ? NULL : fdopendir(fd);
@@ -106,7 +112,7 @@ static int find_other(void) {
     return found;
 }
 
-/* --- freezing them one after the other: those that are frozen make no new ones --- */
+/* --- freezing, one cgroup after the other --- */
 
 static struct session *end_wait(void) {
     struct session *session = waiting;
@@ -133,11 +139,11 @@ static void give_up(int error) {
     session_fail(session, error, 0, "freezing: %s", strerror(error));
 }
 
-/* Whether it has happened to the one that was told last. */
+/* Say whether the cgroup that was told last is frozen. */
 static bool is_frozen(void) {
     char text[128];
     ssize_t size = pread(changes.fd, text, sizeof text - 1, 0);
-    if (size < 0) return errno == ENODEV; /* it was removed, so nothing was in it */
+    if (size < 0) return errno == ENODEV; /* it was removed, and so was empty */
     text[size] = 0;
     return strstr(text, "frozen 1");
 }
@@ -152,8 +158,8 @@ static int begin(int directory) {
     return command(directory, "1");
 }
 
-/* Programs that can freeze do so when they run next. The kernel tells of it at most every 10 ms, so
- * that giving them the processor a few times is often quicker than to wait for it. */
+/* Give programs the processor a few times: those that can freeze do so when they run next. That is
+ * often quicker than to wait for the event, which comes every 10 ms at the most. */
 static bool is_frozen_soon(void) {
     for (int yields = 0; yields < YIELDS; yields++) {
         if (is_frozen()) return true;
@@ -215,6 +221,39 @@ void freezer_freeze(struct session *session) {
 void freezer_thaw(void) {
     if (waiting) give_up(ECANCELED);
     else thaw();
+}
+
+/* Wait until a cgroup has no process that lives, or until `deadline`. */
+static void await_empty(int directory, uint64_t deadline) {
+    int fd = openat(directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
+    for (;;) {
+        char text[128];
+        ssize_t size = pread(fd, text, sizeof text - 1, 0);
+        if (size < 0) break; /* it was removed, so nothing was in it */
+        text[size] = 0;
+        uint64_t now = now_ns();
+        if (strstr(text, "populated 0") || now >= deadline) break;
+        struct pollfd change = {.fd = fd, .events = POLLPRI};
+        poll(&change, 1, (int)((deadline - now) / NS_PER_MS + 1));
+    }
+    if (fd >= 0) close(fd);
+}
+
+void freezer_kill(void) {
+    int killed[MAX_CGROUPS];
+    size_t killed_count = 0;
+    for (size_t at = 0; at < frozen_count; at++) {
+        int error = write_at(frozen[at], "cgroup.kill", "1");
+        if (error) say("cgroup.kill: %s", strerror(error));
+        int directory = fcntl(frozen[at], F_DUPFD_CLOEXEC, 0);
+        if (directory >= 0) killed[killed_count++] = directory;
+    }
+    thaw();
+    uint64_t deadline = now_ns() + PATIENCE_MS * NS_PER_MS;
+    while (killed_count) {
+        await_empty(killed[--killed_count], deadline);
+        close(killed[killed_count]);
+    }
 }
 
 void freezer_forget(struct session *session) {

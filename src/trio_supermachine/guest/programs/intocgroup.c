@@ -6,8 +6,9 @@
 #include <stdint.h>
 #include <sys/syscall.h>
 
-/* Moving a process between cgroups waits for every processor; to be born in one costs nothing. But
- * libc has no function for it, and one in C cannot return on two stacks. */
+/* Moving a process to a cgroup waits for every processor; being born in one costs nothing. Only
+ * clone3 can do that. libc has no function for it, and C cannot return on two stacks: so the child
+ * calls its function, and never returns from it, in assembler. */
 
 #define INTO_CGROUP 0x200000000ull
 

@@ -17,13 +17,14 @@
 #include "programs/freezer.h"
 #include "programs/intocgroup.h"
 
-/* The child shares this process's memory until it executes (CLONE_VM|CLONE_VFORK: nothing is
- * copied, and an error is simply left behind in `struct start`). It must call nothing that keeps
- * state; libc's set*id would try to reach other threads, hence the plain system calls. */
+/* The child runs in this process's memory until it executes, while this process stands still
+ * (CLONE_VM and CLONE_VFORK). So nothing is copied, and the child leaves its error in `struct
+ * start`. It must call nothing that keeps state. libc's set*id functions would try to reach other
+ * threads, so the system calls are made directly. */
 
 struct start {
     const struct program *program;
-    const char *path; /* PATH, or NULL when argv[0] is a path itself */
+    const char *path; /* to look in for argv[0]; NULL: that is a path itself */
     int error;
     const char *failed;
 };
@@ -69,7 +70,7 @@ static bool must_change(const struct identity *identity) {
     return identity->uid || identity->gid || identity->group_count || geteuid();
 }
 
-/* Returns what failed, with errno. */
+/* Turn the child into the program. Returns what failed, with errno. */
 static const char *become(struct start *start) {
     const struct program *program = start->program;
     const struct identity *identity = program->identity;
@@ -81,7 +82,7 @@ static const char *become(struct start *start) {
     signal(SIGPIPE, SIG_DFL);
     umask(022);
     write_text("/proc/self/oom_score_adj", "0");
-    /* While still privileged, as container engines do: a workdir may be closed to the user. */
+    /* Change it while privileged, as container engines do: it may be closed to the user. */
     if (chdir(program->cwd)) return program->cwd;
     if (must_change(identity)) {
         if (syscall(SYS_setgroups, identity->group_count, identity->groups)) return "groups";
@@ -118,7 +119,8 @@ pid_t spawn(const struct program *program, const char **failed) {
     pid_t pid = -1;
     if (freezer_cgroup() >= 0)
         pid = clone_into_cgroup(freezer_cgroup(), child, stack, sizeof stack, &start);
-    /* What users make of their cgroups must not keep programs from running. */
+    /* Start it anywhere else: whatever programs did to their cgroup must not keep others from
+     * running. */
     if (pid < 0) pid = clone(child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, &start);
     if (pid < 0) {
         start.error = errno;

@@ -1,4 +1,4 @@
-/* Start one program, cheaply, and find out why when it cannot be started. */
+/* Start one program, quickly, and say why if it cannot be started. */
 #pragma once
 
 #include "system/users.h"
@@ -12,16 +12,17 @@ struct program {
     const struct identity *identity;
     int stdio[3];
     bool terminal; /* stdio[0] becomes the controlling terminal of a new session */
-    pid_t group;   /* the process group to join; 0: its own */
+    pid_t group;   /* the process group to join; 0: a new one */
 };
 
-/* The pid, or -1 with errno as the failing call left it; `failed` then names the thing. */
+/* Start a program. Returns its pid when it has executed; or -1 with the errno of the call that
+ * failed, and in `failed` what that was about. */
 pid_t spawn(const struct program *program, const char **failed);
 
-/* Once, at the start: remember what children get back of what this process changes for itself. */
+/* Prepare this process. Once, at the start: programs get back the limits that it had before. */
 void spawn_init(void);
 
-/* `base` and over it `extra`, both NAME=value; then PATH, HOME and (for a terminal) TERM where
- * missing, unless `exact`. A single block for free(). NULL: out of memory. */
+/* Put `extra` over `base`, both lists of NAME=value; then add PATH, HOME and (for a terminal) TERM
+ * where missing, unless `exact`. Returns one block for free(). NULL: out of memory. */
 const char **merge_environment(const char *const *base, const char *const *extra, bool exact,
                                const char *home, bool terminal);

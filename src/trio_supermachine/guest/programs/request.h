@@ -1,4 +1,4 @@
-/* What an EXEC frame asks for. */
+/* The request of an exec, as docs/wire.rst has it. */
 #pragma once
 
 #include "core/wire.h"
@@ -31,6 +31,7 @@ struct request {
     uint32_t file_count;
 };
 
-/* The strings stay in the payload. False: it breaks the protocol. Release it either way. */
+/* Read a request into zeroed memory. The strings stay in the payload. False: it breaks the
+ * protocol. Release it either way. */
 bool request_read(struct request *request, struct reader *payload);
 void request_release(struct request *request);

@@ -43,13 +43,13 @@ static int open_terminal(const struct request *request, struct ends *ends) {
     return 0;
 }
 
-/* `out`: the program writes it. */
+/* Make one pipe. `out`: the program writes it. */
 static int open_pipe(int *agent, int *program, bool out, uid_t owner) {
     int pair[2];
     if (pipe2(pair, O_CLOEXEC)) return -1;
     *agent = pair[out ? 0 : 1];
     *program = pair[out ? 1 : 0];
-    /* So that a user's program can open /dev/stdout anew. */
+    /* Let the user's program open /dev/stdout anew. */
     if (owner) (void)!fchown(*program, owner, (gid_t)-1);
     return fcntl(*agent, F_SETFL, O_NONBLOCK | (out ? O_RDONLY : O_WRONLY));
 }

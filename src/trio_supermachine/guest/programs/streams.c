@@ -7,8 +7,8 @@
 #include <termios.h>
 #include <unistd.h>
 
-/* Larger pipes mean fewer switches between a program that moves much and this one. Most move
- * little. */
+/* Enlarge the pipe of a program that moves much: there are fewer switches between it and this one.
+ * Most programs move little. */
 #define PIPE_SIZE 262144
 #define MUCH 32768
 
@@ -45,7 +45,7 @@ enum produced output_produce(struct output *output) {
     ssize_t got = read(output->watch.fd, at, room);
     if (got > 0) {
         output->credit -= (uint64_t)got;
-        /* A pipe that gave less is empty: the next event tells of more. */
+        /* Wait for the next event: a pipe that gave less is empty. */
         if ((size_t)got < room && !output->hung_up && !output->terminal) output->readable = false;
         if (got >= MUCH && !output->enlarged && !output->terminal) {
             output->enlarged = true;
@@ -70,7 +70,7 @@ void input_close(struct input *input) {
     input->size = 0;
 }
 
-/* Nobody reads it any more. */
+/* Close an input that the program reads no more, and tell the host. */
 static void input_refused(struct input *input) {
     input_close(input);
     if (!input->ending) session_send(input->session, CLOSE, 0, NULL, 0);
@@ -122,7 +122,7 @@ static void input_ready(struct watch *watch, uint32_t events) {
 void input_open(struct input *input, struct session *session, int fd) {
     input->session = session;
     input->writable = true;
-    if (input->ending && !input->terminal) { /* END came ahead of the start */
+    if (input->ending && !input->terminal) { /* END has come already */
         close(fd);
         return;
     }
@@ -134,7 +134,7 @@ void input_open(struct input *input, struct session *session, int fd) {
 static void input_put(struct input *input, const uint8_t *bytes, size_t size) {
     size_t written = input->size ? 0 : input_write(input, bytes, size);
     if (written == size || input->watch.fd < 0) return;
-    /* Room for all that the window lets in, and for the end of a terminal's input. */
+    /* Have room for a whole window, and for the end of a terminal's input. */
     const size_t capacity = STDIN_WINDOW + 2;
     if (!input->buffer) input->buffer = must_alloc(capacity);
     if (input->at + input->size + size - written > capacity) {
@@ -148,7 +148,7 @@ static void input_put(struct input *input, const uint8_t *bytes, size_t size) {
 bool input_data(struct input *input, const uint8_t *bytes, size_t size) {
     if (input->ending || size > input->credit) return false;
     input->credit -= (uint32_t)size;
-    if (input->watch.fd < 0) return true; /* sent before the host saw CLOSE */
+    if (input->watch.fd < 0) return true; /* thrown away: the host has not seen CLOSE yet */
     input->last = bytes[size - 1];
     input_put(input, bytes, size);
     if (input->owed >= STDIN_WINDOW / 2) session_wake(input->session);
@@ -166,7 +166,7 @@ bool input_end(struct input *input) {
     struct termios settings;
     uint8_t end = 4;
     if (!tcgetattr(input->watch.fd, &settings)) end = settings.c_cc[VEOF];
-    /* Within a line the first one only hands over what was typed of it. */
+    /* Send it twice within a line, where the first only hands over what was typed. */
     uint8_t twice[2] = {end, end};
     bool in_line = input->last && input->last != '\n' && input->last != '\r';
     input_put(input, twice, in_line ? 2 : 1);
@@ -175,7 +175,7 @@ bool input_end(struct input *input) {
 
 bool input_grant(struct input *input) {
     if (input->owed < STDIN_WINDOW / 2 || input->watch.fd < 0) return false;
-    /* The end of a terminal's input is not the host's to have back. */
+    /* Give nothing back for the end of a terminal's input, which the host did not send. */
     uint32_t grant = input->ending ? 0 : input->owed;
     input->credit += grant;
     input->owed = 0;

@@ -13,6 +13,8 @@
 #include "programs/program.h"
 #include "system/children.h"
 
+#define PID_FILE "/run/supermachine-workload.pid"
+
 struct waiter {
     struct session *session;
     struct waiter *next;
@@ -20,6 +22,7 @@ struct waiter {
 
 static enum { NONE, RUNNING, ENDED } phase;
 static struct child workload = {.ended = {.fd = -1}};
+static bool dropped; /* while RUNNING */
 static pid_t group;
 static struct ending result;
 static uint64_t started_ns, ended_ns;
@@ -39,7 +42,7 @@ static void tell(struct session *session) {
 static void end(void) {
     phase = ENDED;
     ended_ns = now_ns();
-    while (waiters) tell(waiters->session); /* which forgets it */
+    while (waiters) tell(waiters->session); /* each is forgotten by that */
 }
 
 static void workload_ended(struct watch *watch, uint32_t events) {
@@ -47,9 +50,10 @@ static void workload_ended(struct watch *watch, uint32_t events) {
     if (phase != RUNNING || !child_ended(&workload, &result)) return;
     if (machine_is_ours) {
         child_reap(&workload);
-        group = 0; /* and could be another's soon */
+        group = 0; /* its number may be another's soon */
     }
-    end();
+    if (dropped) phase = NONE;
+    else end();
 }
 
 static void write_pid(const char *path) {
@@ -58,8 +62,10 @@ static void write_pid(const char *path) {
     if (path && write_text(path, text)) say("%s: %s", path, strerror(errno));
 }
 
-void workload_start(const char *const *argv, const char *pid_path) {
-    if (!*argv) return;
+int workload_start(const char *const *argv) {
+    if (phase != NONE) return EBUSY;
+    if (!*argv) return 0;
+    const char *pid_path = machine_is_ours ? PID_FILE : NULL;
     static struct identity identity;
     char message[300];
     const char *failed = message;
@@ -68,7 +74,7 @@ void workload_start(const char *const *argv, const char *pid_path) {
     const char **environment = merge_environment(image.environment, (const char *const[]){NULL},
                                                  false, identity.home, false);
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    /* The console is this process's stderr, too. Its user may open /dev/stdout anew. */
+    /* Let its user open /dev/stdout anew. It is the console, as this process's stderr is. */
     if (identity.uid && pid_path) (void)!fchown(2, identity.uid, (gid_t)-1);
     struct program program = {
         .argv = argv,
@@ -85,18 +91,21 @@ void workload_start(const char *const *argv, const char *pid_path) {
         say("workload: %s: %s", failed, strerror(error));
         result.returncode = error == ENOENT ? 127 : 126;
         end();
-        return;
+        return 0;
     }
     phase = RUNNING;
     group = pid;
     child_watch(&workload, pid, workload_ended);
     write_pid(pid_path);
+    return 0;
 }
 
-int workload_pid(void) { return phase == RUNNING ? workload.pid : 0; }
+static bool runs(void) { return phase == RUNNING && !dropped; }
+
+int workload_pid(void) { return runs() ? workload.pid : 0; }
 
 int workload_signal(int signum) {
-    if (phase != RUNNING) return ESRCH;
+    if (!runs()) return ESRCH;
     return kill(workload.pid, signum) ? errno : 0;
 }
 
@@ -104,8 +113,13 @@ void workload_kill(void) {
     if (group) kill(-group, SIGKILL);
 }
 
+void workload_drop(void) {
+    if (phase == RUNNING) dropped = true;
+    else phase = NONE;
+}
+
 void workload_await(struct session *session) {
-    if (phase == NONE) {
+    if (phase == NONE || dropped) {
         session_fail(session, ESRCH, 0, "the image has no workload");
     } else if (phase == ENDED) {
         tell(session);

@@ -1,21 +1,27 @@
-/* The image's own program, supervised. */
+/* The workload: the image's own program. It is started once, at set-up or later, and supervised. */
 #pragma once
 
 #include "core/session.h"
 
-/* Start it. A failure to do so is the workload's end, with 127 or 126. */
-void workload_start(const char *const *argv, const char *pid_path);
+/* Start it; an empty vector is none. In a machine of its own its pid is in PID_FILE. If it cannot be
+ * started, it counts as ended with 127 (there is no such program) or 126. Return 0, or EBUSY when
+ * there is or was one. */
+int workload_start(const char *const *argv);
 
-/* 0, or ESRCH and whatever kill(2) says. */
+/* Signal it. 0, or ESRCH when it does not run, or what kill(2) says. */
 int workload_signal(int signum);
 
-/* Its process, 0 when there is none (any more). */
+/* Return its pid, or 0 when it does not run. */
 int workload_pid(void);
 
+/* SIGKILL its process group. */
 void workload_kill(void);
 
-/* EXIT to this session when it has ended; ERROR at once if there never was one. */
+/* Do not count it any more: it is being killed, and from now on there never was one. */
+void workload_drop(void);
+
+/* Send EXIT to this session when it has ended; ERROR at once if there never was one. */
 void workload_await(struct session *session);
 
-/* This session does not wait any more. */
+/* Forget this session, which has gone. */
 void workload_forget(struct session *session);

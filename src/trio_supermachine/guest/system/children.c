@@ -19,7 +19,7 @@ void child_watch(struct child *child, pid_t pid, void (*ended)(struct watch *, u
 bool child_ended(const struct child *child, struct ending *ending) {
     siginfo_t info = {0};
     struct rusage usage = {0};
-    /* The system call, unlike libc's function, tells the usage too, even with WNOWAIT. */
+    /* Call the kernel: libc's function does not tell the usage. */
     if (syscall(SYS_waitid, P_PID, child->pid, &info, WEXITED | WNOWAIT | WNOHANG, &usage) ||
         !info.si_pid)
         return false;

@@ -20,7 +20,7 @@ struct reading {
 };
 
 static int open_readable(const char *path, struct stat *status) {
-    /* O_NONBLOCK: whatever it is, this loop must not hang on it. */
+    /* Do not wait for the other end of a FIFO: the loop must not hang. */
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
     if (fd < 0) return -1;
     bool known = !fstat(fd, status);
@@ -72,7 +72,7 @@ static bool read_file_produce(struct session *session) {
         session_send(session, END, 0, NULL, 0);
         session_finish(session);
     } else if ((uint64_t)got > reading->left) {
-        /* It grew, or is a file whose size the kernel does not tell. */
+        /* Refuse what grew, or is a file whose size the kernel does not tell. */
         session_fail(session, EFBIG, reading->sent + (uint64_t)got, "beyond the cap");
     } else {
         reading->left -= (uint64_t)got;

@@ -35,7 +35,7 @@ void load_modules(void) {
         if (!*name) continue;
         snprintf(path, sizeof path, "/modules/%s", name);
         if (vsock || !strstr(name, "vsock")) load(name, path);
-        unlink(path); /* its memory is the guest's */
+        unlink(path); /* give its memory back */
     }
     fclose(order);
 }

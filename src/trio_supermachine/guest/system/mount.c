@@ -36,7 +36,7 @@ static const struct special late[] = {
 
 static const char *mount_special(const struct special *what, size_t count) {
     for (; count--; what++) {
-        /* Below /proc and /sys the kernel has the directories that it supports. */
+        /* Make the directory. Below /proc and /sys the kernel has those that it supports. */
         struct stat status;
         if (!lstat(what->at, &status) && !S_ISDIR(status.st_mode)) unlink(what->at);
         if (mkdir(what->at, 0755) && errno != EEXIST && !what->optional) return what->at;
@@ -51,7 +51,7 @@ void mount_early(void) {
     if (failed) die("%s: %s", failed, strerror(errno));
 }
 
-/* vda ... vdz, vdaa ... */
+/* Name a disk: vda to vdz, vdaa, and so on. */
 static void disk_name(unsigned index, char *name, size_t size) {
     if (index < 26) snprintf(name, size, "/dev/vd%c", 'a' + index);
     else snprintf(name, size, "/dev/vd%c%c", 'a' + index / 26 - 1, 'a' + index % 26);
@@ -91,7 +91,7 @@ static const char *enter_root(void) {
     umount2("/dev", MNT_DETACH);
     umount2("/sys", MNT_DETACH);
     umount2("/proc", MNT_DETACH);
-    /* As switch_root does: an initramfs cannot be pivoted away. */
+    /* Move the mount, as switch_root does: pivot_root cannot leave an initramfs. */
     if (chdir("/n") || mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
         return "new root";
     return NULL;

@@ -25,7 +25,7 @@ void add_entropy(const uint8_t *seed, uint32_t size) {
     pool->buf_size = (int)size;
     memcpy(pool->buf, seed, size);
     int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
-    /* A generator that runs already takes in what it is given only after minutes, unless told. */
+    /* Have it reseed now: a generator that runs already would do so after minutes only. */
     if (fd < 0 || ioctl(fd, RNDADDENTROPY, pool) || ioctl(fd, RNDRESEEDCRNG))
         say("entropy: %s", strerror(errno));
     free(pool);
@@ -41,7 +41,7 @@ void set_clock(uint64_t realtime_ns) {
 }
 
 void name_host(const char *hostname) {
-    static char hosts[512]; /* as written here: a file that says otherwise is the image's */
+    static char hosts[512]; /* as written here; any other content is the image's */
     char text[512];
     if (!*hostname) return;
     if (sethostname(hostname, strlen(hostname))) say("hostname: %s", strerror(errno));
@@ -55,7 +55,7 @@ void name_host(const char *hostname) {
     if (write_text("/etc/hosts", hosts)) say("/etc/hosts: %s", strerror(errno));
 }
 
-/* --- the machine's and the boot's identity --- */
+/* --- machine id and boot id --- */
 
 static bool is_hexadecimal(const char *text, size_t size) {
     return strspn(text, "0123456789abcdef") >= size;
@@ -73,8 +73,8 @@ bool is_boot_id(const char *text) {
     return !*text;
 }
 
-/* Have `path` read as this by a mount, for what cannot be replaced; `mounted`: it is so already.
- * Returns a descriptor to write it anew, or -1. */
+/* Mount a file with this text over `path`, which cannot be replaced. `mounted`: one is there
+ * already, and gives way. Returns a descriptor to write the text anew, or -1. */
 static int cover(const char *path, const char *text, bool *mounted) {
     static const char source[] = "/run/.supermachine-cover";
     unlink(source);
@@ -99,12 +99,12 @@ static int replace(const char *path, const char *text) {
     return new_file_publish(&file, 0, 0);
 }
 
-/* What the file is, behind symbolic links; itself, if it does not exist. */
+/* Follow symbolic links. Returns the path itself if nothing is there. */
 static const char *behind(const char *path, char *real) {
     return realpath(path, real) ? real : strcpy(real, path);
 }
 
-/* Whether a file may take its place. What is a link after all leads nowhere. */
+/* Say whether a file may take this place. A link here leads nowhere: others were followed. */
 static bool is_file_or_nothing(const char *path) {
     struct stat status;
     return lstat(path, &status) || S_ISREG(status.st_mode) || S_ISLNK(status.st_mode);
@@ -115,13 +115,13 @@ static void write_machine_id(const char *id) {
     char text[40], real[PATH_MAX], dbus[PATH_MAX];
     snprintf(text, sizeof text, "%s\n", id);
     mkdir("/etc", 0755);
-    /* As systemd does where the file cannot be written. */
+    /* Cover it where it cannot be replaced, as systemd does. */
     if (is_file_or_nothing(behind(MACHINE_ID, real)) && (covered || replace(real, text))) {
         int fd = cover(real, text, &covered);
         if (fd < 0) say(MACHINE_ID ": %s", strerror(errno));
         else close(fd);
     }
-    /* What older systems have as a file of its own is a symbolic link to it now. */
+    /* Replace the file of D-Bus, too, where it is no link, as on older systems. */
     if (access(DBUS_MACHINE_ID, F_OK) || !strcmp(behind(DBUS_MACHINE_ID, dbus), real)) return;
     if (is_file_or_nothing(dbus) && replace(dbus, text))
         say(DBUS_MACHINE_ID ": %s", strerror(errno));
@@ -136,11 +136,11 @@ void set_machine_id(const char *id) {
     write_machine_id(id);
 }
 
-/* --- what a copy writes to, made ready at the capture: in a copy all code is slow at first --- */
+/* --- renewal --- */
 
 static int machine_id_file = -1, boot_id_file = -1;
 
-/* The file, if writing 33 bytes over it is all there is to do. */
+/* Open the file, if all there is to do is to write 33 bytes over it. */
 static int open_machine_id(void) {
     char now[64], real[PATH_MAX], dbus[PATH_MAX];
     if (read_text(MACHINE_ID, now, sizeof now) != 33 || !is_hexadecimal(now, 32)) return -1;
@@ -149,8 +149,8 @@ static int open_machine_id(void) {
     return open(real, O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
 }
 
-/* In a user namespace the kernel lets /proc be mounted only if one that nothing covers is in sight:
- * without this, sandboxes of unprivileged users would not work in copies. */
+/* Mount a /proc that nothing covers, out of the way. Only if there is one does the kernel let a
+ * user namespace mount its own: sandboxes of unprivileged users would not work in copies. */
 static void keep_clean_proc(void) {
     static const char at[] = "/run/.supermachine-proc";
     mkdir(at, 0700);
@@ -185,7 +185,7 @@ static bool is_linked(int fd) {
 }
 
 void renew_identity(const char *machine_id, const char *boot_id) {
-    /* The host may have replaced the file in the meantime. */
+    /* Look whether the file is still in place: the host may have replaced it. */
     if (!is_linked(machine_id_file) || !write_over(machine_id_file, machine_id))
         write_machine_id(machine_id);
     if (boot_id_file < 0) boot_id_file = cover_boot_id();

@@ -7,12 +7,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Decimal digits and nothing else. */
+/* Read a number that is decimal digits and nothing else. */
 static bool number(const char *text, uint32_t *value) {
     if (!*text || strspn(text, "0123456789") != strlen(text)) return false;
     errno = 0;
     unsigned long long wide = strtoull(text, NULL, 10);
-    if (errno || wide >= UINT32_MAX) return false; /* all ones means "none" to the kernel */
+    if (errno || wide >= UINT32_MAX) return false; /* all ones: "none" to the kernel */
     *value = (uint32_t)wide;
     return true;
 }

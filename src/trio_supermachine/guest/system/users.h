@@ -1,4 +1,4 @@
-/* Whom a program runs as, from the image's own /etc/passwd and /etc/group. */
+/* Users and groups, as the image's own /etc/passwd and /etc/group have them. */
 #pragma once
 
 #include <limits.h>
@@ -16,5 +16,5 @@ struct identity {
     char home[PATH_MAX];
 };
 
-/* Look up `name|uid[:group|gid]`, as Docker does; empty is root. 0, or an errno with `message`. */
+/* Look up `name|uid[:group|gid]` as Docker does. Empty is root. 0, or an errno with `message`. */
 int find_identity(const char *user, struct identity *identity, char *message, size_t message_size);

@@ -1,11 +1,13 @@
-"""The marks of public classes: the name that users know, and no constructor.
+"""Marks of public classes: the name that users know, and no constructor.
 
-A class says ``trio_supermachine.Vm`` in its ``repr``, in pickles and in the documentation, wherever
-its module is. What only a factory makes has :class:`NoPublicConstructor` as its metaclass.
+A class is ``trio_supermachine.Vm`` in its ``repr``, in pickles and in the documentation, wherever
+its module is: :func:`public` says so. A class that only a factory makes has
+:class:`NoPublicConstructor` as its metaclass.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABCMeta
 from types import FunctionType
 from typing import Any, TypeVar
@@ -16,7 +18,12 @@ T = TypeVar("T")
 
 
 def public(cls: type[T]) -> type[T]:
-    """Let a class, with its methods, belong to the package itself: a class decorator."""
+    """Let a class and its methods belong to the package itself: the outermost class decorator.
+
+    Annotations of the class are evaluated here, in the module that has their names:
+    :func:`typing.get_type_hints` would look for these in the package.
+    """
+    cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
     cls.__module__ = _PACKAGE
     for member in vars(cls).values():
         function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
@@ -26,10 +33,10 @@ def public(cls: type[T]) -> type[T]:
 
 
 class NoPublicConstructor(ABCMeta):
-    """The metaclass of classes that only this package makes, by ``Class._create(...)``.
+    """Metaclass of classes that only this package makes, by ``Class._create(...)``.
 
-    Calling such a class raises :exc:`TypeError`, which names what makes one, if the class has
-    that in ``_made_by``.
+    A call of such a class raises :exc:`TypeError`. Its message names the factory, if the class has
+    that as ``_made_by``.
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:

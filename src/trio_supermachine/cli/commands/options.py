@@ -1,4 +1,4 @@
-"""What options of several commands have in common."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import get_args
 
 import click
 
-from ..config.vm import EngineName
-from ..images.policy import PullPolicy
+from ...config.defaults import EngineName
+from ...images.policy import PullPolicy
 
 
 def variables(
     context: click.Context, parameter: click.Parameter, values: Sequence[str]
 ) -> tuple[tuple[str, str], ...]:
-    """``NAME=VALUE`` options; a ``NAME`` alone stands for this program's own variable."""
+    """Read ``NAME=VALUE`` options; a ``NAME`` alone stands for this program's own variable."""
     found = []
     for text in values:
         key, equals, value = text.partition("=")
@@ -56,3 +56,5 @@ pull = click.option(
     show_default=True,
     help="When to ask a registry.",
 )
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr.")
