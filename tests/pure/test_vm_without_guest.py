@@ -25,6 +25,7 @@ from trio_supermachine.hv.base import MachineSpec
 from trio_supermachine.hv.fake import FakeEngine, FakeGuest
 from trio_supermachine.images.spec import ImageSpec, image_of
 from trio_supermachine.oci.config import ImageConfig
+from trio_supermachine.programs.child import open_child
 from trio_supermachine.programs.request import exec_request
 from trio_supermachine.vm import plan as planning
 from trio_supermachine.vm.limits import memory_admission, spawn_concurrency
@@ -293,7 +294,7 @@ async def test_programs_run_in_the_real_agent_without_a_machine() -> None:
     async with open_vm(boot(engine)) as running:
         await running.ping()
         request = exec_request([["sh", "-c", "read line; echo got $line"]], wire.ExecFlags.STDIN)
-        async with running.open_exec(request) as child:
+        async with open_child(running.open_exec(request)) as child:
             assert child.stdin is not None
             await child.stdin.send_all(b"it\n")
             said = b"".join([chunk async for chunk in child.stdout])
