@@ -74,8 +74,8 @@ class ExecProtocol:
         self.pid: int | None = None
         self.error: GuestError | None = None
         self.exit: Exit | None = None
-        self.stdin_credit = 0
-        self.stdin_closed = not stdin
+        self.stdin_credit: int = 0
+        self.stdin_closed: bool = not stdin
         self.acks: dict[int, int] = {}
         self._decoder = wire.FrameDecoder()
         self._window = window

@@ -82,7 +82,7 @@ class BlobWriter:
         self._pending: list[bytes] = []
         self._pending_size = 0
         #: How many bytes there are, those that are not written yet too.
-        self.done = 0
+        self.done: int = 0
 
     async def resume(self) -> None:
         """Hash what is in the file already, and go on after it."""

@@ -32,7 +32,7 @@ class VmNetwork:
         self._client = client
         self._directory = directory
         #: The guest's way out.
-        self.egress = EgressServer(client.machine.listen(wire.EGRESS_PORT), policy)
+        self.egress: EgressServer = EgressServer(client.machine.listen(wire.EGRESS_PORT), policy)
         self._nursery: trio.Nursery | None = None
         self._error = VmExited("stopped")
         self._sockets: UnixSockets | None = None

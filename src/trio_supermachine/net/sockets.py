@@ -132,8 +132,8 @@ class UnixSockets:
                 check.socket_directory(directory)
                 directory.mkdir(mode=0o700, exist_ok=True)
             name = directory.absolute() / f"vm-{secrets.token_hex(8)}"
-            self.vsock_path = Path(f"{name}-vsock.sock")
-            self.exec_path = Path(f"{name}-exec.sock")
+            self.vsock_path: Path = Path(f"{name}-vsock.sock")
+            self.exec_path: Path = Path(f"{name}-exec.sock")
             self._servers = [
                 Server(_listen(path, stack), handle, MAX_CONNECTIONS)
                 for path, handle in (

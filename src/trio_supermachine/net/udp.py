@@ -84,9 +84,9 @@ class UdpServer:
         self._flows: OrderedDict[Any, _Flow] = OrderedDict()
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
-        self.local_addr = local_addr(sock)
+        self.local_addr: tuple[str, int] = local_addr(sock)
         self.guest_port = guest_port
-        self.dropped = 0
+        self.dropped: int = 0
 
     def __repr__(self) -> str:
         return f"<UdpForwarder {format_address(*self.local_addr)} to port {self.guest_port}>"

@@ -72,15 +72,17 @@ class Board:
         if len(spec.disks) > MAX_DISKS:
             raise ConfigError(f"{len(spec.disks)} disks; the KVM engine has {MAX_DISKS} at most")
         #: Held by whoever touches registers of devices.
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         vsock = VsockDevice()
         #: The connections of the machine.
-        self.mux = VsockMux(vsock)
+        self.mux: VsockMux = VsockMux(vsock)
         # The kernel's machine goes first, with all that it has of ours; memory goes last.
         with ExitStack() as stack, ExitStack() as machine:
             restore = spec.restore
             self._stack = stack
-            self.memory = MachineMemory(spec.memory_mib, restore.memory if restore else None)
+            self.memory: MachineMemory = MachineMemory(
+                spec.memory_mib, restore.memory if restore else None
+            )
             stack.callback(self.memory.close)
             if restore is not None:
                 self.memory.patch(restore.patches)

@@ -52,10 +52,10 @@ class MachineMemory:
             parts.append((start, self._bytes[at : at + length]))
             at += length
         #: As the guest's devices see it.
-        self.guest = GuestMemory(parts)
+        self.guest: GuestMemory = GuestMemory(parts)
         with ffi.from_buffer("char[]", self._mapping) as address:
             #: As its pages are seen.
-            self.pages = ProcessMemory(
+            self.pages: ProcessMemory = ProcessMemory(
                 os.getpid(), int(ffi.cast("uintptr_t", address)), size, restored=file is not None
             )
         #: In bytes.

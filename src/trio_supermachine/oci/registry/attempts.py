@@ -16,7 +16,7 @@ from .settings import RegistrySettings
 T = TypeVar("T")
 
 #: What a mirror's failure may be, for which the next one is asked.
-Failed = (Transient, RegistryError, ImageNotFound, ImageCorrupt)
+Failed: Final = (Transient, RegistryError, ImageNotFound, ImageCorrupt)
 _ATTEMPTS_AT_MIRROR: Final = 2
 
 
