@@ -2,7 +2,7 @@
 
 - Signatures of attrs classes show what a default is, not where attrs keeps it
   (``attr_dict['vcpus'].default``).
-- Fields of attrs classes are listed, also those without a comment of their own.
+- Fields of attrs classes and members of enumerations are listed, also without a comment.
 - ``:ivar name: text`` in the docstring of a class becomes the text of that field, or an entry of
   its own for an attribute that Sphinx does not find. Either can be linked to.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from enum import Enum
 from operator import attrgetter
 from typing import Any
 
@@ -62,7 +63,9 @@ def _keep_fields(
     # A field of a frozen class is a slot. Sphinx lists one that has a comment, and has a sentinel
     # for it whose place differs between versions.
     is_slot = repr(member) in ("SLOTS_ATTR", "SLOTSATTR")
-    return False if is_slot and not name.startswith("_") else None
+    if (is_slot or isinstance(member, Enum)) and not name.startswith("_"):
+        return False
+    return None
 
 
 def _described(docstring: list[str]) -> tuple[dict[str, list[str]], list[str]]:

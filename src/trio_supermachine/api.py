@@ -15,9 +15,9 @@ from typing import Literal, final
 
 import attrs
 
+from ._public import NoPublicConstructor, public
 from ._util import validators as check
 from ._util.progress import ProgressCallback
-from ._util.public import NoPublicConstructor, public
 from ._util.run import require_trio
 from ._util.validators import StrPath
 from .bake.build import build_image

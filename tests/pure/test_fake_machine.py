@@ -16,14 +16,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from trio_supermachine.errors import VmExited
-from trio_supermachine.hv.base import (
-    Captured,
-    Disk,
-    Engine,
-    Machine,
-    MachineSpec,
-    Restore,
-)
+from trio_supermachine.hv.base import Captured, Disk, Engine, Machine, MachineSpec, Restore
 from trio_supermachine.hv.fake import FakeEngine, FakeGuest
 from trio_supermachine.vsock.stream import VsockStream
 

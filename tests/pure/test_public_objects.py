@@ -67,7 +67,7 @@ def test_nothing_internal_is_on_the_objects() -> None:
         EgressEvent(allowed=True, protocol="dns", address=None, port=53, host="a", reason="any"),
         MountSpec(Path("/srv"), "srv", "/srv"),
         VmConfig(memory_mib=64, egress="deny_all"),
-        VolumeSpec("/srv/disk", "/data"),
+        VolumeSpec(Path("/v"), "/w"),
     ],
 )
 def test_values_say_the_name_that_users_know_and_can_be_pickled(value: object) -> None:

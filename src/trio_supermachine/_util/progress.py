@@ -6,24 +6,23 @@ from collections.abc import Awaitable, Callable
 
 import attrs
 
-from .public import public
+from .._public import public
 
 
 @public
 @attrs.frozen
 class Progress:
-    """One step of progress.
+    """One step of progress, of a download, a conversion or a bake."""
 
-    :attr:`phase` is ``"download"``, ``"load"`` (from an archive), ``"convert"`` or
-    ``"verify"``, in a bake ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``,
-    and for a kernel ``"unpack"`` or ``"build"``; :attr:`item` is what it works on, for people;
-    :attr:`done` and :attr:`total` are bytes, or for ``"build"`` steps (``total`` is `None` if
-    unknown).
-    """
-
+    #: ``"download"``, ``"load"`` (from an archive), ``"convert"`` or ``"verify"``; in a bake
+    #: ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``; for a kernel
+    #: ``"unpack"`` or ``"build"``.
     phase: str
+    #: The thing that is worked on, for people.
     item: str
+    #: How much is done: bytes, or steps in the phase ``"build"``.
     done: int
+    #: Of how much, or ``None`` if that is not known.
     total: int | None
 
 

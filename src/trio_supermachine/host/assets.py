@@ -8,7 +8,7 @@ from pathlib import Path
 
 import attrs
 
-from .._util.public import public
+from .._public import public
 from ..errors import AssetNotFound
 
 
@@ -19,21 +19,19 @@ def _absolute(path: str | os.PathLike[str] | None) -> Path | None:
 @public
 @attrs.frozen(kw_only=True)
 class AssetPaths:
-    """Explicit places of what is otherwise looked for.
+    """The places of files that are otherwise looked for.
 
-    Each may be ``None``: then the environment variable named here is asked, and then the usual
-    place.
-
-    :param kernel: a Linux kernel, bzImage or ELF (``TRIO_SUPERMACHINE_KERNEL``; usually a stock
-        kernel that :func:`prepare_kernel` fetches).
-    :param initramfs: the initramfs to boot with that kernel, complete with this package's init;
-        ``None`` makes one (no variable).
-    :param qemu: the program ``qemu-system-x86_64`` (``TRIO_SUPERMACHINE_QEMU``; usually from
-        ``PATH``).
+    A field that is ``None`` leaves the choice to an environment variable, and without that to the
+    usual place.
     """
 
+    #: A Linux kernel, bzImage or ELF (``TRIO_SUPERMACHINE_KERNEL``; usually one that
+    #: ``trio-supermachine kernel`` has prepared).
     kernel: Path | None = attrs.field(default=None, converter=_absolute)
+    #: The initramfs to boot with that kernel, complete with this package's init; ``None`` makes
+    #: one (no variable).
     initramfs: Path | None = attrs.field(default=None, converter=_absolute)
+    #: The program ``qemu-system-x86_64`` (``TRIO_SUPERMACHINE_QEMU``; usually from ``PATH``).
     qemu: Path | None = attrs.field(default=None, converter=_absolute)
 
 

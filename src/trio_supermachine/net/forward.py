@@ -8,8 +8,8 @@ from typing import Final, final
 
 import trio
 
+from .._public import NoPublicConstructor, public
 from .._util import validators as check
-from .._util.public import NoPublicConstructor, public
 from .relay import relay
 from .serving import Server, bind, format_address, local_addr
 from .tls import TlsConfig, TlsStream, load_context

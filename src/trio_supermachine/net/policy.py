@@ -10,8 +10,8 @@ from typing import Any, Final, final
 
 import attrs
 
+from .._public import public
 from .._util import validators as check
-from .._util.public import public
 from ..errors import ConfigError
 from .addresses import Address, Network, unmapped_network
 

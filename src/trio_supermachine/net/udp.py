@@ -19,8 +19,8 @@ from typing import Any, Final, final
 import attrs
 import trio
 
+from .._public import NoPublicConstructor, public
 from .._util import validators as check
-from .._util.public import NoPublicConstructor, public
 from .._util.trace import trace
 from ..agent.client import FrameStream
 from ..agent.wire import MAX_DATAGRAM

@@ -39,8 +39,8 @@ from typing import Final, Generic, TypeVar
 import attrs
 import trio
 
+from .._public import public
 from .._util.nursery import open_flat_nursery
-from .._util.public import public
 from ..errors import AcquireTimeout
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias, final
 import attrs
 import trio
 
+from .._public import NoPublicConstructor, public
 from .._util.nursery import open_flat_nursery
-from .._util.public import NoPublicConstructor, public
 from ..agent.wire import ExecFlags, ExecRequest, StagedFile, StreamId
 from ..errors import ConfigError, ExecEof
 from .child import ExecChild, open_child
@@ -37,23 +37,19 @@ OpenExec: TypeAlias = Callable[[ExecRequest], AbstractAsyncContextManager[Runnin
 @public
 @attrs.frozen(kw_only=True)
 class ExecOutcome:
-    """What became of a program.
+    """The result of a program that was run to its end."""
 
-    :ivar returncode: the exit status, negative for a signal.
-    :ivar stdout: all that it wrote there; so is ``stderr``, empty for a terminal.
-    :ivar duration: seconds from its start to its end, measured in the guest.
-    :ivar timed_out: whether :meth:`ExecBuilder.timeout` ended it.
-    :ivar cancelled: whether the event of :meth:`ExecBuilder.output_with_cancel` ended it.
-    :ivar peak_rss_kib: the largest resident set, in KiB, of the program and of the children that
-        it waited for.
-    """
-
+    #: The return code; negative for a signal.
     returncode: int
     stdout: bytes
     stderr: bytes
+    #: Seconds from the start to the end, measured in the guest.
     duration: float
+    #: Whether ``timeout`` ended it.
     timed_out: bool
+    #: Whether the event of ``output_with_cancel`` ended it.
     cancelled: bool
+    #: The largest resident set of the program and the children that it waited for.
     peak_rss_kib: int
 
     @property

@@ -16,8 +16,8 @@ from typing import Final, final
 
 import trio
 
+from .._public import NoPublicConstructor, public
 from .._util.conflict import OneAtATime
-from .._util.public import NoPublicConstructor, public
 from ..agent.wire import StreamId
 from .request import check_winsize
 from .running import RunningExec
@@ -166,7 +166,8 @@ class ExecChild(metaclass=NoPublicConstructor):
     """A program running in a guest, much like a :class:`trio.Process`. :meth:`Vm.exec` makes it.
 
     :ivar stdin: a :class:`trio.abc.SendStream`, or ``None`` without ``stdin=True``.
-    :ivar stdout: a :class:`trio.abc.ReceiveStream`; so is ``stderr``, empty for a terminal.
+    :ivar stdout: a :class:`trio.abc.ReceiveStream`.
+    :ivar stderr: a :class:`trio.abc.ReceiveStream`, empty for a terminal.
     :ivar pid: the process id in the guest.
     :ivar args: the argument vector it was started with.
 

@@ -20,8 +20,8 @@ import attrs
 import trio
 from trio.lowlevel import TrioToken, enable_ki_protection
 
+from .._public import public
 from .._util import validators as check
-from .._util.public import public
 from ..errors import AdmissionRefused, ConfigError
 from ..host.memory import usable_memory_mib
 
