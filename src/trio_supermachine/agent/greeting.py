@@ -54,7 +54,7 @@ def _new_machine_id() -> str:
 
 @attrs.frozen(kw_only=True)
 class Setup:
-    """What a guest that has booted is to be.
+    """The identity and the tasks that a guest gets when it has booted.
 
     :ivar seed: 32 to 512 bytes of entropy.
     :ivar layers: the number of disks that hold the image's layers, the lowest first.
@@ -99,7 +99,7 @@ class Setup:
 
 @attrs.frozen(kw_only=True)
 class Restore:
-    """What a restored guest is to be, so that it is a machine of its own.
+    """The new identity of a restored guest, by which it is a machine of its own.
 
     :ivar seed: 32 to 512 bytes of entropy.
     :ivar hostname: its new host name; empty keeps the one of the capture.

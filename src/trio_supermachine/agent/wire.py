@@ -1,4 +1,4 @@
-"""What the host and a guest's agent say: a codec without I/O.
+"""Messages between the host and a guest's agent: a codec without I/O.
 
 The "Wire formats" page of the docs has the format. :mod:`.frames` has the frames themselves.
 
@@ -138,7 +138,7 @@ class StagedFile:
 
 @attrs.frozen(kw_only=True)
 class ExecRequest:
-    """What to run, and how: the fields of EXEC.
+    """The fields of EXEC: programs to run, and how.
 
     :ivar chain: argument vectors, each run after the success of the one before.
     :ivar timeout: seconds after which the guest kills the process group.
