@@ -114,7 +114,7 @@ class BlkDevice(VirtioDevice):
     """
 
     device_id: ClassVar[int] = ID_BLOCK
-    queue_sizes = (_QUEUE_SIZE,)
+    queue_sizes: tuple[int, ...] = (_QUEUE_SIZE,)
 
     def __init__(self, fd: int, *, readonly: bool, serial: str = "") -> None:
         self._fd = fd
@@ -123,7 +123,7 @@ class BlkDevice(VirtioDevice):
         self._sectors = os.lseek(fd, 0, os.SEEK_END) // SECTOR
         self._nowait = True
         self._limiter = trio.CapacityLimiter(1)
-        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH
+        self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH
         self.features |= F_RO if readonly else F_DISCARD | F_WRITE_ZEROES
         limits = (
             (0, 0, 0, 0, 0, 0)

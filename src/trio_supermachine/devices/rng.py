@@ -25,7 +25,7 @@ class RngDevice(VirtioDevice):
     """
 
     device_id: ClassVar[int] = ID_ENTROPY
-    queue_sizes = (8,)
+    queue_sizes: tuple[int, ...] = (8,)
 
     async def run(self, queues: Sequence[Queue]) -> None:
         (queue,) = queues

@@ -101,12 +101,12 @@ class CommonConfig:
     """
 
     def __init__(self, offered: int, queue_sizes: Sequence[int], vectors: int) -> None:
-        self.locked = False
-        self.status = 0
-        self.generation = 0
-        self.config_vector = NO_VECTOR
-        self.driver_features = 0
-        self.queues = [QueueConfig(size, size) for size in queue_sizes]
+        self.locked: bool = False
+        self.status: int = 0
+        self.generation: int = 0
+        self.config_vector: int = NO_VECTOR
+        self.driver_features: int = 0
+        self.queues: list[QueueConfig] = [QueueConfig(size, size) for size in queue_sizes]
         self._offered = offered
         self._vectors = vectors
         self._device_feature_select = 0

@@ -148,7 +148,7 @@ class VirtioPciFunction(PciFunction):
         )
         self.device = device
         self.virtqueues: tuple[Virtqueue | None, ...] = ()
-        self.msix = Msix(len(device.queue_sizes) + 1)
+        self.msix: Msix = Msix(len(device.queue_sizes) + 1)
         self._memory = memory
         self._events = events
         self._common = CommonConfig(

@@ -98,7 +98,7 @@ class VsockDevice(VirtioDevice, Carrier):
     """
 
     device_id: ClassVar[int] = ID_VSOCK
-    queue_sizes = (_QUEUE_SIZE, _QUEUE_SIZE, _QUEUE_SIZE)
+    queue_sizes: tuple[int, ...] = (_QUEUE_SIZE, _QUEUE_SIZE, _QUEUE_SIZE)
     features = F_STREAM
 
     def __init__(self, *, guest_cid: int = GUEST_CID) -> None:

@@ -84,7 +84,7 @@ class ProcessMemory:
         self._pid = pid
         self._address = address
         self._size = size
-        self.pages = size // PAGE
+        self.pages: int = size // PAGE
         self._wanted = _CHANGED if restored else _THERE
 
     def runs(self) -> tuple[Run, ...]:

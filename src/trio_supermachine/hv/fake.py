@@ -74,7 +74,7 @@ class FakeGuest:
     """
 
     def __init__(self, machine: FakeMachine, mux: VsockMux, channel: socket.socket | None) -> None:
-        self.spec = machine.spec
+        self.spec: MachineSpec = machine.spec
         self.state = b""
         self._machine = machine
         self._mux = mux
@@ -178,12 +178,12 @@ class FakeMachine(Machine):
         self.engine = engine
         self.console: ConsoleRing = ConsoleRing()
         self.spec = spec
-        self.paused = False
+        self.paused: bool = False
         self.hung = False
         self.pages: dict[int, bytes] = {}
         self.changed: set[int] = set()
-        self.line = Line()
-        self.news = trio.lowlevel.ParkingLot()
+        self.line: Line = Line()
+        self.news: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
         self._exit: MachineExit | None = None
         self._exited = trio.Event()
         self._started = trio.Event()
@@ -196,7 +196,7 @@ class FakeMachine(Machine):
             channel.callback(theirs.close)
             self._mux = VsockMux(SocketCarrier(ours))
         guest_mux = VsockMux(self.line.ends[1], local_cid=GUEST_CID, peer_cid=HOST_CID)
-        self.guest = FakeGuest(self, guest_mux, theirs)
+        self.guest: FakeGuest = FakeGuest(self, guest_mux, theirs)
         if spec.restore is None:
             self._started.set()
         else:

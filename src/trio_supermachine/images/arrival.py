@@ -88,7 +88,7 @@ class BlobWriter:
         self._pending: list[bytes] = []
         self._pending_size = 0
         #: Bytes that have come, those that are not written yet included.
-        self.done = 0
+        self.done: int = 0
 
     async def resume(self) -> None:
         """Hash the bytes that are in the file already, and go on after them."""

@@ -79,7 +79,7 @@ class ContentStore:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (hostfiles.home() if root is None else root) / "content"
+        self.root: Path = (hostfiles.home() if root is None else root) / "content"
         self._files = Directory(self.root)
 
     def find(self, name: str) -> Blob | None:

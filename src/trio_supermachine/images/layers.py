@@ -49,7 +49,7 @@ class ImageStore:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = hostfiles.home() if root is None else root
+        self.root: Path = hostfiles.home() if root is None else root
         self._layers = self.root / "layers"
         self._verified = VerifiedBlobs(self.root / "verified")
 

@@ -79,9 +79,9 @@ class TarReader:
         self._sparse: list[tuple[int, int]] | None = None
         self._global: dict[bytes, bytes] = {}
         #: Bytes of the stream that have been read.
-        self.offset = 0
+        self.offset: int = 0
         #: Where the current entry's stored body begins, counted from the stream's start.
-        self.body_offset = 0
+        self.body_offset: int = 0
 
     def __iter__(self) -> Iterator[Entry]:
         while (entry := self._next()) is not None:

@@ -340,7 +340,7 @@ class VsockMux:
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
         #: The connections. Its carrier uses them, too: see :class:`~.carrier.Packets`.
-        self.core = Mux(local_cid=local_cid, peer_cid=peer_cid, max_payload=max_payload)
+        self.core: Mux = Mux(local_cid=local_cid, peer_cid=peer_cid, max_payload=max_payload)
         self._carrier = carrier
         self._streams: dict[Connection, VsockStream] = {}
         self._listeners: dict[int, VsockListener] = {}

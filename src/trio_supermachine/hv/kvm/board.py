@@ -82,14 +82,16 @@ class Board:
     ) -> None:
         if len(spec.disks) > MAX_DISKS:
             raise ConfigError(f"{len(spec.disks)} disks; the KVM engine has {MAX_DISKS} at most")
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         vsock = VsockDevice()
-        self.mux = VsockMux(vsock)
+        self.mux: VsockMux = VsockMux(vsock)
         # On failure, too, the kernel's machine goes first and memory last.
         with ExitStack() as stack, ExitStack() as machine:
             restore = spec.restore
             self._stack = stack
-            self.memory = MachineMemory(spec.memory_mib, restore.memory if restore else None)
+            self.memory: MachineMemory = MachineMemory(
+                spec.memory_mib, restore.memory if restore else None
+            )
             stack.callback(self.memory.close)
             if restore is not None:
                 self.memory.patch(restore.patches)

@@ -54,7 +54,7 @@ class MachineDevice:
         routes: InterruptRoutes,
         lock: threading.Lock,
     ) -> None:
-        self.function = VirtioPciFunction(device, memory, self)
+        self.function: VirtioPciFunction = VirtioPciFunction(device, memory, self)
         self._device = device
         self._vm = vm
         self._routes = routes

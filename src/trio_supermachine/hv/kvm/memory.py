@@ -54,9 +54,9 @@ class MachineMemory:
         for start, length in ram_ranges(memory_mib):
             parts.append((start, self._bytes[at : at + length]))
             at += length
-        self.guest = GuestMemory(parts)
+        self.guest: GuestMemory = GuestMemory(parts)
         with ffi.from_buffer("char[]", self._mapping) as address:
-            self.pages = ProcessMemory(
+            self.pages: ProcessMemory = ProcessMemory(
                 os.getpid(), int(ffi.cast("uintptr_t", address)), size, restored=file is not None
             )
         self.size = size

@@ -48,7 +48,7 @@ class KvmVcpu(Descriptor):
             raise OSError(errno.ENOMEM, "mmap of struct kvm_run: Cannot allocate memory")
         self.io: Any = lib.vcpu_io(self.run)
         self.mmio: Any = lib.vcpu_mmio(self.run)
-        self.shared = memoryview(ffi.buffer(self.run, run_size))
+        self.shared: memoryview = memoryview(ffi.buffer(self.run, run_size))
 
     def close(self) -> None:
         if self.run != ffi.NULL:

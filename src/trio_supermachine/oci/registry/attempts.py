@@ -16,7 +16,7 @@ from .settings import RegistrySettings
 T = TypeVar("T")
 
 #: Failures of a mirror after which the next host is asked.
-Failed = (Transient, RegistryError, ImageNotFound, ImageCorrupt)
+Failed: Final = (Transient, RegistryError, ImageNotFound, ImageCorrupt)
 _ATTEMPTS_AT_MIRROR: Final = 2
 
 

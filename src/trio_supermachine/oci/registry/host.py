@@ -38,7 +38,7 @@ class Host:
         self, endpoint: Endpoint, wire: Wire, credentials: FindCredentials, scope: str | None
     ) -> None:
         self.endpoint = endpoint
-        self.authorizer = Authorizer(self, endpoint.name, scope, credentials)
+        self.authorizer: Authorizer = Authorizer(self, endpoint.name, scope, credentials)
         self._wire = wire
         self._lock = trio.Lock()
         self._base: httpx.URL | None = None

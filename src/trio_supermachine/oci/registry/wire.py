@@ -32,8 +32,8 @@ class Answer:
     """An HTTP answer whose body has not been read. Its owner closes it in any case."""
 
     def __init__(self, response: httpx.Response, stall_timeout: float) -> None:
-        self.status = response.status_code
-        self.url = response.url
+        self.status: int = response.status_code
+        self.url: httpx.URL = response.url
         self._response = response
         self._chunks = response.aiter_raw()
         self._stall_timeout = stall_timeout
