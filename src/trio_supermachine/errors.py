@@ -12,6 +12,8 @@ from enum import Enum
 
 import trio
 
+from ._util.public import public
+
 __all__ = [
     "AcquireTimeout",
     "AdmissionRefused",
@@ -39,14 +41,17 @@ __all__ = [
 ]
 
 
+@public
 class SupermachineError(Exception):
     """Base of every exception that this library defines."""
 
 
+@public
 class ConfigError(SupermachineError, ValueError):
     """A configuration value makes no sense. Raised where the value is written."""
 
 
+@public
 class ResourceErrorKind(Enum):
     """What :meth:`VmResources.validate_for_run` found wrong, in the order it looks."""
 
@@ -56,6 +61,7 @@ class ResourceErrorKind(Enum):
     SNAPSHOT_TRIGGER_WITHOUT_OUTPUT = "snapshot-trigger-without-output"
 
 
+@public
 class ResourceError(ConfigError):
     """A :class:`VmResources` cannot be run.
 
@@ -67,6 +73,7 @@ class ResourceError(ConfigError):
         self.kind = kind
 
 
+@public
 class NotSupported(SupermachineError):
     """This version, or this engine, does not have a feature.
 
@@ -78,6 +85,7 @@ class NotSupported(SupermachineError):
         self.feature = feature
 
 
+@public
 class ReferenceInvalid(SupermachineError):
     """An image reference does not parse.
 
@@ -91,6 +99,7 @@ class ReferenceInvalid(SupermachineError):
         self.reason = reason
 
 
+@public
 class ImageNotFound(SupermachineError):
     """The image that a reference names does not exist.
 
@@ -104,6 +113,7 @@ class ImageNotFound(SupermachineError):
         self.reason = reason
 
 
+@public
 class ImageCorrupt(SupermachineError):
     """An image's content is damaged, lies about its digest or tries to leave its root.
 
@@ -117,6 +127,7 @@ class ImageCorrupt(SupermachineError):
         self.reason = reason
 
 
+@public
 class RegistryError(SupermachineError):
     """A registry refused or failed.
 
@@ -130,6 +141,7 @@ class RegistryError(SupermachineError):
         self.status = status
 
 
+@public
 class DiskFull(SupermachineError):
     """There is no room in the data directory for an image.
 
@@ -144,6 +156,7 @@ class DiskFull(SupermachineError):
         self.path = path
 
 
+@public
 class BakeFailed(SupermachineError):
     """A bake did not reach its capture.
 
@@ -155,10 +168,12 @@ class BakeFailed(SupermachineError):
         self.console = console
 
 
+@public
 class CaptureFailed(SupermachineError):
     """A running VM could not be captured. It goes on."""
 
 
+@public
 class SnapshotInvalid(SupermachineError):
     """A snapshot is truncated, corrupt or incomplete.
 
@@ -172,10 +187,12 @@ class SnapshotInvalid(SupermachineError):
         self.reason = reason
 
 
+@public
 class SnapshotIncompatible(SnapshotInvalid):
     """A snapshot is sound, but made by another format version, engine or machine."""
 
 
+@public
 class AssetNotFound(SupermachineError):
     """A file or tool that this library needs is missing. The message names the remedy.
 
@@ -191,6 +208,7 @@ class AssetNotFound(SupermachineError):
         self.remedy = remedy
 
 
+@public
 class EngineUnavailable(SupermachineError):
     """No engine can run a guest here.
 
@@ -203,19 +221,26 @@ class EngineUnavailable(SupermachineError):
         self.tried = dict(tried)
 
 
+@public
 class StartTimeout(SupermachineError, TimeoutError):
     """A guest did not answer within ``start_timeout``.
 
     :ivar seconds: the timeout.
+    :ivar detail: what a guest that wrote nothing at all ran on, and what to try; else empty.
     :ivar console: the end of the guest's console.
     """
 
-    def __init__(self, seconds: float, *, console: str = "") -> None:
-        super().__init__(_with_console(f"the guest did not answer within {seconds:g} s", console))
+    def __init__(self, seconds: float, *, console: str = "", detail: str = "") -> None:
+        message = f"the guest did not answer within {seconds:g} s" + (
+            f"; {detail}" if detail else ""
+        )
+        super().__init__(_with_console(message, console))
         self.seconds = seconds
         self.console = console
+        self.detail = detail
 
 
+@public
 class RestoreTimeout(SupermachineError, TimeoutError):
     """A restored guest did not answer within ``restore_timeout``.
 
@@ -231,6 +256,7 @@ class RestoreTimeout(SupermachineError, TimeoutError):
         self.console = console
 
 
+@public
 class AcquireTimeout(SupermachineError, TimeoutError):
     """A pool had no VM to give within its acquire timeout.
 
@@ -242,6 +268,7 @@ class AcquireTimeout(SupermachineError, TimeoutError):
         self.seconds = seconds
 
 
+@public
 class VmExited(SupermachineError, trio.BrokenResourceError):
     """The VM has ended: power-off, reboot, panic, its engine died, or it was stopped.
 
@@ -262,6 +289,7 @@ class VmExited(SupermachineError, trio.BrokenResourceError):
         self.console = console
 
 
+@public
 class ExecEof(SupermachineError, trio.BrokenResourceError):
     """The agent's connection of an exec ended early. The streams of the exec then raise it, too.
 
@@ -274,6 +302,7 @@ class ExecEof(SupermachineError, trio.BrokenResourceError):
         self.is_setup_failure = is_setup_failure
 
 
+@public
 class AdmissionRefused(SupermachineError):
     """A guest asks for more memory than could ever be admitted.
 
@@ -290,6 +319,7 @@ class AdmissionRefused(SupermachineError):
         self.limit_mib = limit_mib
 
 
+@public
 class FileTooLarge(SupermachineError):
     """A guest file is larger than the caller's cap.
 

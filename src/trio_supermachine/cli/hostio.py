@@ -18,7 +18,7 @@ from typing import Final, Self, final
 
 import trio
 
-from ..run_process import LAST_OUTPUT, write_to_host
+from ..programs.run_process import LAST_OUTPUT, write_to_host
 
 _READ: Final = 64 * 1024
 

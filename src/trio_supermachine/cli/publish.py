@@ -7,11 +7,12 @@ from typing import Final
 
 import attrs
 
+from .._util.validators import MAX_PORT
+from ..api import Vm
 from ..errors import ConfigError
 from ..net.forward import TcpForwarder
-from ..net.serving import MAX_PORT, format_address
+from ..net.serving import format_address
 from ..net.udp import UdpForwarder
-from ..vm import Vm
 
 _LOOPBACK: Final = "127.0.0.1"
 

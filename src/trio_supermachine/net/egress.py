@@ -12,10 +12,10 @@ from typing import Final, final
 
 import trio
 
+from .._util.trace import trace
 from ..agent import wire
 from ..agent.wire import FrameType, Protocol, WireError
-from ..devices.vsock.stream import VsockStream
-from ..trace import trace
+from ..vsock.stream import VsockStream
 from .addresses import DNS_PORT, RESOLVER, Address, is_host, is_own
 from .events import MAX_BUFFER, EgressEvent, EventFeed
 from .flows import receive_exactly, relay_datagrams, serve_dns_datagrams, serve_dns_stream

@@ -8,9 +8,10 @@ from typing import Final, final
 
 import trio
 
-from .. import _validators as check
+from .._util import validators as check
+from .._util.public import public
 from .relay import relay
-from .serving import Server, bind, check_port, format_address, local_addr
+from .serving import Server, bind, format_address, local_addr
 from .tls import TlsConfig, TlsStream, load_context
 
 #: Connects to a TCP port of the guest; 0 is that of the first listener.
@@ -20,6 +21,7 @@ Connect = Callable[[int], Awaitable[trio.abc.HalfCloseableStream]]
 MAX_CONNECTIONS: Final = 1024
 
 
+@public
 @final
 class TcpForwarder(trio.abc.AsyncResource):
     """A TCP port of the host that leads into a VM: :meth:`Vm.expose_tcp`, :meth:`Vm.expose_tls`.
@@ -79,7 +81,7 @@ async def open_tcp(
     limit: int = MAX_CONNECTIONS,
 ) -> TcpForwarder:
     """Take a TCP port of the host, for :meth:`TcpForwarder.run`. As :meth:`Vm.expose_tcp`."""
-    check_port("guest_port", guest_port)
+    check.port("guest_port", guest_port)
     check.integer("max_connections", limit, 1)
     sock = await bind(host, host_port, socket.SOCK_STREAM)
 

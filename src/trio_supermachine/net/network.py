@@ -7,11 +7,11 @@ from typing import final
 
 import trio
 
+from .._util.trace import trace
 from ..agent import wire
 from ..agent.client import AgentClient
-from ..devices.vsock.stream import VsockStream
 from ..errors import VmExited
-from ..trace import trace
+from ..vsock.stream import VsockStream
 from .egress import EgressServer
 from .forward import TcpForwarder, open_tcp, open_tls
 from .policy import EgressPolicy

@@ -10,7 +10,8 @@ from typing import Any, Final, NamedTuple, final
 
 import attrs
 
-from .. import _validators as check
+from .._util import validators as check
+from .._util.public import public
 from ..errors import ConfigError
 from .addresses import (
     HOST_NAME,
@@ -26,7 +27,6 @@ from .addresses import (
 
 DEFAULT_CONNECTIONS: Final = 512
 MAX_CONNECTIONS: Final = 2048
-MAX_PORT: Final = 65535
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 # The last label of what inet_aton(3) reads as an address: 127.1, 0x7f000001, 017700000001.
@@ -96,7 +96,7 @@ def _cidr(value: Any) -> Network:
 
 
 def _port(value: object) -> int:
-    return check.integer("a port", value, 1, MAX_PORT)
+    return check.port("a port", value, 1)
 
 
 def _hosts(values: Any) -> tuple[str, ...]:
@@ -111,6 +111,7 @@ def _ports(values: Any) -> tuple[int, ...]:
     return tuple(sorted({_port(value) for value in _listed("ports", values)}))
 
 
+@public
 @final
 @attrs.frozen(kw_only=True)
 class EgressPolicy:

@@ -12,11 +12,13 @@ from typing import Any, Final, final
 import attrs
 import trio
 
+from .._util import validators as check
+from .._util.public import public
+from .._util.trace import trace
 from ..agent.client import FrameStream
 from ..agent.wire import MAX_DATAGRAM
-from ..trace import trace
 from .datagrams import DatagramStream
-from .serving import CONNECTION_ERRORS, bind, check_port, format_address, local_addr
+from .serving import CONNECTION_ERRORS, bind, format_address, local_addr
 
 #: Seconds of silence, in both directions, after which a flow ends.
 IDLE: Final = 60.0
@@ -62,6 +64,7 @@ class _Flow:
             self.send(self.early.popleft())
 
 
+@public
 @final
 class UdpForwarder(trio.abc.AsyncResource):
     """A UDP port of the host that leads into a VM: :meth:`Vm.expose_udp`.
@@ -168,5 +171,5 @@ async def open_udp(
     connect: Callable[[int], Awaitable[FrameStream]], host: str, host_port: int, guest_port: int
 ) -> UdpForwarder:
     """Take a UDP port of the host, for :meth:`UdpForwarder.run`. As :meth:`Vm.expose_udp`."""
-    check_port("guest_port", guest_port, 1)
+    check.port("guest_port", guest_port, 1)
     return UdpForwarder(await bind(host, host_port, socket.SOCK_DGRAM), connect, guest_port)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from .._util.public import public
 from .malformed import MalformedError
 
 _MAX_ITEMS = 4096
@@ -16,6 +17,7 @@ _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
 _MAX_SIGNAL = 64
 
 
+@public
 @attrs.frozen(kw_only=True)
 class ImageConfig:
     """The part of an image's configuration that says how to run it."""

@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from ...errors import ImageCorrupt, ImageNotFound, NotSupported, ReferenceInvalid, RegistryError
-from ...hostfiles import offline
+from ...host.files import offline
 from ..blobs import MAX_DOCUMENT
 from ..reference import Reference
 from .attempts import Attempts
