@@ -60,6 +60,7 @@ def start(
     *,
     needs: Sequence[str] = (),
     kvm: Kvm | None = None,
+    prepare: Callable[[], object] | None = None,
     **options: tuple[int, int] | tuple[str, str],
 ) -> None:
     """Run a benchmark by its command line: print each table of ``main`` as it comes.
@@ -67,6 +68,7 @@ def start(
     :param doc: the module's; its first paragraph is the help.
     :param needs: programs that it calls, of :data:`PACKAGES`.
     :param kvm: it takes a ``/dev/kvm`` that opens, or one that runs Linux at hardware speed.
+    :param prepare: makes what would take long inside the lab.
     :param options: what ``main`` takes: the usual value, and that for ``--smoke``.
     """
     parser = _parser(doc, kvm, options)
@@ -77,7 +79,7 @@ def start(
             given[name] = small if smoke else usual
     try:
         if lab:
-            _enter_lab(json)
+            _enter_lab(json, prepare)
         if kvm is not None:
             _require_kvm(kvm)
         require(needs)
@@ -145,9 +147,11 @@ def _require_kvm(kvm: Kvm) -> None:
         _give_up(NO_KVM, f"{found.detail}; --lab runs it in scripts/kvm-lab")
 
 
-def _enter_lab(json: Path | None) -> NoReturn:
+def _enter_lab(json: Path | None, prepare: Callable[[], object] | None) -> NoReturn:
     """Become the lab, which runs this program with the same options."""
     trio.run(usual_kernel)  # the lab has no network to fetch one
+    if prepare is not None:
+        prepare()
     writable: list[str] = [] if json is None else ["-o", os.fspath(json.resolve().parent)]
     options = [word for word in sys.argv[1:] if word != "--lab"]
     command = [os.fspath(LAB), "-t", str(LAB_SECONDS), "-m", str(LAB_MIB), *writable]

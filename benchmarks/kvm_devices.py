@@ -217,6 +217,7 @@ if __name__ == "__main__":
         __doc__,
         needs=("qemu-system-x86_64",),
         kvm="linux",
+        prepare=guest_program,
         rounds=(3, 1),
         mib=(32, 1),
         count=(1000, 8),

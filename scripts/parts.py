@@ -143,6 +143,13 @@ async def run(part: Part) -> Ended:
     return Ended(part, status, trio.current_time() - began, cpu, log.read_text(errors="replace"))
 
 
+def progress(name: str) -> str:
+    """A part's name, and how far its pytest is."""
+    log = (RESULTS / f"{name}.log").read_text(errors="replace")
+    passed = re.findall(r"\[ *(\d+)%\]", log)
+    return f"{name} ({passed[-1]}%)" if passed else name
+
+
 async def run_all(parts: list[Part]) -> list[Ended]:
     running: set[str] = set()
     done: list[Ended] = []
@@ -172,7 +179,7 @@ async def run_all(parts: list[Part]) -> list[Ended]:
     async def tell() -> None:
         while True:
             await trio.sleep(REPORT_EVERY)
-            say("still running: " + ", ".join(sorted(running)))
+            say("still running: " + ", ".join(map(progress, sorted(running))))
 
     async with trio.open_nursery() as telling:
         telling.start_soon(tell)

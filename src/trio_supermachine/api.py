@@ -15,9 +15,10 @@ from typing import Literal, final
 
 import attrs
 
+from ._public import NoPublicConstructor, public
 from ._util import validators as check
 from ._util.progress import ProgressCallback
-from ._util.public import NoPublicConstructor, public
+from ._util.run import require_trio
 from ._util.validators import StrPath
 from .bake.build import build_image
 from .bake.builder import BakeBuilder, BakeSettings
@@ -130,6 +131,7 @@ class Image(ImageSpec):
         :raises SnapshotInvalid: a file is missing, damaged, or not what was captured.
         :raises SnapshotIncompatible: another version or engine made it.
         """
+        require_trio()
         return _image(image_of(await open_snapshot(path)))
 
     def start(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[Vm]:
@@ -137,9 +139,9 @@ class Image(ImageSpec):
         return Vm.start(self, config)
 
     def acquire(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[PooledVm]:
-        """Have a VM of this image for the length of an ``async with`` block, without a pool.
+        """Acquire a VM of this image for an ``async with`` block, without a pool.
 
-        It is restored on entry and ended on exit. :meth:`pool` keeps VMs warm across calls.
+        The VM is restored on entry and ended on exit. :meth:`pool` keeps VMs warm across calls.
         """
         return _acquire(self, config)
 
@@ -221,6 +223,7 @@ class OciImageBuilder(BakeBuilder):
 
         Other errors are those of :meth:`Image.from_oci`, and what the warm-up raises.
         """
+        require_trio()
         warmup = self._settings.warmup
         warm_up = None if warmup is None else partial(_warm_up, warmup)
         return _image(await build_image(self._settings, warm_up, progress))
@@ -322,7 +325,9 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
         return self._restoring(await self._running.capture(dest))
 
     async def snapshot_diff(self, dest: StrPath, base: Image | StrPath) -> Image:
-        """As :meth:`snapshot`, but write only the memory that differs from ``base``.
+        """Write a snapshot with only the memory that differs from ``base``.
+
+        All else is as for :meth:`snapshot`.
 
         It is fast if this VM was restored from ``base``; with any other snapshot of a guest of
         the same size all memory is compared. Restoring needs the base, byte for byte as it is.
@@ -364,6 +369,7 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
 
 @asynccontextmanager
 async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterator[Vm]:
+    require_trio()
     plan = await plan_start(image, config, workload=workload)
     async with open_vm(plan) as running:
         yield Vm._create(running, image)
@@ -405,6 +411,7 @@ class PooledVm(Vm):
 
 @asynccontextmanager
 async def _acquire(image: Image, config: VmConfig | None) -> AsyncIterator[PooledVm]:
+    require_trio()
     plan = await plan_start(image, config or VmConfig())
     async with open_vm(plan) as running:
         yield PooledVm._create(running, image, reused=False)
@@ -430,7 +437,7 @@ class Pool(metaclass=NoPublicConstructor):
 
     @asynccontextmanager
     async def acquire(self) -> AsyncIterator[PooledVm]:
-        """Have a VM to oneself: an async context manager giving a :class:`PooledVm`.
+        """Acquire a VM: an async context manager giving a :class:`PooledVm`.
 
         An idle VM is handed over at once. Else the acquirer waits, in the order of arrival, for
         the next that gets ready, and one is restored for it as long as there are fewer than
@@ -508,6 +515,7 @@ class PoolBuilder(PoolOptions[Image]):
 
 @asynccontextmanager
 async def _open_pool(image: Image, config: VmConfig, settings: PoolSettings) -> AsyncIterator[Pool]:
+    require_trio()
     check_bounds(settings, image, config)
 
     @asynccontextmanager

@@ -1,18 +1,20 @@
-"""The exceptions of this library: one class per thing that failed.
+"""Exceptions of this library: one class for each kind of failure.
 
-Each carries, as attributes, the values a program needs to react, and a message that says what
-to do next. Failures of single file or process calls inside the guest are not here: they are
-plain :class:`OSError` subclasses with the guest's errno.
+Each carries the values that a program needs to react as attributes, and a message that says what
+to do next. They can be pickled, with their attributes. Failures of single file or process calls
+inside the guest are not here: they are plain :class:`OSError` subclasses with the guest's errno.
 """
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 import trio
 
-from ._util.public import public
+from ._public import public
 
 __all__ = [
     "AcquireTimeout",
@@ -45,6 +47,12 @@ __all__ = [
 class SupermachineError(Exception):
     """Base of every exception that this library defines."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception calls the class with its args when it is unpickled. Here that is the message
+        # alone, which is not what __init__ takes.
+        new = copyreg.__newobj__  # type: ignore[attr-defined]
+        return new, (type(self),), {**self.__dict__, "args": self.args}
+
 
 @public
 class ConfigError(SupermachineError, ValueError):
@@ -53,7 +61,7 @@ class ConfigError(SupermachineError, ValueError):
 
 @public
 class ResourceErrorKind(Enum):
-    """What :meth:`VmResources.validate_for_run` found wrong, in the order it looks."""
+    """Faults that :meth:`VmResources.validate_for_run` finds, in the order of its checks."""
 
     ZERO_MEMORY = "zero-memory"
     ZERO_VCPUS = "zero-vcpus"
@@ -65,7 +73,7 @@ class ResourceErrorKind(Enum):
 class ResourceError(ConfigError):
     """A :class:`VmResources` cannot be run.
 
-    :ivar kind: why, a :class:`ResourceErrorKind`.
+    :ivar kind: the first fault that was found.
     """
 
     def __init__(self, kind: ResourceErrorKind, message: str) -> None:
@@ -75,9 +83,9 @@ class ResourceError(ConfigError):
 
 @public
 class NotSupported(SupermachineError):
-    """This version, or this engine, does not have a feature.
+    """This version or engine does not have a feature.
 
-    :ivar feature: its name, such as ``"volumes"``.
+    :ivar feature: the name of the feature.
     """
 
     def __init__(self, feature: str, message: str | None = None) -> None:
@@ -89,8 +97,8 @@ class NotSupported(SupermachineError):
 class ReferenceInvalid(SupermachineError):
     """An image reference does not parse.
 
-    :ivar reference: the reference as it was given.
-    :ivar reason: why it does not parse, for people.
+    :ivar reference: the reference as it was given, cut where it is very long.
+    :ivar reason: the rule that it breaks.
     """
 
     def __init__(self, reference: str, reason: str) -> None:
@@ -104,7 +112,7 @@ class ImageNotFound(SupermachineError):
     """The image that a reference names does not exist.
 
     :ivar reference: the reference.
-    :ivar reason: who says so, for people.
+    :ivar reason: where the image was looked for, and what is there instead.
     """
 
     def __init__(self, reference: str, reason: str) -> None:
@@ -115,10 +123,10 @@ class ImageNotFound(SupermachineError):
 
 @public
 class ImageCorrupt(SupermachineError):
-    """An image's content is damaged, lies about its digest or tries to leave its root.
+    """An image's content is damaged, has another digest than it says or tries to leave its root.
 
     :ivar reference: the reference.
-    :ivar reason: what is wrong with it, for people.
+    :ivar reason: the fault.
     """
 
     def __init__(self, reference: str, reason: str) -> None:
@@ -131,8 +139,8 @@ class ImageCorrupt(SupermachineError):
 class RegistryError(SupermachineError):
     """A registry refused or failed.
 
-    :ivar registry: its host, with the port if there is one.
-    :ivar status: the HTTP status, or ``None`` without an answer.
+    :ivar registry: the registry, or another server that it relies on, as ``HOST[:PORT]``.
+    :ivar status: the HTTP status; ``None`` if there was none.
     """
 
     def __init__(self, message: str, *, registry: str, status: int | None = None) -> None:
@@ -143,7 +151,7 @@ class RegistryError(SupermachineError):
 
 @public
 class DiskFull(SupermachineError):
-    """There is no room in the data directory for an image.
+    """The disk has no room for an image.
 
     :ivar path: the file that was being written.
     """
@@ -160,7 +168,7 @@ class DiskFull(SupermachineError):
 class BakeFailed(SupermachineError):
     """A bake did not reach its capture.
 
-    :ivar console: the end of the guest's console.
+    :ivar console: the tail of the guest's console.
     """
 
     def __init__(self, message: str, *, console: str = "") -> None:
@@ -177,8 +185,8 @@ class CaptureFailed(SupermachineError):
 class SnapshotInvalid(SupermachineError):
     """A snapshot is truncated, corrupt or incomplete.
 
-    :ivar path: the file at fault.
-    :ivar reason: what is wrong with it, for people.
+    :ivar path: the file or directory at fault.
+    :ivar reason: the fault.
     """
 
     def __init__(self, path: str, reason: str) -> None:
@@ -189,16 +197,16 @@ class SnapshotInvalid(SupermachineError):
 
 @public
 class SnapshotIncompatible(SnapshotInvalid):
-    """A snapshot is sound, but made by another format version, engine or machine."""
+    """A snapshot is sound, but another format version, engine or kind of host made it."""
 
 
 @public
 class AssetNotFound(SupermachineError):
-    """A file or tool that this library needs is missing. The message names the remedy.
+    """A file or tool that this library needs is missing.
 
-    :ivar asset: what is missing, such as ``"kernel"`` or ``"sqfstar"``.
-    :ivar reason: where it was looked for, for people.
-    :ivar remedy: the command to run.
+    :ivar asset: the file or tool, such as ``"kernel"`` or ``"sqfstar"``.
+    :ivar reason: where it was looked for.
+    :ivar remedy: the command to run, or the thing to do.
     """
 
     def __init__(self, asset: str, reason: str, *, remedy: str) -> None:
@@ -212,7 +220,7 @@ class AssetNotFound(SupermachineError):
 class EngineUnavailable(SupermachineError):
     """No engine can run a guest here.
 
-    :ivar tried: each engine that was tried, and why it cannot.
+    :ivar tried: the reason of each engine, by its name.
     """
 
     def __init__(self, tried: Mapping[str, str]) -> None:
@@ -223,11 +231,11 @@ class EngineUnavailable(SupermachineError):
 
 @public
 class StartTimeout(SupermachineError, TimeoutError):
-    """A guest did not answer within ``start_timeout``.
+    """A guest did not answer within :attr:`VmConfig.start_timeout`.
 
     :ivar seconds: the timeout.
-    :ivar detail: what a guest that wrote nothing at all ran on, and what to try; else empty.
-    :ivar console: the end of the guest's console.
+    :ivar console: the tail of the guest's console.
+    :ivar detail: for a guest that wrote nothing at all: what it ran on, and what to try.
     """
 
     def __init__(self, seconds: float, *, console: str = "", detail: str = "") -> None:
@@ -242,10 +250,10 @@ class StartTimeout(SupermachineError, TimeoutError):
 
 @public
 class RestoreTimeout(SupermachineError, TimeoutError):
-    """A restored guest did not answer within ``restore_timeout``.
+    """A restored guest did not answer within :attr:`VmConfig.restore_timeout`.
 
     :ivar seconds: the timeout.
-    :ivar console: the end of the guest's console.
+    :ivar console: the tail of the guest's console.
     """
 
     def __init__(self, seconds: float, *, console: str = "") -> None:
@@ -272,13 +280,13 @@ class AcquireTimeout(SupermachineError, TimeoutError):
 class VmExited(SupermachineError, trio.BrokenResourceError):
     """The VM has ended: power-off, reboot, panic, its engine died, or it was stopped.
 
-    It is a :exc:`trio.BrokenResourceError` too, so that streams into a VM raise it.
+    It is also a :exc:`trio.BrokenResourceError`, so that streams into a VM raise it.
 
     :ivar reason: ``"shutdown"`` (power-off), ``"reset"`` (reboot or panic), ``"killed"`` (the
         engine's process was killed), ``"failed"`` (the engine gave up) or ``"stopped"``
         (:meth:`Vm.stop` was called).
-    :ivar detail: more about it, for people; may be empty.
-    :ivar console: the end of the guest's console.
+    :ivar detail: more about the reason, for people; may be empty.
+    :ivar console: the tail of the guest's console.
     """
 
     def __init__(self, reason: str, detail: str = "", *, console: str = "") -> None:
@@ -291,9 +299,9 @@ class VmExited(SupermachineError, trio.BrokenResourceError):
 
 @public
 class ExecEof(SupermachineError, trio.BrokenResourceError):
-    """The agent's connection of an exec ended early. The streams of the exec then raise it, too.
+    """The connection of an exec ended early. The exec's streams raise it, too.
 
-    :ivar is_setup_failure: whether the program had not been started yet, so that trying again
+    :ivar is_setup_failure: whether the program had not been started yet, so that another attempt
         cannot run it twice.
     """
 
@@ -304,10 +312,10 @@ class ExecEof(SupermachineError, trio.BrokenResourceError):
 
 @public
 class AdmissionRefused(SupermachineError):
-    """A guest asks for more memory than could ever be admitted.
+    """A guest asks for more memory than can ever be admitted.
 
-    :ivar requested_mib: the memory of the guest, in MiB.
-    :ivar limit_mib: the limit that it can never fit, in MiB.
+    :ivar requested_mib: the guest's memory in MiB.
+    :ivar limit_mib: the limit of :data:`memory_admission` in MiB.
     """
 
     def __init__(self, requested_mib: int, limit_mib: int) -> None:
@@ -323,9 +331,9 @@ class AdmissionRefused(SupermachineError):
 class FileTooLarge(SupermachineError):
     """A guest file is larger than the caller's cap.
 
-    :ivar path: the file.
-    :ivar max_bytes: the cap.
-    :ivar size: the size of the file in bytes, or ``None`` if it is not known.
+    :ivar path: the file in the guest.
+    :ivar max_bytes: the cap in bytes.
+    :ivar size: the file's size in bytes; ``None`` if it is not known.
     """
 
     def __init__(self, path: str, max_bytes: int, size: int | None = None) -> None:

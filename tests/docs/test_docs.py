@@ -53,7 +53,8 @@ def runs(block: Block) -> bool:
 def compiled(block: Block) -> CodeType:
     """The code of a block, whose lines are those of its page; it may have ``await`` anywhere."""
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT if block.kind in ("run in", "not run") else 0
-    code: CodeType = compile(block.whole, str(block.page), "exec", flags=flags, dont_inherit=True)
+    code = compile(block.whole, str(block.page), "exec", flags=flags, dont_inherit=True)
+    assert isinstance(code, CodeType)
     return code
 
 
@@ -85,7 +86,6 @@ def run_shell(block: Block, directory: Path) -> None:
 
 
 @pytest.mark.vm
-@pytest.mark.long
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p != DEVICE and any(map(runs, BLOCKS[p]))], ids=page_id
 )
@@ -136,7 +136,7 @@ async def test_the_tests_of_the_device_pass(monkeypatch: pytest.MonkeyPatch) -> 
     module = ModuleType("dice")
     exec(device.text, vars(module))
     monkeypatch.setitem(sys.modules, "dice", module)
-    names = {"__name__": "tests.pure.test_dice", "__package__": "tests.pure"}
+    names = {"__name__": "tests.test_dice", "__package__": __package__}
     exec(tests.text, names)
     found = [value for name, value in names.items() if name.startswith("test_")]
     assert len(found) == 3

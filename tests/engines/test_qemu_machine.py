@@ -20,6 +20,7 @@ from trio_supermachine.hv.qemu.machine import QemuMachine
 from trio_supermachine.hv.select import choose_engine
 from trio_supermachine.kernels import prepare_kernel
 
+from ..pure.test_fake_machine import StepCanceller
 from ..support.processes import open_files
 from ..support.qemu_guest import console_until, scripted
 
@@ -132,13 +133,6 @@ async def test_a_killed_qemu_ends_everything_pending(agent_spec: MachineSpec) ->
         await stream.aclose()
 
 
-async def test_kill_is_told_as_stopped(agent_spec: MachineSpec) -> None:
-    async with QemuEngine().open(agent_spec) as machine:
-        machine.kill()
-        machine.kill()
-        assert (await machine.wait_exit()).reason == "stopped"
-
-
 async def test_pausing_stands_still_and_resuming_goes_on(tmp_path: Path) -> None:
     spec = await scripted(tmp_path, "while :; do read -t 1 x < /dev/zero; echo tick; done")
     async with QemuEngine().open(spec) as machine:
@@ -233,78 +227,23 @@ async def test_a_machine_that_cannot_be_made_says_why(
             raise AssertionError("it was opened")
 
 
-class _StepCanceller(trio.abc.Instrument):
-    """Cancels ``scope`` after a number of steps of one task."""
-
-    def __init__(self, task: trio.lowlevel.Task, steps: int, scope: trio.CancelScope) -> None:
-        self._task = task
-        self._left = steps
-        self._scope = scope
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        if task is self._task:
-            self._left -= 1
-            if self._left == 0:
-                self._scope.cancel()
-
-
 async def test_cancelling_the_start_anywhere_leaves_nothing(agent_spec: MachineSpec) -> None:
     async with QemuEngine().open(agent_spec):
         pass  # what is found once and remembered is found now
     for steps in range(1, 1000):
         before = open_files().keys()
-        with trio.CancelScope() as scope:
-            canceller = _StepCanceller(trio.lowlevel.current_task(), steps, scope)
-            trio.lowlevel.add_instrument(canceller)
-            try:
-                async with QemuEngine().open(agent_spec) as machine:
-                    trio.lowlevel.remove_instrument(canceller)
-                    scope.cancel()
-                    await machine.wait_exit()
-            finally:
-                if not scope.cancelled_caught and canceller._left <= 0:
-                    trio.lowlevel.remove_instrument(canceller)
+        left = 0
+        with trio.CancelScope() as scope, StepCanceller(steps, scope) as canceller:
+            async with QemuEngine().open(agent_spec) as machine:
+                left = canceller.left
+                scope.cancel()
+                await machine.wait_exit()
         assert scope.cancelled_caught
         assert open_files().keys() == before
-        if canceller._left > 0:
+        if left > 0:
             assert steps > 2
             return
     raise AssertionError("the start never came to its end")
-
-
-async def test_calls_still_reach_the_guest_while_the_owner_is_cancelled(
-    agent_spec: MachineSpec,
-) -> None:
-    async with QemuEngine().open(agent_spec) as machine:
-        with trio.fail_after(60):
-            lifeline = await machine.listen(LIFELINE).accept()
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            with trio.CancelScope(shield=True):
-                with pytest.raises(ConnectionRefusedError):
-                    await machine.dial(9)
-                await lifeline.aclose()
-    with trio.CancelScope() as outer:
-        async with QemuEngine().open(agent_spec) as machine:
-            with trio.fail_after(60):
-                lifeline = await machine.listen(LIFELINE).accept()
-            outer.cancel()
-            try:
-                await trio.sleep_forever()
-            finally:
-                with trio.CancelScope(shield=True):
-                    with pytest.raises(ConnectionRefusedError):
-                        await machine.dial(9)
-                    await lifeline.aclose()
-    assert outer.cancelled_caught
-
-
-async def test_exceptions_of_the_body_come_out_bare(agent_spec: MachineSpec) -> None:
-    error = KeyError("mine")
-    with pytest.raises(KeyError) as caught:
-        async with QemuEngine().open(agent_spec):
-            raise error
-    assert caught.value is error
 
 
 _HOST_PROGRAM = """\

@@ -24,9 +24,9 @@ from trio_supermachine.images.limits import max_image, max_layer
 from trio_supermachine.images.records import Record, named_in, read_records, write_index
 from trio_supermachine.library.listing import has_moved
 from trio_supermachine.library.prune import prune, remove
+from trio_supermachine.oci import MalformedError
 from trio_supermachine.oci.decompress import Blob, BlobStream, opened
 from trio_supermachine.oci.documents import INDEXES, MANIFESTS, Descriptor
-from trio_supermachine.oci.malformed import MalformedError
 from trio_supermachine.oci.platform import Platform
 from trio_supermachine.snapshots import finish_full, new_snapshot
 

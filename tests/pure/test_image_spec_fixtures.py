@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_supermachine.errors import NotSupported
+from trio_supermachine.oci import MalformedError
 from trio_supermachine.oci.blobs import as_digest, read_json
 from trio_supermachine.oci.documents import (
     Descriptor,
@@ -22,7 +23,6 @@ from trio_supermachine.oci.documents import (
     read_layout,
     read_manifest,
 )
-from trio_supermachine.oci.malformed import MalformedError
 
 from ..support import go_tables
 

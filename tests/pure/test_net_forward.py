@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 import pytest
@@ -34,9 +35,9 @@ from trio_supermachine.agent.client import FrameStream
 from trio_supermachine.agent.wire import FrameType
 from trio_supermachine.net import udp
 from trio_supermachine.net.forward import TcpForwarder, open_tcp, open_tls
-from trio_supermachine.net.serving import bind
+from trio_supermachine.net.serving import Server, bind
 from trio_supermachine.net.tls import HANDSHAKE, TlsConfig, TlsStream
-from trio_supermachine.net.udp import IDLE, MAX_FLOWS, UdpForwarder, open_udp
+from trio_supermachine.net.udp import IDLE, MAX_FLOWS, UdpForwarder, UdpServer, open_udp
 from trio_supermachine.vsock.carrier import SocketCarrier
 from trio_supermachine.vsock.stream import VsockMux
 
@@ -63,11 +64,16 @@ async def behind(
         nursery.cancel_scope.cancel()
 
 
+Forward = TypeVar("Forward", TcpForwarder, UdpForwarder)
+
+
 @asynccontextmanager
-async def running(forward: TcpForwarder | UdpForwarder) -> AsyncIterator[None]:
+async def running(opened: tuple[Server | UdpServer, Forward]) -> AsyncIterator[Forward]:
+    """Serve a forward for the length of a block, which gets what a user of it has."""
+    server, forward = opened
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(forward.run)
-        yield
+        nursery.start_soon(server.run)
+        yield forward
         await forward.aclose()
 
 
@@ -91,8 +97,8 @@ async def test_a_thousand_clients_at_once_take_turns_within_the_limit() -> None:
             assert await read_all(stream) == b"x"
 
     async with behind(count) as connect:
-        forward = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT, 20)
-        async with running(forward), trio.open_nursery() as nursery:
+        opened = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT, 20)
+        async with running(opened) as forward, trio.open_nursery() as nursery:
             for _ in range(1000):
                 nursery.start_soon(client, forward.local_addr)
     assert 1 < most <= 21  # one may be on its way out
@@ -109,8 +115,8 @@ async def test_what_connecting_raises_resets_one_client_and_no_more() -> None:
         await trio.lowlevel.checkpoint()
         raise failures.pop()
 
-    forward = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT)
-    async with running(forward):
+    opened = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT)
+    async with running(opened) as forward:
         while failures:
             async with await trio.open_tcp_stream(*forward.local_addr) as client:
                 with pytest.raises(trio.BrokenResourceError):
@@ -120,9 +126,9 @@ async def test_what_connecting_raises_resets_one_client_and_no_more() -> None:
 @pytest.mark.parametrize("stop_first", [False, True])
 async def test_a_forward_ends_before_it_has_begun(stop_first: bool) -> None:
     async with behind() as connect:
-        forward = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT)
+        server, forward = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(forward.run)
+            nursery.start_soon(server.run)
             if stop_first:
                 await forward.stop()
             await forward.aclose()
@@ -131,8 +137,11 @@ async def test_a_forward_ends_before_it_has_begun(stop_first: bool) -> None:
 
 async def test_a_cancelled_stop_has_stopped_all_the_same() -> None:
     async with behind() as connect:
-        forward = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT)
-        async with running(forward), await trio.open_tcp_stream(*forward.local_addr) as client:
+        opened = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT)
+        async with (
+            running(opened) as forward,
+            await trio.open_tcp_stream(*forward.local_addr) as client,
+        ):
             await client.send_all(b"x")
             assert await client.receive_some() == b"x"
             with trio.move_on_after(0.1) as scope:
@@ -147,9 +156,9 @@ async def test_a_cancelled_stop_has_stopped_all_the_same() -> None:
 async def test_the_task_that_serves_can_be_cancelled_at_any_checkpoint() -> None:
     async with behind() as connect:
         for checkpoints in range(30):
-            forward = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT)
+            server, forward = await open_tcp(connect, "127.0.0.1", 0, GUEST_PORT)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(forward.run)
+                nursery.start_soon(server.run)
                 nursery.start_soon(_use, forward.local_addr)
                 for _ in range(checkpoints):
                     await trio.lowlevel.checkpoint()
@@ -293,10 +302,11 @@ async def test_a_cut_connection_is_no_end_of_data(files: Files) -> None:
 
 async def test_trios_own_client_is_served(files: Files) -> None:
     async with behind() as connect:
-        forward = await open_tls(connect, files.config(alpn=["h2", "http/1.1"]))
         context = files.client_context()
         context.set_alpn_protocols(["http/1.1"])
-        async with running(forward):
+        async with running(
+            await open_tls(connect, files.config(alpn=["h2", "http/1.1"]))
+        ) as forward:
             transport = await trio.open_tcp_stream(*forward.local_addr)
             client = trio.SSLStream(transport, context, server_hostname="127.0.0.1")
             await client.send_all(b"hello")
@@ -308,19 +318,17 @@ async def test_trios_own_client_is_served(files: Files) -> None:
 async def test_who_does_not_shake_hands_is_gone_after_ten_seconds(
     files: Files, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with behind() as connect:
-        forward = await open_tls(connect, files.config())
-        async with running(forward):
-            for words in (b"", b"GET / HTTP/1.0\r\n\r\n"):
-                client = await trio.open_tcp_stream(*forward.local_addr)
-                if words:
-                    await client.send_all(words)
-                begin = trio.current_time()
-                with pytest.raises(trio.BrokenResourceError):
-                    while await client.receive_some():
-                        pass
-                assert trio.current_time() - begin <= HANDSHAKE + 1
-                await client.aclose()
+    async with behind() as connect, running(await open_tls(connect, files.config())) as forward:
+        for words in (b"", b"GET / HTTP/1.0\r\n\r\n"):
+            client = await trio.open_tcp_stream(*forward.local_addr)
+            if words:
+                await client.send_all(words)
+            begin = trio.current_time()
+            with pytest.raises(trio.BrokenResourceError):
+                while await client.receive_some():
+                    pass
+            assert trio.current_time() - begin <= HANDSHAKE + 1
+            await client.aclose()
 
 
 async def test_files_that_are_not_the_pem_they_should_be_are_named(
@@ -440,8 +448,8 @@ async def ask(client: trio.socket.SocketType, data: bytes) -> bytes:
 
 async def test_each_client_has_its_own_flow_and_datagrams_keep_their_bounds() -> None:
     async with udp_guest() as guest:
-        forward = await open_udp(guest.connect, "127.0.0.1", 0, GUEST_PORT)
-        async with running(forward):
+        opened = await open_udp(guest.connect, "127.0.0.1", 0, GUEST_PORT)
+        async with running(opened) as forward:
             clients = [await udp_client(forward) for _ in range(4)]
             for i, client in enumerate(clients):
                 for size in (0, 1, 65507):
@@ -455,8 +463,8 @@ async def test_a_flow_ends_after_silence_and_talking_keeps_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with udp_guest() as guest:
-        forward = await open_udp(guest.connect, "127.0.0.1", 0, GUEST_PORT)
-        async with running(forward):
+        opened = await open_udp(guest.connect, "127.0.0.1", 0, GUEST_PORT)
+        async with running(opened) as forward:
             client = await udp_client(forward)
             for _ in range(3):
                 assert await ask(client, b"x") == b"x"
@@ -472,8 +480,8 @@ async def test_a_flow_ends_after_silence_and_talking_keeps_it(
 async def test_of_too_many_flows_the_most_silent_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(udp, "MAX_FLOWS", 3)
     async with udp_guest() as guest:
-        forward = await open_udp(guest.connect, "127.0.0.1", 0, GUEST_PORT)
-        async with running(forward):
+        opened = await open_udp(guest.connect, "127.0.0.1", 0, GUEST_PORT)
+        async with running(opened) as forward:
             clients = [await udp_client(forward) for _ in range(4)]
             for client in clients[:3]:
                 await ask(client, b"x")
@@ -503,8 +511,8 @@ async def test_a_guest_that_answers_nonsense_loses_that_flow_alone(rude: bytes) 
     async with udp_guest() as guest:
         polite = guest.answer
         guest.answer = lambda data: rude if data == b"be rude" else polite(data)
-        forward = await open_udp(guest.connect, "127.0.0.1", 0, GUEST_PORT)
-        async with running(forward):
+        opened = await open_udp(guest.connect, "127.0.0.1", 0, GUEST_PORT)
+        async with running(opened) as forward:
             one, other = await udp_client(forward), await udp_client(forward)
             assert await ask(other, b"x") == b"x"
             await one.send(b"be rude")
@@ -523,8 +531,8 @@ async def test_what_a_slow_guest_has_no_room_for_is_dropped_and_counted() -> Non
             await trio.sleep_forever()
             raise AssertionError
 
-        forward = await open_udp(never, "127.0.0.1", 0, GUEST_PORT)
-        async with running(forward):
+        opened = await open_udp(never, "127.0.0.1", 0, GUEST_PORT)
+        async with running(opened) as forward:
             client = await udp_client(forward)
             for _ in range(40):
                 await client.send(b"x")

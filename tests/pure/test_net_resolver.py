@@ -26,10 +26,11 @@ from hypothesis import strategies as st
 
 from trio_supermachine.net import dnsmessage
 from trio_supermachine.net.addresses import HOST_NAME
+from trio_supermachine.net.decisions import Decision
 from trio_supermachine.net.lookup import HostLookups, read_name_servers
 from trio_supermachine.net.names import ToldNames
 from trio_supermachine.net.nameserver import MAX_RECORDS
-from trio_supermachine.net.policy import Decision, EgressPolicy
+from trio_supermachine.net.policy import EgressPolicy
 from trio_supermachine.net.resolver import MAX_TOLD, TTL, Resolver
 
 PUBLIC = "93.184.216.34"

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_supermachine.errors import ReferenceInvalid
-from trio_supermachine.oci import tar
+from trio_supermachine.oci import MalformedError, tar
 from trio_supermachine.oci.config import ImageConfig, parse_signal
-from trio_supermachine.oci.malformed import MalformedError
 from trio_supermachine.oci.names import MAX_NAME, clean
 from trio_supermachine.oci.reference import Reference
 from trio_supermachine.oci.tar import Entry, TarReader

@@ -472,7 +472,7 @@ async def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, limit:
 KILLED = """
 import os, sys, threading, trio
 from pathlib import Path
-from tests.snapshot_files import draft, write_sparse
+from tests.support.snapshot_files import draft, write_sparse
 from trio_supermachine.snapshots import finish_full, new_snapshot
 
 async def main(dest, moment):

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_supermachine.errors import SnapshotIncompatible, SnapshotInvalid
+from trio_supermachine.oci import MalformedError
 from trio_supermachine.oci.config import ImageConfig
-from trio_supermachine.oci.malformed import MalformedError
 from trio_supermachine.snapshots.diff import MAX_RUNS, DiffHeader, encode_runs, parse_runs
 from trio_supermachine.snapshots.metadata import (
     FORMAT,

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_supermachine.errors import ConfigError, RegistryError
-from trio_supermachine.oci.malformed import MalformedError
+from trio_supermachine.oci import MalformedError
+from trio_supermachine.oci.names import show_text
 from trio_supermachine.oci.reference import Reference
 from trio_supermachine.oci.registry import RegistrySettings
 from trio_supermachine.oci.registry.challenge import Challenge, parse_challenges
@@ -19,7 +20,6 @@ from trio_supermachine.oci.registry.endpoints import endpoint, endpoints_of
 from trio_supermachine.oci.registry.ranges import bytes_to_skip
 from trio_supermachine.oci.registry.registries_conf import parse_tables
 from trio_supermachine.oci.registry.retry import Retry, Transient, parse_retry_after
-from trio_supermachine.oci.registry.text import shown
 
 FILE = Path("registries.conf")
 TOKENS = st.text(string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~", min_size=1, max_size=12)
@@ -379,5 +379,5 @@ class TestRegistriesConf:
 
 
 def test_text_from_outside_cannot_drive_a_terminal() -> None:
-    assert shown("a\x1b[31m\r\n\tb\u202e\x00") == "a [31m b"
-    assert len(shown("x" * 10_000)) < 600
+    assert show_text("a\x1b[31m\r\n\tb\u202e\x00") == "a [31m b"
+    assert len(show_text("x" * 10_000)) < 600

@@ -13,13 +13,12 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
 import pytest
 
-from trio_supermachine.host import files
+from trio_supermachine.host import files as hostfiles
 
 from .image_files import Layout, digest_of, make_tar, member
 from .network_images import network_layout
@@ -89,7 +88,7 @@ class Surroundings:
         monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
 
 
-def _busybox(path: Path, config: Mapping[str, object], script: str = "") -> Path:
+def _busybox(path: Path, config: dict[str, object], script: str = "") -> Path:
     """An image of busybox, the same bytes each time."""
     members = [member(name, tarfile.DIRTYPE) for name in ("bin", "etc", "root", "srv", "tmp")]
     members.append(member("bin/busybox", data=Path("/bin/busybox").read_bytes(), mode=0o755))
@@ -104,7 +103,7 @@ def _busybox(path: Path, config: Mapping[str, object], script: str = "") -> Path
     return path
 
 
-def _debian(base: Path, path: Path, config: Mapping[str, object], script: str = "") -> Path:
+def _debian(base: Path, path: Path, config: dict[str, object], script: str = "") -> Path:
     """The Debian of :mod:`network_images` with another configuration, and a script of its own."""
     source, layout = Layout(base), Layout(path)
     index = json.loads((base / "index.json").read_bytes())
@@ -128,7 +127,7 @@ def _debian(base: Path, path: Path, config: Mapping[str, object], script: str = 
 
 
 def _make_layouts(directory: Path, debian: Path) -> None:
-    serve = {"Cmd": ["serve"]}
+    serve: dict[str, object] = {"Cmd": ["serve"]}
     _busybox(directory / "alpine", {"Cmd": ["sh"]})
     _busybox(directory / "web", {**serve, "ExposedPorts": {"80/tcp": {}}}, _WEB.format(port=80))
     _busybox(directory / "webapp", serve, _WEB.format(port=8000))
@@ -142,7 +141,7 @@ def surroundings(
     registry: RegistryServer, network_layout: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Surroundings:
     """A data directory that is kept from run to run as long as the images are the same."""
-    kept = files.home() / "test-docs"
+    kept = hostfiles.home() / "test-docs"
     layouts = kept / "layouts"
     shutil.rmtree(layouts, ignore_errors=True)
     layouts.mkdir(parents=True)
@@ -156,9 +155,9 @@ def surroundings(
             shutil.rmtree(other)
     if not home.exists():
         home.mkdir()
-        (home / "kernels").symlink_to(files.home() / "kernels")
-    for image, name in _IN_THE_REGISTRY.items():
-        registry.push(f"oci:{layouts / image}:latest", name)
+        (home / "kernels").symlink_to(hostfiles.home() / "kernels")
+    for stored, name in _IN_THE_REGISTRY.items():
+        registry.push(f"oci:{layouts / stored}:latest", name)
     conf = tmp_path_factory.mktemp("containers") / "registries.conf"
     conf.write_text(_REGISTRIES.format(host=registry.host))
     return Surroundings(layouts, home, conf)

@@ -156,6 +156,8 @@ async def guest(image: Image, cmdline: str = "") -> AsyncIterator[tuple[Vm, Outs
     """
     plan = await plan_start(image, VmConfig())
     plan = attrs.evolve(plan, spec=attrs.evolve(plan.spec, cmdline=cmdline))
+    # Compiling takes minutes on a busy host, which says nothing about the guest.
+    executable = await trio.to_thread.run_sync(program)
     with trio.fail_after(PATIENCE):
         async with (
             launch(plan) as (client, network),
@@ -165,7 +167,7 @@ async def guest(image: Image, cmdline: str = "") -> AsyncIterator[tuple[Vm, Outs
             # That of the server, which is not started.
             nursery.start_soon(trio.serve_listeners, outside.serve, [network.egress._listener])
             vm = Vm._create(RunningVm(plan, client, network), image)
-            await vm.write_file("/outside", program(), mode=0o755)
+            await vm.write_file("/outside", executable, mode=0o755)
             yield vm, outside
             nursery.cancel_scope.cancel()
 

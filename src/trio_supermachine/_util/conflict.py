@@ -1,4 +1,4 @@
-"""What a stream needs to notice that two tasks use it at once."""
+"""A guard against two tasks that use one stream at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import trio
 
 
 class OneAtATime:
-    """A block that one task at a time may be in; another gets :exc:`trio.BusyResourceError`."""
+    """A block for one task at a time. A second one gets :exc:`trio.BusyResourceError`.
+
+    :param message: the text of that error.
+    """
 
     __slots__ = ("_busy", "_message")
 

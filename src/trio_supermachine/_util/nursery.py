@@ -1,4 +1,4 @@
-"""A nursery whose wrapping does not show."""
+"""A nursery that does not wrap a lone exception in a group."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import trio
 
 @asynccontextmanager
 async def open_flat_nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery that raises a lone error as itself.
+    """Open a nursery that raises a lone error as itself.
 
-    The body's own exception comes out bare when no task failed for another reason, whatever
-    groups the body itself raised; so does the only error of a task. Only when several things
-    really failed is there a group.
+    The only error of its tasks comes out bare. So does the body's own exception when no task
+    failed beside it: if that is a group, it comes out as the body raised it. Only when several
+    tasks, or a task and the body, failed is there a group of the nursery's own.
     """
     body_error: BaseException | None = None
     try:
@@ -33,6 +33,6 @@ async def open_flat_nursery() -> AsyncIterator[trio.Nursery]:
         try:
             raise lone
         finally:
-            # As it was before the nursery's group became its context.
+            # Restore the context, in the place of which "raise" has put the nursery's group.
             lone.__context__ = context
             del lone, context, body_error, failures

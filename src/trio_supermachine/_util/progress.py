@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import attrs
 
-from .public import public
+from .._public import public
 
 
 @public

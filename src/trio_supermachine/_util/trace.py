@@ -1,4 +1,4 @@
-"""Diagnostic messages, switched on by one environment variable.
+"""Diagnostic messages that one environment variable switches on.
 
 ``TRIO_SUPERMACHINE_TRACE`` is read once, at import: a comma-separated list of categories, or
 ``all``. Each message is one line on stderr, with the time and its category.
@@ -24,13 +24,13 @@ CATEGORIES: Final[dict[str, str]] = {
     "oci": "references, manifests, layers and their conversion",
     "kernel": "where the kernel and its modules come from",
 }
-"""Every category and what it shows."""
+"""The categories, each with what it shows."""
 
 _enabled: frozenset[str] = frozenset()
 
 
 def configure(setting: str) -> None:
-    """Switch to the categories in ``setting``, written as the environment variable is."""
+    """Switch to the categories in ``setting``, which has the form of the environment variable."""
     global _enabled
     words = {word.strip() for word in setting.split(",")} - {""}
     _enabled = frozenset(CATEGORIES if "all" in words else words & CATEGORIES.keys())
@@ -40,12 +40,12 @@ def configure(setting: str) -> None:
 
 
 def enabled(category: str) -> bool:
-    """Whether messages of ``category`` are shown; to guard costly arguments."""
+    """Give whether messages of ``category`` are shown; to guard costly arguments."""
     return category in _enabled
 
 
 def trace(category: str, message: str, *args: object) -> None:
-    """Show ``message % args`` if ``category`` is on; otherwise cost next to nothing."""
+    """Show ``message % args`` if ``category`` is on. Otherwise the call costs next to nothing."""
     if category not in _enabled:
         return
     now = time.time()

@@ -1,6 +1,6 @@
 """Checks of configuration values, shared by the classes that hold them.
 
-Each raises :exc:`ConfigError`, so that a wrong value is reported where it is written.
+Each check raises :exc:`ConfigError`, so that a wrong value is reported where it is written.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def boolean(name: str, value: object) -> bool:
 
 
 def seconds(name: str, value: object) -> float:
-    """Check that ``value`` is a number of seconds above zero (infinity included)."""
-    # "not >" also refuses NaN.
+    """Check that ``value`` is a number of seconds above 0, perhaps infinite, and return it."""
+    # "not >" refuses NaN, too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
     return value
@@ -55,7 +55,7 @@ def host_path(value: StrPath) -> Path:
 
 
 def host_paths(values: Iterable[StrPath]) -> tuple[Path, ...]:
-    """Check several host paths at once."""
+    """Check that ``values`` name host files, and return them as a tuple of paths."""
     if isinstance(values, str):
         raise ConfigError(f"give a sequence of paths, not one: {values!r}")
     return tuple(host_path(value) for value in values)

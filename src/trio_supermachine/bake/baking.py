@@ -115,7 +115,7 @@ async def _ready(running: RunningVm, settings: BakeSettings) -> None:
 
 
 def _serves(image: ImageSpec) -> bool:
-    """Whether an image says that it serves a TCP port."""
+    """Say whether an image declares that it serves a TCP port."""
     exposed = any(port.endswith("/tcp") for port in image.config.exposed_ports)
     return image.guest_port is not None or (bool(image.config.argv) and exposed)
 

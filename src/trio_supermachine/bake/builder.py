@@ -43,7 +43,7 @@ def _words(name: str, value: object) -> tuple[str, ...]:
 
 @attrs.frozen(kw_only=True)
 class BakeSettings:
-    """Which image is to be baked, and how.
+    """Settings of a bake.
 
     :ivar triggers: what the capture waits for; the first that comes counts.
     :ivar trigger_timeout: how long to wait for it, in seconds.

@@ -73,7 +73,7 @@ class ExtraFile:
         check.integer("mode", value, 0, 0o7777)
 
     def digest(self) -> bytes:
-        """Of all there is to the file."""
+        """Digest the path, the mode and the content."""
         head = repr((self.path, self.mode)).encode()
         return hashlib.sha256(head + hashlib.sha256(self.data).digest()).digest()
 
@@ -81,7 +81,7 @@ class ExtraFile:
 async def extra_layer(
     store: ImageStore, layers: Sequence[Path], digests: Sequence[str], files: Sequence[ExtraFile]
 ) -> Path:
-    """The squashfs file of a layer with ``files`` above ``layers``, made unless it is there.
+    """Give the squashfs file of a layer with ``files`` above ``layers``, made unless it is there.
 
     :param digests: those of the layers' files.
     :raises ConfigError: the image has no directory where a file should go.
@@ -129,7 +129,7 @@ class _Found:
 
 
 class _Below:
-    """What the layers below have at a path, without a leading slash; the root is empty."""
+    """The files of the layers below. A path has no leading slash; that of the root is empty."""
 
     def __init__(self, layers: Iterable[Path]) -> None:
         self._layers = tuple(layers)
@@ -137,7 +137,10 @@ class _Below:
         self._known: dict[str, _Found | None] = {}
 
     async def place(self, path: str, directories: dict[str, DirectoryInfo]) -> str:
-        """Where a file named ``path`` really goes; the directories on its way are noted."""
+        """Follow the links on the way to ``path``, and note the directories there.
+
+        :returns: the path that a file of this name really has.
+        """
         *todo, name = path.lstrip("/").split("/")
         here: list[str] = []
         hops = 0
@@ -172,7 +175,7 @@ class _Below:
         return place
 
     async def find(self, path: str) -> _Found | None:
-        """The topmost layer's entry for a path; ``None`` if there is none, or it was deleted."""
+        """Give the topmost layer's entry for a path; ``None`` if it has none, or deletes it."""
         if path not in self._known:
             self._known[path] = await self._look(path)
         return self._known[path]

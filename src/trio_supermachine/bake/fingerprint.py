@@ -1,4 +1,4 @@
-"""What makes two bakes the same: one digest over everything that goes into them."""
+"""Fingerprints: one digest over everything that a bake depends on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class BakeInputs:
 
 
 def warmup_identity(warmup: object, tag: str | None) -> str | None:
-    """What tells one warm-up from another: its tag, or without one its name and code.
+    """Identify a warm-up: by its tag, or without one by its name and code.
 
     The code is that of the function and of those defined in it, with constants, defaults and
     what it closes over, so far as that is constant or a function too; not that of functions
@@ -129,7 +129,7 @@ def _code(code: types.CodeType) -> list[object]:
 
 
 def _value(value: object, above: frozenset[int] = frozenset()) -> list[object]:
-    """A value as something to digest: constants wholly, what is no constant by its type alone."""
+    """Describe a value to digest it: a constant wholly, anything else by its type alone."""
     kind = type(value).__name__
     match value:
         case types.CodeType():

@@ -1,4 +1,4 @@
-"""What has been baked, below ``bakes`` in the data directory.
+"""The store of bakes, below ``bakes`` in the data directory.
 
 ``FINGERPRINT/snapshot`` and ``FINGERPRINT/booted`` are the snapshots of a bake, one for each
 :class:`Moment`. ``FINGERPRINT/used`` has the time of its last use. ``FINGERPRINT.lock`` exists
@@ -124,7 +124,7 @@ class BakeStore:
                 new.write_text(fingerprint)
 
     def names(self) -> Mapping[str, str]:
-        """Which fingerprint each name stands for."""
+        """Map each name to the fingerprint that it stands for."""
         found = {}
         for path in sorted((self._bakes / "names").glob("[!.]*")):
             if _NAME.fullmatch(path.name) and (fingerprint := _read_name(path)) is not None:
@@ -136,7 +136,7 @@ class BakeStore:
         (self._bakes / "names" / name).unlink(missing_ok=True)
 
     async def list(self) -> list[Bake]:
-        """All bakes, the last used first."""
+        """Describe all bakes, the last used first."""
         names = self.names()
         found = []
         for directory in sorted(self._bakes.glob("*")):
@@ -184,7 +184,7 @@ class BakeStore:
             return held
 
     def half_made(self) -> Iterator[str]:
-        """The fingerprints of what killed programs left, or others are making."""
+        """Give the fingerprints of bakes that were left half made, or are being made."""
         for directory in self._bakes.glob("*"):
             if _FINGERPRINT.fullmatch(directory.name) and not self._has_any(directory.name):
                 yield directory.name
@@ -213,7 +213,7 @@ class BakeStore:
 
 
 def allocated(directory: Path) -> int:
-    """The bytes that the files below a directory take on the disk; holes take none."""
+    """Count the bytes that the files below a directory take on the disk; holes take none."""
     total = 0
     for parent, _, names in os.walk(directory):
         for name in names:

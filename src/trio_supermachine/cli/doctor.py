@@ -45,7 +45,7 @@ class Check:
 
 @attrs.frozen
 class Diagnosis:
-    """What was found on this host; ``wanted`` is the engine that the environment names."""
+    """Findings about this host; ``wanted`` is the engine that the environment names."""
 
     checks: tuple[Check, ...]
     engines: tuple[EngineReport, ...]
@@ -67,7 +67,7 @@ class Diagnosis:
         return self.engine is not None and all(check.state != "missing" for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """The same as one JSON object."""
+        """Give the diagnosis as one JSON object."""
         return {
             "ok": self.ok,
             "version": __version__,
@@ -77,7 +77,7 @@ class Diagnosis:
         }
 
     def lines(self) -> Iterator[str]:
-        """The same for people."""
+        """Give the diagnosis as lines for people."""
         for check in self.checks:
             yield from _lines(check.state, check.name, check.detail, check.remedy)
         for report in self.engines:

@@ -32,7 +32,7 @@ _JOB_CONTROL: Final = (signal.SIGTSTP, signal.SIGCONT)
 
 @attrs.frozen(kw_only=True)
 class RunOptions:
-    """What the user asked for."""
+    """Choices of the user."""
 
     image: str
     command: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ async def run(options: RunOptions) -> int:
 async def _prepare(
     options: RunOptions, progress: ProgressCallback
 ) -> tuple[Image, tuple[str, ...]]:
-    """The image to start, and the command to run in it."""
+    """Give the image to start, and the command to run in it."""
     config = options.config
     refuse_unbuilt(config)
     image = await unbaked_image(

@@ -19,7 +19,7 @@ from ..images.policy import PullPolicy
 from ..images.prepare import find_local, prepare_image
 from ..images.pull import find_pulled, name_of, pulled
 from ..library.archives import load, save
-from ..oci.malformed import MalformedError
+from ..oci import MalformedError
 from ..oci.platform import Platform
 from ..oci.reference import Reference, Transport
 from .interrupts import run_until_signal

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import attrs
 
+from .._public import public
 from .._util import validators as check
-from .._util.public import public
 from .._util.validators import StrPath
 from ..errors import ConfigError, ResourceError, ResourceErrorKind
 from .defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS

@@ -10,8 +10,8 @@ from typing import Any, Final, get_args
 
 import attrs
 
+from .._public import public
 from .._util import validators as check
-from .._util.public import public
 from .._util.validators import StrPath
 from ..devices.virtio import VirtioDevice
 from ..errors import ConfigError, NotSupported

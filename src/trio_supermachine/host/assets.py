@@ -8,7 +8,7 @@ from pathlib import Path
 
 import attrs
 
-from .._util.public import public
+from .._public import public
 from ..errors import AssetNotFound
 
 

@@ -1,7 +1,9 @@
-"""Where this library keeps files on the host, and how it writes them.
+"""The data directory, and files and directories of the host that appear whole.
 
-Everything is published by a rename, so that a program killed at any moment leaves either the
-old state or the new one, and stray temporary names that :func:`sweep` removes.
+A file or directory is made under a temporary name beside its own, written to the disk, renamed,
+and then its directory is written to the disk. A program that is killed at any moment, or a host
+that loses power, leaves the old state or the new one. A killed program may leave temporary names,
+too, which :func:`sweep` removes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ _TEMPORARY = ".tmp-"
 
 
 def home() -> Path:
-    """The data directory: ``$TRIO_SUPERMACHINE_HOME``, or below the XDG data directory."""
+    """Give the data directory: ``$TRIO_SUPERMACHINE_HOME``, or one below XDG's for data."""
     if explicit := os.environ.get("TRIO_SUPERMACHINE_HOME"):
         return Path(explicit).absolute()
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
@@ -25,13 +27,16 @@ def home() -> Path:
 
 
 def offline() -> bool:
-    """Whether ``$TRIO_SUPERMACHINE_OFFLINE`` forbids downloads."""
+    """Give whether ``$TRIO_SUPERMACHINE_OFFLINE`` forbids downloads."""
     return os.environ.get("TRIO_SUPERMACHINE_OFFLINE", "") not in ("", "0")
 
 
 @contextmanager
 def new_file(dest: Path) -> Iterator[Path]:
-    """Give a temporary sibling to write; it becomes ``dest`` if the block ends well."""
+    """Give an empty temporary file, which becomes ``dest`` if the block ends well.
+
+    It is beside ``dest``, whose directory is made. It takes the place of a file that is there.
+    """
     dest.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=dest.parent)
     os.close(fd)
@@ -48,9 +53,9 @@ def new_file(dest: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(dest: Path) -> Iterator[Path]:
-    """Give a temporary sibling directory; it becomes ``dest`` if the block ends well.
+    """Give an empty temporary directory, which becomes ``dest`` if the block ends well.
 
-    ``dest`` must not exist, or be an empty directory.
+    It is beside ``dest``, which must not exist, or be an empty directory.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=dest.parent))
@@ -68,9 +73,9 @@ def new_directory(dest: Path) -> Iterator[Path]:
 
 
 def sweep(directory: Path) -> None:
-    """Remove temporary names that killed programs left in ``directory``.
+    """Remove what killed programs left under temporary names in ``directory``.
 
-    The caller holds the lock under which they are made.
+    The caller holds the lock under which files are made there, so that nobody is at work on one.
     """
     for stray in directory.glob(_TEMPORARY + "*"):
         if stray.is_dir() and not stray.is_symlink():

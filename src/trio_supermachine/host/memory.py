@@ -1,4 +1,4 @@
-"""How much memory this process may use on its host."""
+"""The memory that this process may use on its host."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _BYTES_PER_MIB = 1 << 20
 def usable_memory_mib(
     proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """The host's memory in MiB, or less where a control group says so; ``None`` if unknown.
+    """Give the host's memory in MiB, or a control group's lower limit; ``None`` if unknown.
 
-    Control groups of versions 1 and 2 count, and every group above this process's own.
+    Groups of version 1 and of version 2 count: this process's own, and every group above it.
 
     :param proc: where ``proc`` is mounted.
     :param cgroups: where control groups are mounted.
@@ -42,7 +42,7 @@ def _limits_mib(proc: Path, cgroups: Path) -> list[int]:
             mounts, file = [cgroups / "memory"], "memory.limit_in_bytes"
         else:
             continue
-        # In a container the named path may not be there: its mount is then the group itself.
+        # In a container the named path may be missing. The mount is then the group itself.
         path = PurePosixPath("/", group)
         names = [name.relative_to("/") for name in (path, *path.parents) if ".." not in name.parts]
         for mount in mounts:

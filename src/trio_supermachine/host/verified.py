@@ -1,6 +1,6 @@
-"""What is known of files that were read in full, so that an unchanged one is not read again.
+"""Records of files that were read in full, so that an unchanged one is not read again.
 
-A file is taken for unchanged while its path, inode, size and time stamps are the same. Several
+A file counts as unchanged while its path, inode, size and time stamps are the same. Several
 programs may use the same records at once.
 """
 
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from . import files as hostfiles
 
-#: A file changed this recently (in nanoseconds) could change again with the same time stamps:
-#: they advance with the kernel's tick, which is 10 ms at most.
+#: Nanoseconds within which a changed file could change again and keep its time stamps: these
+#: advance with the kernel's tick, which is 10 ms at most.
 _RACY = 20_000_000
 
 Identity = tuple[int, ...]
 
 
 def identity(status: os.stat_result) -> Identity:
-    """What changes whenever a file does; its time stamps come last."""
+    """Give the values that change whenever a file does; its time stamps come last."""
     return (
         status.st_dev,
         status.st_ino,
@@ -34,18 +34,19 @@ def identity(status: os.stat_result) -> Identity:
 
 
 class VerifiedFiles:
-    """Records of what was found in files, such as their digests.
+    """Records of facts about files, such as their digests.
 
-    :param directory: where the records are; ``None`` is the library's own place.
+    :param directory: the directory of the records; ``None`` is the library's own.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = hostfiles.home() / "verified" if directory is None else directory
 
     def recall(self, place: str, found: Identity) -> Sequence[str] | None:
-        """What was noted of a file, if it is still the same one.
+        """Give the facts that were noted of a file; ``None`` if there are none, or it changed.
 
-        :param place: the file's absolute path, and which part of it where that matters.
+        :param place: the file's absolute path, and the part of the file where that matters.
+        :param found: the file's identity now.
         """
         try:
             record = json.loads(self._record(place).read_bytes())
@@ -58,9 +59,11 @@ class VerifiedFiles:
         return facts if all(isinstance(fact, str) for fact in facts) else None
 
     def remember(self, place: str, before: Identity, *facts: str) -> None:
-        """Note what was found in a file; ``before`` is its identity before it was read.
+        """Note facts about a file.
 
-        A record that cannot be written costs another reading, so this raises nothing.
+        A record that cannot be written costs another reading later, so this raises nothing.
+
+        :param before: the file's identity before it was read.
         """
         if time.time_ns() - max(before[3:]) <= _RACY:
             return

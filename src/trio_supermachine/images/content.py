@@ -30,10 +30,10 @@ from ..errors import SupermachineError
 from ..host import files as hostfiles
 from ..host import locks
 from ..host.locks import exclusive, in_use, try_exclusive, unused
+from ..oci import MalformedError
 from ..oci.blobs import MAX_DOCUMENT, Directory, as_digest, sha256
 from ..oci.decompress import Blob
 from ..oci.documents import INDEXES, MANIFESTS, MAX_MANIFESTS, Descriptor
-from ..oci.malformed import MalformedError
 from .arrival import Arrival, BlobWriter, full_disk
 from .records import Record, named_in, read_records, write_index
 

@@ -27,9 +27,9 @@ import trio
 from .._util.progress import ProgressCallback, report
 from ..host import files as hostfiles
 from ..host.locks import exclusive, in_use, locked, unused
+from ..oci import MalformedError
 from ..oci.layer import Sink
 from ..oci.layer_info import DirectoryInfo, LayerInfo, Link
-from ..oci.malformed import MalformedError
 from ..oci.manifest import LayerSource
 from ..oci.squashfs import convert, write_squashfs
 from .limits import max_layer

@@ -11,9 +11,9 @@ import trio
 from .._util.progress import Progress, ProgressCallback
 from ..config.defaults import EngineName
 from ..errors import ConfigError, ImageCorrupt, ImageNotFound
+from ..oci import MalformedError
 from ..oci.blobs import Archive, Directory
 from ..oci.config import ImageConfig
-from ..oci.malformed import MalformedError
 from ..oci.manifest import LocalImage, find_in_docker_archive, find_in_layout
 from ..oci.platform import Platform
 from ..oci.reference import Reference, Transport

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from .._util.nursery import open_flat_nursery
 from .._util.progress import ProgressCallback
 from ..errors import ImageCorrupt, ImageNotFound, NotSupported
+from ..oci import MalformedError
 from ..oci.blobs import MAX_DOCUMENT, sha256
 from ..oci.documents import INDEXES, MANIFESTS, Descriptor
-from ..oci.malformed import MalformedError
 from ..oci.manifest import Choice, LayerSource, LocalImage, Search, choose, on_disk, read_document
 from ..oci.platform import Platform
 from ..oci.reference import Reference

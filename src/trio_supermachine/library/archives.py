@@ -20,10 +20,10 @@ from ..images.content import ContentStore, Lease
 from ..images.limits import max_layer
 from ..images.pull import name_of
 from ..images.records import CONTAINERD_NAME, Named, Record, named_in, write_index
+from ..oci import MalformedError
 from ..oci.blobs import MAX_DOCUMENT, Archive, read_bytes, sha256
 from ..oci.decompress import CHUNK, Blob, open_layer, opened
 from ..oci.documents import CONFIGS, INDEXES, MANIFESTS, Descriptor, read_configuration
-from ..oci.malformed import MalformedError
 from ..oci.manifest import (
     REF_NAME,
     find_blob,

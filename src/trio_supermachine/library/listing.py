@@ -11,7 +11,7 @@ from ..bake.store import Bake
 from ..errors import ImageNotFound, NotSupported, ReferenceInvalid
 from ..images.content import ContentStore
 from ..images.pull import find_pulled
-from ..oci.malformed import MalformedError
+from ..oci import MalformedError
 from ..oci.platform import Platform
 from ..oci.reference import Reference, Transport
 

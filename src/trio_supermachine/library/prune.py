@@ -24,7 +24,7 @@ from ..host.locks import try_exclusive, unused
 from ..images.content import ContentStore
 from ..images.layers import ImageStore
 from ..images.pull import find_pulled, name_of
-from ..oci.malformed import MalformedError
+from ..oci import MalformedError
 from ..oci.platform import Platform
 from ..oci.reference import Reference, Transport
 from ..snapshots import Metadata

@@ -7,8 +7,8 @@ from typing import Final, Literal, final
 import attrs
 import trio
 
+from .._public import public
 from .._util import validators as check
-from .._util.public import public
 
 #: Events that wait for a reader, unless it asks for more or fewer.
 MAX_BUFFER: Final = 256

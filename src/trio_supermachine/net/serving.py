@@ -47,6 +47,8 @@ class Server:
         self._accepting = trio.CancelScope()
         self._everything = trio.CancelScope()
         self._ended = trio.Event()
+        #: The host's address and port that it listens on.
+        self.local_addr = local_addr(listener.socket)
 
     async def run(self) -> None:
         """Serve until :meth:`stop`, and then until the last connection ends, or :meth:`cancel`.

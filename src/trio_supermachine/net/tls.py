@@ -13,9 +13,9 @@ from typing import Any, Final, NoReturn, final
 import attrs
 import trio
 
+from .._public import public
 from .._util import validators as check
 from .._util.conflict import OneAtATime
-from .._util.public import public
 from .._util.validators import MAX_PORT
 from ..errors import ConfigError
 from .relay import reset_socket

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from .._util.public import public
-from .malformed import MalformedError
+from .._public import public
+from . import MalformedError
 
 _MAX_ITEMS = 4096
 _MAX_STRING = 128 * 1024  # bytes; Linux's own limit on one argument

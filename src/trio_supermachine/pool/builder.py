@@ -50,7 +50,7 @@ class PoolOptions(Generic[ImageT]):
         return attrs.evolve(self, idle_timeout=check.seconds("idle_timeout", seconds))
 
     def acquire_timeout(self, seconds: float) -> Self:
-        """Have an acquire give up with :exc:`AcquireTimeout` after this many seconds.
+        """Let an acquire raise :exc:`AcquireTimeout` after this many seconds.
 
         Unless given, it never does: a cancel scope does that.
         """

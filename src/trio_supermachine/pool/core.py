@@ -1,12 +1,30 @@
 """The pool's machinery: which things exist, who has them, and when to make or end one.
 
-It is generic over what it pools, an async context manager that gives a ``T``: nothing in here
-knows of virtual machines. Each thing lives in a task of its own, in the pool's nursery. All
-state changes are plain code between two checkpoints; one *keeper* task then makes and ends
-what the new state calls for.
+Theory of operation. The pool is generic over what it pools, an async context manager that gives a
+``T``: nothing in here knows of virtual machines. A thing goes through these states:
 
-Invariants, after each change: things are idle or acquirers wait, never both; no more exist than
-``max``; an idle thing is alive as far as is known.
+    STARTING -> IDLE -> IN_USE -> ENDING
+                  ^--------'            (restore_on_release off: released, and still alive)
+
+From each state it may go to ENDING: it failed or died, there are more than ``max``, it was idle for
+too long, or the pool closes. Each thing lives in a task of its own (``_live``) in the pool's
+nursery, which enters its context manager, marks it idle, and leaves when its scope is cancelled.
+
+All changes of state are plain code between two checkpoints, so that no task sees half of one. They
+only record what is true now and wake the *keeper*, the one task that decides: it ends what is too
+much (``_shrink``), begins what is missing (``_grow``), and sleeps until the next change, or until
+an idle thing is due to end or a refill after a failure is due. Between changes it uses no CPU.
+
+Invariants, after each change:
+
+- Things are idle or acquirers wait, never both. A thing that gets ready goes to the first waiter.
+- No more things exist than ``max``, those that start and end included.
+- An idle thing is alive as far as is known.
+- A waiter gets a thing, or one error. A failed start is told to the first waiter only if no other
+  start may serve it.
+
+After failures the keeper refills after pauses that double, up to 30 s, unless an acquirer waits.
+Failures of the same generation, which were begun before the last one, count once.
 """
 
 from __future__ import annotations
@@ -21,8 +39,8 @@ from typing import Final, Generic, TypeVar
 import attrs
 import trio
 
+from .._public import public
 from .._util.nursery import open_flat_nursery
-from .._util.public import public
 from ..errors import AcquireTimeout
 
 T = TypeVar("T")
@@ -35,7 +53,7 @@ _PROVEN: Final = 60.0
 
 @attrs.frozen(kw_only=True)
 class PoolSettings:
-    """What a pool keeps to. Times in seconds; infinity is no limit.
+    """Bounds of a pool. Times are in seconds; infinity is no limit.
 
     ``head_start`` is how long a refill of a pool that was full waits after a hand-over, so that
     it does not compete with the acquirer's first steps.
@@ -52,7 +70,7 @@ class PoolSettings:
 @public
 @attrs.frozen(kw_only=True)
 class PoolStats:
-    """What a pool holds at one moment, and what it has done so far.
+    """Numbers of a pool: what it holds at one moment, and what it has done so far.
 
     ``alive`` is ``idle + in_use + starting + ending`` and never above ``max``, but for VMs that
     are in use when :meth:`Pool.resize` lowers it.
@@ -153,7 +171,7 @@ class PoolCore(Generic[T]):
         self._last_error: Exception | None = None
 
     def stats(self) -> PoolStats:
-        """The numbers, now."""
+        """Give the numbers, now."""
         return PoolStats(
             idle=len(self._idle),
             in_use=self._in_use,
@@ -322,7 +340,7 @@ class PoolCore(Generic[T]):
         lease._scope.cancel()
 
     def _failed(self, lease: Lease[T], last: _State, error: Exception) -> None:
-        """It did not start, or it ended by itself: tell whom it concerns, and the keeper."""
+        """Note that a thing did not start, or ended by itself; tell a waiter and the keeper."""
         lease._error = error
         match last:
             case _State.STARTING:
@@ -416,7 +434,7 @@ async def open_pool(
     is_alive: Callable[[T], bool],
     settings: PoolSettings,
 ) -> AsyncIterator[PoolCore[T]]:
-    """A pool for the length of a block, entered when ``settings.min`` things are idle.
+    """Open a pool for a block, which is entered when ``settings.min`` things are idle.
 
     ``is_alive`` tells of a thing that has ended, and whose context manager is about to raise.
     """

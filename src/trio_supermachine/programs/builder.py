@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import attrs
 import trio
 
+from .._public import NoPublicConstructor, public
 from .._util.nursery import open_flat_nursery
-from .._util.public import public
-from ..agent.wire import ExecFlags, ExecRequest, StagedFile
+from ..agent.wire import ExecFlags, ExecRequest, StagedFile, StreamId
 from ..errors import ConfigError, ExecEof
-from .child import ExecChild
+from .child import ExecChild, open_child
 from .request import (
     StrOrBytes,
     StrOrBytesPath,
@@ -27,9 +28,10 @@ from .request import (
     guest_path,
     user_field,
 )
-from .run_process import LAST_OUTPUT, collect
+from .running import LAST_OUTPUT, Captured, RunningExec
 
-OpenRequest: TypeAlias = Callable[[ExecRequest], AbstractAsyncContextManager[ExecChild]]
+#: Starts the exec of a request, for the length of a block.
+OpenExec: TypeAlias = Callable[[ExecRequest], AbstractAsyncContextManager[RunningExec]]
 
 
 @public
@@ -56,102 +58,175 @@ class ExecOutcome:
         return self.returncode == 0 and not self.timed_out and not self.cancelled
 
 
+@attrs.frozen(kw_only=True)
+class _Spec:
+    """What a builder has been told so far."""
+
+    chain: tuple[tuple[StrOrBytes, ...], ...] = ()
+    environment: tuple[StrOrBytes, ...] = ()
+    cwd: StrOrBytes | None = None
+    user: str | None = None
+    tty: bool = False
+    winsize: tuple[int, int] | None = None
+    timeout: float | None = None
+    files: tuple[StagedFile, ...] = ()
+
+    def request(self, flags: ExecFlags) -> ExecRequest:
+        if not self.chain:
+            raise ConfigError("nothing to run; call argv() first")
+        return exec_request(
+            self.chain,
+            flags | (ExecFlags.TTY if self.tty else ExecFlags.NONE),
+            extra_env=self.environment,
+            cwd=self.cwd,
+            user=self.user,
+            winsize=self.winsize,
+            timeout=self.timeout,
+            files=self.files,
+        )
+
+
 @public
 @final
-@attrs.frozen
-class ExecBuilder:
-    """An exec in the making. Immutable: every method gives a changed copy."""
+class ExecBuilder(metaclass=NoPublicConstructor):
+    """An exec in the making; :meth:`Vm.exec_builder` makes it.
 
-    _open: OpenRequest = attrs.field(repr=False)
-    _chain: tuple[tuple[StrOrBytes, ...], ...] = ()
-    _environment: tuple[StrOrBytes, ...] = ()
-    _cwd: StrOrBytes | None = None
-    _user: str | None = None
-    _tty: bool = False
-    _winsize: tuple[int, int] | None = None
-    _timeout: float | None = None
-    _files: tuple[StagedFile, ...] = ()
+    It never changes: each method returns a changed copy.
+
+    Example::
+
+        outcome = await vm.exec_builder().argv(["sh", "-c", "echo $A"]).env("A", "1").output()
+        print(outcome.stdout, outcome.duration)
+    """
+
+    _made_by = "Vm.exec_builder"
+
+    def __init__(self, open_exec: OpenExec, spec: _Spec | None = None) -> None:
+        self._open_exec = open_exec
+        self._spec = spec or _Spec()
+
+    def __repr__(self) -> str:
+        return f"<ExecBuilder of {[list(argv) for argv in self._spec.chain]!r}>"
+
+    def _with(self, **changes: Any) -> ExecBuilder:
+        return ExecBuilder._create(self._open_exec, attrs.evolve(self._spec, **changes))
 
     def argv(self, argv: Sequence[StrOrBytesPath]) -> ExecBuilder:
-        """What to run. :raises ValueError: it is empty or holds NUL."""
-        return attrs.evolve(self, chain=(tuple(command_argv(argv)), *self._chain[1:]))
+        """Set what to run.
+
+        :param argv: the program and its arguments; it is looked up in ``PATH`` without a slash.
+        :raises ValueError: it is empty or holds NUL.
+        """
+        return self._with(chain=(tuple(command_argv(argv)), *self._spec.chain[1:]))
 
     def chain(self, argv: Sequence[StrOrBytesPath]) -> ExecBuilder:
-        """What to run next if all before it ended with 0, as ``&&`` in a shell, without a shell."""
-        if not self._chain:
+        """Add what to run next if all before it ended with 0, as ``&&`` does in a shell.
+
+        There is no shell in between.
+
+        :param argv: the program and its arguments.
+        :raises ConfigError: :meth:`argv` was not called before.
+        :raises ValueError: it is empty or holds NUL.
+        """
+        if not self._spec.chain:
             raise ConfigError("chain() comes after argv()")
-        return attrs.evolve(self, chain=(*self._chain, tuple(command_argv(argv))))
+        return self._with(chain=(*self._spec.chain, tuple(command_argv(argv))))
 
     def env(self, key: str, value: str) -> ExecBuilder:
-        """Add a variable to the image's environment."""
-        return attrs.evolve(self, environment=(*self._environment, env_entry(key, value)))
+        """Add a variable to the image's environment.
+
+        :raises ValueError: the name is empty or holds ``=``, or one of them holds NUL.
+        """
+        return self._with(environment=(*self._spec.environment, env_entry(key, value)))
 
     def cwd(self, path: StrOrBytesPath) -> ExecBuilder:
-        """The working directory; relative paths start at the image's."""
-        return attrs.evolve(self, cwd=guest_path(path))
+        """Set the working directory; relative paths start at the image's.
+
+        :raises ValueError: it is empty or holds NUL.
+        """
+        return self._with(cwd=guest_path(path))
 
     def user(self, user: str | int) -> ExecBuilder:
-        """A user's name or id, with an optional group: ``"app"``, ``"1234:1234"``, ``1234``."""
-        return attrs.evolve(self, user=user_field(user))
+        """Set the user.
+
+        :param user: a name or an id, with an optional group: ``"app"``, ``"1234:1234"``, ``1234``.
+        :raises ValueError: it is negative, empty, or holds NUL.
+        """
+        return self._with(user=user_field(user))
 
     def tty(self, tty: bool = True) -> ExecBuilder:
-        """Run it on a terminal of its own."""
-        return attrs.evolve(self, tty=tty)
+        """Run it on a terminal of its own; then ``stderr`` is empty."""
+        return self._with(tty=tty)
 
     def winsize(self, cols: int, rows: int) -> ExecBuilder:
-        """The size of the terminal in characters."""
-        return attrs.evolve(self, winsize=check_winsize(cols, rows))
+        """Set the size of the terminal.
+
+        :param cols: columns, in characters.
+        :param rows: rows, in characters.
+        :raises ValueError: a size is not in 1..65535.
+        """
+        return self._with(winsize=check_winsize(cols, rows))
 
     def timeout(self, seconds: float) -> ExecBuilder:
-        """Kill the process group after ``seconds``, measured in the guest."""
+        """Kill the process group after ``seconds``, measured in the guest.
+
+        :raises ConfigError: it is not above 0, or beyond 49 days.
+        """
         if not 0 < seconds < 0xFFFFFFFF / 1000:
             raise ConfigError(f"a timeout of {seconds!r} seconds is out of range")
-        return attrs.evolve(self, timeout=seconds)
+        return self._with(timeout=seconds)
 
     def stage_file(self, path: StrOrBytesPath, data: bytes) -> ExecBuilder:
-        """Write a file (mode 0644), atomically and in the same request, before it starts."""
+        """Write a file with mode 0644 before the program starts: see :meth:`stage_file_mode`."""
         return self.stage_file_mode(path, data, 0o644)
 
     def stage_file_mode(self, path: StrOrBytesPath, data: bytes, mode: int) -> ExecBuilder:
-        """The same with the file's mode."""
+        """Write a file in the guest, atomically and in the same request, before it starts.
+
+        :param path: where to; relative paths start at the working directory.
+        :param data: the file's content.
+        :param mode: its permissions, such as ``0o755``.
+        :raises ValueError: the mode is none, or the path holds NUL.
+        """
         check_no_nul(os.fspath(path))
         check_mode(mode)
         file = StagedFile(path=os.fspath(path), data=bytes(data), mode=mode)
-        return attrs.evolve(self, files=(*self._files, file))
-
-    def _request(self, flags: ExecFlags) -> ExecRequest:
-        if not self._chain:
-            raise ConfigError("nothing to run; call argv() first")
-        return exec_request(
-            self._chain,
-            flags | (ExecFlags.TTY if self._tty else ExecFlags.NONE),
-            extra_env=self._environment,
-            cwd=self._cwd,
-            user=self._user,
-            winsize=self._winsize,
-            timeout=self._timeout,
-            files=self._files,
-        )
+        return self._with(files=(*self._spec.files, file))
 
     def spawn(self) -> AbstractAsyncContextManager[ExecChild]:
-        """Start it: an async context manager giving :class:`ExecChild`, as :meth:`Vm.exec`."""
-        return self._open(self._request(ExecFlags.STDIN))
+        """Start it: an async context manager giving :class:`ExecChild`, as :meth:`Vm.exec`.
+
+        :raises ConfigError: :meth:`argv` was not called.
+        :raises OSError: on entry: it could not be started.
+        """
+        return open_child(self._open_exec(self._spec.request(ExecFlags.STDIN)))
 
     async def output(self) -> ExecOutcome:
-        """Run it to its end with an empty stdin. Cancelling kills its process group.
+        """Run it to its end with an empty stdin, and give what became of it.
 
-        :raises OSError: it could not be started. :raises VmExited: the VM ended first.
+        Cancelled, it kills the process group, and waits, shielded and bounded, until the guest
+        confirms that.
+
+        :raises ConfigError: :meth:`argv` was not called.
+        :raises OSError: it could not be started.
+        :raises VmExited: the VM ended first.
+        :raises ExecEof: the agent's connection ended first.
         """
         return await self._run(None)
 
     async def output_with_cancel(self, event: trio.Event) -> ExecOutcome:
-        """The same; when ``event`` is set the group is killed and the outcome is ``cancelled``."""
+        """Run it as :meth:`output` does, and end it when ``event`` is set.
+
+        Then the process group is killed, and the outcome is ``cancelled``.
+        """
         return await self._run(event)
 
     async def output_resilient(self, retries: int) -> ExecOutcome:
-        """The same; up to ``retries`` more tries while nothing was started.
+        """Run it as :meth:`output` does, and try again while nothing was started.
 
         Only :exc:`ExecEof` with ``is_setup_failure`` is tried again: never what may have run.
+
+        :param retries: how many more tries there are.
         """
         if retries < 0:
             raise ValueError("retries must be >= 0")
@@ -164,25 +239,24 @@ class ExecBuilder:
                 retries -= 1
 
     async def _run(self, event: trio.Event | None) -> ExecOutcome:
-        output: tuple[list[bytes | bytearray], list[bytes | bytearray]] = ([], [])
+        out: list[bytes | bytearray] = []
+        err: list[bytes | bytearray] = []
+        captured = ((StreamId.STDOUT, out), (StreamId.STDERR, err))
         cancelled = False
-        async with self._open(self._request(ExecFlags.NONE)) as child:
-            with trio.CancelScope() as collecting:
-                async with open_flat_nursery() as nursery:
-                    nursery.start_soon(collect, child.stdout, output[0])
-                    nursery.start_soon(collect, child.stderr, output[1])
-                    if event is not None:
-                        cancelled = await _wait_or_abort(child, event)
-                    await child.wait()
-                    assert child.exit is not None
-                    if cancelled or child.exit.timed_out:
-                        collecting.deadline = trio.current_time() + LAST_OUTPUT
-        exit_ = child.exit
-        assert exit_ is not None
+        async with self._open_exec(self._spec.request(ExecFlags.NONE)) as running:
+            if event is None:
+                await running.collect(captured, until_exit=True)
+            else:
+                cancelled = await _collect_or_abort(running, captured, event)
+            exit_ = await running.wait()
+            # A program that was killed may have left others behind, which hold its pipes open.
+            bounded = cancelled or exit_.timed_out
+            with trio.move_on_after(LAST_OUTPUT if bounded else math.inf):
+                await running.collect(captured)
         return ExecOutcome(
             returncode=exit_.returncode,
-            stdout=b"".join(output[0]),
-            stderr=b"".join(output[1]),
+            stdout=b"".join(out),
+            stderr=b"".join(err),
             duration=exit_.duration,
             timed_out=exit_.timed_out,
             cancelled=cancelled,
@@ -190,18 +264,19 @@ class ExecBuilder:
         )
 
 
-async def _wait_or_abort(child: ExecChild, event: trio.Event) -> bool:
-    """Wait for the end of ``child``; if ``event`` comes first, abort it and say so."""
+async def _collect_or_abort(running: RunningExec, captured: Captured, event: trio.Event) -> bool:
+    """Collect until the program ends. If ``event`` comes first, abort it and give true."""
     aborted = False
 
     async def abort_on_event() -> None:
         nonlocal aborted
         await event.wait()
         aborted = True
-        child.abort()
+        running.abort()
 
     async with open_flat_nursery() as nursery:
         nursery.start_soon(abort_on_event)
-        await child.wait()
+        await trio.lowlevel.checkpoint()  # an event that was set before counts, too
+        await running.collect(captured, until_exit=True)
         nursery.cancel_scope.cancel()
     return aborted

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import Final, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import trio
 
+from .._util.blocking import write_all
 from .._util.nursery import open_flat_nursery
 from ..agent.wire import ExecFlags, StreamId
-from .child import Captured, ExecChild
+from .child import ExecChild
 from .request import Command, StrOrBytes, command_argv
+from .running import LAST_OUTPUT, Captured, RunningExec
 
 
 class HasFileno(Protocol):
@@ -24,19 +25,13 @@ class HasFileno(Protocol):
 
 OutputTarget: TypeAlias = int | HasFileno | None
 
-#: A write of this size to a pipe that polls as writable does not block.
-_ATOMIC: Final = 4096
-#: Seconds to wait for the last output of a program that has ended, where a process that has left
-#: its group may hold the pipes open for ever.
-LAST_OUTPUT: Final = 2.0
-
 
 class OpenExec(Protocol):
     """How a VM opens the exec of a call."""
 
     def __call__(
         self, argv: list[StrOrBytes], flags: ExecFlags, empty_stdin: bool
-    ) -> AbstractAsyncContextManager[ExecChild]: ...
+    ) -> AbstractAsyncContextManager[RunningExec]: ...
 
 
 async def run_process(
@@ -86,31 +81,32 @@ async def run_process(
             hosted[stream] = target.fileno()
         elif target >= 0:
             hosted[stream] = target
-    async with open_exec(argv, _flags(stdin, stdout, stderr), empty_stdin) as child:
+    async with open_exec(argv, _flags(stdin, stdout, stderr), empty_stdin) as running:
+        child = ExecChild._create(running)
+        outputs = {StreamId.STDOUT: child.stdout, StreamId.STDERR: child.stderr}
         feed = child.stdin if feeding else None
         if stdin != subprocess.PIPE:
             child.stdin = None
         task_status.started(child)
         # Most programs are fed nothing and print nothing that is not captured: no tasks then.
-        if feed is not None or not await child.collect(captured, tuple(hosted)):
+        if feed is not None or not await running.collect(captured, tuple(hosted)):
             with trio.CancelScope() as copying:
                 async with open_flat_nursery() as nursery:
                     if feed is not None:
                         assert not isinstance(stdin, int)
                         nursery.start_soon(_feed, feed, stdin)
                     if captured:
-                        nursery.start_soon(_collect, child, captured)
+                        nursery.start_soon(_collect, running, captured)
                     for stream, fd in hosted.items():
-                        nursery.start_soon(_copy_to_host, child.output(stream), fd)
-                    await child.wait()
+                        nursery.start_soon(_copy_to_host, outputs[stream], fd)
+                    await running.wait()
                     if not captured:
                         # A process on the host would have written its output itself by now.
                         # Here some may be on its way, but a descendant may also hold the pipe
                         # for long.
-                        child.abort()
+                        running.abort()
                         copying.deadline = trio.current_time() + LAST_OUTPUT
-    returncode = child.returncode
-    assert returncode is not None
+        returncode = (await running.wait()).returncode
     output = b"".join(out) if capture_stdout else None
     errors = b"".join(err) if capture_stderr else None
     if check and returncode:
@@ -149,7 +145,7 @@ def _flags(stdin: object, stdout: OutputTarget, stderr: OutputTarget) -> ExecFla
     return flags
 
 
-# A broken exec breaks all of its streams at once; child.wait() is the one that tells why.
+# A broken exec breaks all of its streams at once; waiting for the program's end tells why.
 
 
 async def _feed(stream: trio.abc.SendStream, data: bytes | bytearray | memoryview) -> None:
@@ -158,18 +154,9 @@ async def _feed(stream: trio.abc.SendStream, data: bytes | bytearray | memoryvie
     await stream.aclose()
 
 
-async def _collect(child: ExecChild, captured: Captured) -> None:
+async def _collect(running: RunningExec, captured: Captured) -> None:
     with suppress(trio.BrokenResourceError):
-        await child.collect(captured, ())
-
-
-async def collect(stream: trio.abc.ReceiveStream, chunks: list[bytes | bytearray]) -> None:
-    """Append all that comes to ``chunks``, until its end or until the exec breaks."""
-    try:
-        async for chunk in stream:
-            chunks.append(chunk)
-    except trio.BrokenResourceError:
-        pass
+        await running.collect(captured)
 
 
 async def _copy_to_host(stream: trio.abc.ReceiveStream, fd: int) -> None:
@@ -177,25 +164,10 @@ async def _copy_to_host(stream: trio.abc.ReceiveStream, fd: int) -> None:
     fd = os.dup(fd)
     try:
         async for chunk in stream:
-            await write_to_host(fd, chunk)
+            await write_all(fd, chunk)
     except trio.BrokenResourceError:
         pass
     except BrokenPipeError:
         await stream.aclose()  # as SIGPIPE would have it
     finally:
         os.close(fd)
-
-
-async def write_to_host(fd: int, data: bytes | bytearray) -> None:
-    """Write all of ``data`` to a host file that may be a blocking one, cancellably."""
-    view = memoryview(data)
-    while view:
-        try:
-            await trio.lowlevel.wait_writable(fd)
-        except OSError as exc:
-            if exc.errno != errno.EPERM:  # regular files cannot be polled, and need not be
-                raise
-            await trio.lowlevel.checkpoint()
-            view = view[os.write(fd, view) :]
-        else:
-            view = view[os.write(fd, view[:_ATOMIC]) :]

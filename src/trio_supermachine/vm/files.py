@@ -26,9 +26,18 @@ class GuestFiles:
     async def write_file(
         self, path: StrOrBytesPath, data: bytes | bytearray | memoryview, *, mode: int = 0o644
     ) -> None:
-        """Write a guest file atomically: a temporary sibling is renamed to ``path``.
+        r"""Write a guest file atomically: a temporary sibling is renamed to ``path``.
 
-        Cancelled or failed, it leaves the old file as it was. :raises OSError: as in the guest.
+        Cancelled or failed, it leaves the old file as it was.
+
+        :param path: absolute, or relative to the image's working directory.
+        :param data: the whole content.
+        :param mode: the file's mode.
+        :raises OSError: the guest's error, with its errno.
+
+        Example::
+
+            await vm.write_file("/etc/motd", b"hello\n", mode=0o644)
         """
         with memoryview(data).cast("B") as view:
             if len(view) <= wire.MAX_DATA:
@@ -39,16 +48,22 @@ class GuestFiles:
                 await stream.send_all(view)
 
     async def read_file(self, path: StrOrBytesPath) -> bytes:
-        """The content of a guest file of up to 32 MiB.
+        """Read a guest file of up to 32 MiB.
 
-        :raises FileTooLarge: it is larger. :raises OSError: as in the guest.
+        :raises FileTooLarge: it is larger.
+        :raises OSError: the guest's error, such as :exc:`FileNotFoundError`.
+
+        Example::
+
+            assert b"root" in await vm.read_file("/etc/passwd")
         """
         return await self.read_file_with_max_bytes(path, READ_FILE_CAP)
 
     async def read_file_with_max_bytes(self, path: StrOrBytesPath, max_bytes: int) -> bytes:
-        """The content of a guest file of up to ``max_bytes`` bytes; the guest enforces it.
+        """Read a guest file of up to ``max_bytes`` bytes; the guest enforces the bound.
 
-        :raises FileTooLarge: it is larger. :raises OSError: as in the guest.
+        :raises FileTooLarge: it is larger.
+        :raises OSError: the guest's error.
         """
         if not 0 <= max_bytes < wire.NO_CAP:
             raise ValueError("max_bytes is out of range")
@@ -65,7 +80,13 @@ class GuestFiles:
     async def open_read(self, path: StrOrBytesPath) -> AsyncIterator[trio.abc.ReceiveStream]:
         """Read a guest file of any size in constant memory: ``async with`` gives a stream.
 
-        :raises OSError: as in the guest, on entry.
+        :raises OSError: the guest's error, on entry.
+
+        Example::
+
+            async with vm.open_read("/etc/passwd") as stream:
+                async for chunk in stream:
+                    print(len(chunk))
         """
         async with await self._running.client.open_read(guest_path(path)) as stream:
             yield stream
@@ -78,7 +99,13 @@ class GuestFiles:
 
         The file is renamed to ``path`` when the block ends well, and discarded when it does not.
 
-        :raises OSError: as in the guest, on entry, while sending, or at the end.
+        :raises OSError: the guest's error: on entry, while sending, or at the end.
+
+        Example::
+
+            async with vm.open_write("/tmp/large") as stream:
+                for _ in range(16):
+                    await stream.send_all(bytes(65536))
         """
         check_mode(mode)
         async with await self._running.client.open_write(guest_path(path), mode) as stream:

@@ -1,9 +1,9 @@
 """Process-wide limits: the memory promised to guests, and the VMs that start at once.
 
-Both are gates through which tasks pass in the order of their arrival. Unlike Trio's own
-synchronisation they hold for the process, so for several :func:`trio.run` in as many threads and
-for one after another: their state is behind a :class:`threading.Lock`, and a waiting task is
-woken through the token of its own run.
+Both are gates through which tasks pass in the order of their arrival. They hold for the process,
+not for one :func:`trio.run`: several runs may wait at the same gate, side by side in threads or one
+after another. So the state is behind a :class:`threading.Lock`, and a waiting task is woken through
+the token of its own run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import attrs
 import trio
 from trio.lowlevel import TrioToken, enable_ki_protection
 
+from .._public import public
 from .._util import validators as check
-from .._util.public import public
 from ..errors import AdmissionRefused, ConfigError
 from ..host.memory import usable_memory_mib
 
@@ -34,7 +34,7 @@ _UNKNOWN_HOST_MIB: Final = 2048
 @public
 @attrs.frozen(kw_only=True)
 class LimitStatistics:
-    """What a process-wide limit has given out at one moment.
+    """Numbers of a process-wide limit at one moment.
 
     For :data:`memory_admission`, ``limit`` and ``in_use`` are in MiB; for
     :data:`spawn_concurrency` they count starts. ``holders`` and ``waiting`` count VMs.
@@ -208,7 +208,7 @@ class MemoryAdmission:
             raise AdmissionRefused(mib, int(limit))
 
     def statistics(self) -> LimitStatistics:
-        """A snapshot of what is promised, in MiB."""
+        """Give the numbers, now, in MiB."""
         return self._gate.statistics()
 
 
@@ -239,7 +239,7 @@ class SpawnConcurrency:
         self._gate.release(1)
 
     def statistics(self) -> LimitStatistics:
-        """A snapshot of the starts in flight."""
+        """Give the numbers, now."""
         return self._gate.statistics()
 
 

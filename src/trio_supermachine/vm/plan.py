@@ -37,7 +37,7 @@ class KernelFacts:
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """What is to be started: the machine, and what its guest is told.
+    """One start, decided: the engine, the machine, and what its guest is told.
 
     :ivar host: the engine's facts about this host, on which a snapshot depends.
     :ivar layers: the files of the image's layers with their digests; ``None`` until they are read.

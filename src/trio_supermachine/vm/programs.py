@@ -11,9 +11,10 @@ import trio
 from ..agent import wire
 from ..agent.wire import ExecFlags
 from ..programs.builder import ExecBuilder
-from ..programs.child import ExecChild
+from ..programs.child import ExecChild, open_child
 from ..programs.request import Command, Environment, StrOrBytesPath, command_argv, exec_request
 from ..programs.run_process import OutputTarget, run_process
+from ..programs.running import RunningExec
 from .running import RunningVm
 
 
@@ -57,11 +58,11 @@ class GuestPrograms:
         request = exec_request(
             [command_argv(argv)], flags, env=env, cwd=cwd, user=user, winsize=winsize
         )
-        return self._running.open_exec(request)
+        return open_child(self._running.open_exec(request))
 
     def exec_builder(self) -> ExecBuilder:
         """Give an empty :class:`ExecBuilder`, to describe an exec step by step."""
-        return ExecBuilder(self._running.open_exec)
+        return ExecBuilder._create(self._running.open_exec)
 
     async def run_process(
         self,
@@ -98,16 +99,16 @@ class GuestPrograms:
         :raises OSError: it could not be started.
         """
 
-        def open_child(
+        def open_exec(
             argv: Sequence[str | bytes], flags: ExecFlags, empty_stdin: bool
-        ) -> AbstractAsyncContextManager[ExecChild]:
+        ) -> AbstractAsyncContextManager[RunningExec]:
             request = exec_request(
                 [argv], flags, env=env, cwd=cwd, user=user, empty_stdin=empty_stdin
             )
             return self._running.open_exec(request)
 
         return await run_process(
-            open_child,
+            open_exec,
             command,
             stdin=stdin,
             capture_stdout=capture_stdout,

@@ -26,7 +26,7 @@ from ..agent.wire import ExecRequest, Exit
 from ..errors import ExecEof, NotSupported, VmExited
 from ..hv.base import Console, Machine
 from ..net.network import VmNetwork
-from ..programs.child import ExecChild, open_exec
+from ..programs.running import RunningExec, open_exec
 from ..snapshots import Snapshot
 from .capture import capture
 from .launch import launch
@@ -75,7 +75,7 @@ class RunningVm:
         """Whether it runs, and nobody has asked it to stop."""
         return self._exited is None and not self._stopping
 
-    def open_exec(self, request: ExecRequest) -> AbstractAsyncContextManager[ExecChild]:
+    def open_exec(self, request: ExecRequest) -> AbstractAsyncContextManager[RunningExec]:
         """Run a program for the length of a block."""
         return open_exec(self.client, request)
 
@@ -170,7 +170,7 @@ class RunningVm:
 
     @asynccontextmanager
     async def _run(self) -> AsyncIterator[None]:
-        """Have the tasks of this VM run beside a body, which its end cancels."""
+        """Run the tasks of this VM beside a body; the VM's own end cancels the body."""
         try:
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(self._watch)

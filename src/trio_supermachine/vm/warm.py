@@ -44,7 +44,7 @@ async def _run_to_end(running: RunningVm, request: ExecRequest) -> None:
 
 @asynccontextmanager
 async def open_warm_vm(plan: Plan) -> AsyncIterator[RunningVm]:
-    """As :func:`~.running.open_vm`, entered when a trial has run.
+    """Carry out a plan as :func:`~.running.open_vm` does, and run a trial before the body.
 
     :raises StartTimeout: or :exc:`RestoreTimeout`; also for a trial that does not end in time.
     """

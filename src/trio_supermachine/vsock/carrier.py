@@ -1,4 +1,23 @@
-"""What carries vsock packets between this program and a machine."""
+"""Carriers: they move the packets of one muxer between this program and a machine.
+
+Theory of operation of :class:`SocketCarrier`, the one for a stream of bytes. (The one for a
+guest's own kernel is the device in :mod:`~trio_supermachine.devices.vsock`; the one in memory is
+:mod:`.memory`.)
+
+- *Sending* begins in the call that makes a packet: :meth:`~Carrier.flush` hands up to 128 KiB to
+  the socket at once. What the socket does not take is copied, for its owner may change it, and the
+  write loop sends it when there is room. Nothing more is taken out of the muxer until then, so this
+  is all that a peer who does not read costs.
+- *Receiving* is the read loop. Answers to what is received wait in the muxer; while too many of
+  them do, it reads nothing more. Every 64 packets other tasks get a turn.
+- *Quiet*, for a capture: :class:`~.framing.Framing` says FREEZE behind what was begun, and the peer
+  answers FROZEN behind what *it* had begun. From then on no byte is on its way. The end of the
+  block says THAW. A block that is given up before FROZEN has come sends THAW as soon as it comes.
+- *The end* is whatever comes first: the end of file, an error of the socket, bytes that are no
+  packets, or :meth:`~Carrier.close`. Then every stream of the muxer breaks.
+
+The socket may be closed in any call that sends. So whoever waits for it looks again afterwards.
+"""
 
 from __future__ import annotations
 
@@ -17,45 +36,44 @@ from .packet import VsockProtocolError
 from .parking import Parking
 
 _READ_SIZE: Final = 256 * 1024
-#: How much is handed to the socket in one go, in bytes; also the bound of what waits for it.
+#: Bytes that are handed to the socket at once; also the bound of what waits for it.
 _BATCH: Final = 128 * 1024
 #: Packets handled before other tasks get a turn.
 _TURN: Final = 64
 
 
 class Packets(Protocol):
-    """What a carrier sees of the muxer above it: packets in and out of ``core``, and this."""
+    """A muxer as its carrier sees it: packets go in and out of ``core``."""
 
     @property
     def core(self) -> Mux:
         """The connections; a carrier calls its ``receive``, ``refuse`` and ``pull``."""
 
     def touched(self, connection: Connection) -> None:
-        """A packet may have changed the connection's state: wake whom it concerns."""
+        """Wake whoever waits for a change of this connection, which a packet may have made."""
 
     def pulled(self) -> None:
-        """Packets have left: wake those whose data has gone."""
+        """Wake those whose data has gone, after packets were pulled."""
 
     def end(self, reason: str) -> None:
-        """The carrier has ended; every stream breaks. Plain and idempotent."""
+        """Break every stream, as the carrier has ended. Plain and idempotent."""
 
     def check_alive(self) -> None:
-        """Raise what a dial would, if the carrier has ended."""
+        """Raise what a dial raises once the carrier has ended; do nothing before."""
 
 
 class Carrier(ABC):
-    """Moves the packets of one muxer, for as long as :meth:`serve` runs."""
+    """Mover of one muxer's packets, for as long as :meth:`serve` runs."""
 
     @abstractmethod
     def attach(self, mux: Packets) -> None:
-        """Carry for ``mux``: called once, first."""
+        """Carry the packets of ``mux``. Called once, before all else."""
 
     @abstractmethod
     def flush(self) -> None:
-        """Packets may have become ready: send what goes at once, and the rest as it goes.
+        """Send the packets that are ready, as far as they go now; :meth:`serve` sends the rest.
 
-        Plain, so that a packet can leave in the very call that makes it; does nothing where
-        that cannot be now.
+        Plain, so that a packet can leave in the very call that makes it.
         """
 
     @abstractmethod
@@ -67,16 +85,19 @@ class Carrier(ABC):
 
     @abstractmethod
     def quiet(self) -> AbstractAsyncContextManager[None]:
-        """A block in which no packet moves, nor part of one, in either direction.
+        """Hold all packets back for a block, in both directions; streams only wait meanwhile.
 
-        Entered when that is so; streams only wait meanwhile. For one task.
+        The block is entered when no packet, nor part of one, is on its way. For one task.
 
         :raises trio.BrokenResourceError: the carrier has ended.
         """
 
     @abstractmethod
     def reset_peer(self) -> None:
-        """Tell a peer that was restored that its connections are gone. Before :meth:`serve`."""
+        """Tell a peer that was restored that its connections are gone.
+
+        Called before :meth:`serve`, or never.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -87,7 +108,7 @@ class Carrier(ABC):
 class SocketCarrier(Carrier):
     """Packets back to back on a connected stream socket, such as a virtio-serial port's.
 
-    Takes the socket over: the object passed in must not be used any more.
+    :param sock: the carrier takes it over: the caller must not use it any more.
     """
 
     def __init__(self, sock: socket.socket | trio.socket.SocketType | trio.SocketStream) -> None:
@@ -159,7 +180,7 @@ class SocketCarrier(Carrier):
                 self.flush()
 
     async def _receive(self) -> memoryview:
-        """Bytes, good until the next call; empty at the end."""
+        """Wait for bytes, which are good until the next call; empty at the end."""
         while True:
             await trio.lowlevel.wait_readable(self._open_fd())
             try:
@@ -171,7 +192,7 @@ class SocketCarrier(Carrier):
         while self._framing.has_output and not self._unsent and self._socket.fileno() >= 0:
             self._unsent = self._framing.pull(_BATCH)
             self._send_unsent()
-            # What waits for the socket must not change when its user gets control again.
+            # What waits for the socket is copied: its user may change it from here on.
             self._unsent = [_owned(buffer) for buffer in self._unsent]
             self._mux.pulled()
         if self._unsent:
@@ -206,7 +227,7 @@ class SocketCarrier(Carrier):
 
     def _open_fd(self) -> int:
         fd = self._socket.fileno()
-        if fd < 0:  # a send found it broken, and closed it, since its last wait
+        if fd < 0:  # a send found it broken, and closed it
             raise trio.ClosedResourceError("the carrier is closed")
         return fd
 
@@ -219,6 +240,7 @@ class SocketCarrier(Carrier):
 
 
 def _owned(buffer: bytes | memoryview) -> bytes | memoryview:
+    """Copy ``buffer``, unless nobody can change it."""
     if isinstance(buffer, bytes) or isinstance(buffer.obj, bytes):
         return buffer
     return bytes(buffer)

@@ -1,8 +1,25 @@
-"""Packets as bytes on a serial carrier, and the silence round a capture, without I/O.
+"""Packets as bytes on a serial carrier, and the silence around a capture, without I/O.
 
-What virtio's queues give a guest's kernel for nothing, a serial port has to say in packets of
-its own: see "Silence" on the page on wire formats. On a byte stream a packet that is wrong in
-itself leaves no trust in what follows, so it ends the carrier.
+Theory of operation. virtio's queues hold whole packets, so a machine with a vsock device can be
+captured at any time. A serial port holds bytes: a capture could cut a packet in two, and both the
+guest and its copies would be sent the rest. So the two sides fall silent first, by four operations
+of their own (see "Silence" on the page on wire formats)::
+
+    TALKING --freeze() sends FREEZE--> FREEZING
+            --FROZEN comes--> STILL --thaw() sends THAW--> TALKING
+
+- *TALKING*: packets go both ways.
+- *FREEZING*: this side sends nothing more. The peer finishes what it has begun, and packets that
+  arrive are handled; their answers wait in the muxer.
+- *STILL*: no byte is on its way in either direction. Now the machine can be captured.
+
+A thaw while FREEZING cannot take the FREEZE back. It is remembered, and THAW follows as soon as
+FROZEN has come; a freeze before that withdraws the thaw.
+
+A copy that was restored hears RESET first of all: its connections, and its silence, are over.
+
+The peer is not trusted. On a stream of bytes a packet that is wrong in itself leaves no trust in
+what follows, so it ends the carrier. FROZEN without a FREEZE is such a packet.
 """
 
 from __future__ import annotations
@@ -21,14 +38,14 @@ _MAX_BUFFERS: Final = 512
 
 class _Voice(Enum):
     TALKING = "talking"
-    FREEZING = "freezing"  # silent, and the peer may still have something to say
+    FREEZING = "freezing"
     STILL = "still"
 
 
 class Framing:
     """The packets of ``mux`` on a stream of bytes.
 
-    Feed it with :meth:`receive`, and send what :meth:`pull` gives.
+    Bytes that come in go to :meth:`receive`; :meth:`pull` gives those to send.
     """
 
     def __init__(self, mux: Mux) -> None:
@@ -39,9 +56,10 @@ class Framing:
         self._stillness_wanted = False
 
     def receive(self, data: bytes | bytearray | memoryview) -> Iterator[Connection | None]:
-        """Take bytes in; gives for each packet the connection whose state may have changed.
+        """Act on received bytes; give for each packet the connection that may have changed.
 
-        ``data`` may be used again when the iterator is used up.
+        ``None`` stands for no connection, or a change of :attr:`still`. ``data`` may be used again
+        when the iterator is used up.
 
         :raises VsockProtocolError: the bytes are no packets for this pair of machines.
         """
@@ -62,7 +80,7 @@ class Framing:
             yield None
 
     def freeze(self) -> None:
-        """Send nothing, and ask the peer to send nothing, from here to :meth:`thaw`."""
+        """Fall silent, and ask the peer to, until :meth:`thaw`."""
         self._stillness_wanted = True
         if self._voice is _Voice.TALKING:
             self._voice = _Voice.FREEZING
@@ -70,18 +88,18 @@ class Framing:
 
     @property
     def still(self) -> bool:
-        """Whether nothing is under way in either direction."""
+        """Whether no byte is on its way in either direction."""
         return self._voice is _Voice.STILL
 
     def thaw(self) -> None:
-        """Go on, both: at once, or when the peer has come to rest as it was asked to."""
+        """End the silence of both sides: at once, or when the peer's FROZEN has come."""
         self._stillness_wanted = False
         if self._voice is _Voice.STILL:
             self._voice = _Voice.TALKING
             self._ops.append(Op.THAW)
 
     def reset_peer(self) -> None:
-        """Tell a peer that was restored that its connections are gone. The first thing to do."""
+        """Tell a peer that was restored that its connections are gone. Before all else."""
         self._ops.append(Op.RESET)
 
     @property
@@ -90,9 +108,9 @@ class Framing:
         return bool(self._ops) or (self._voice is _Voice.TALKING and self._mux.has_output)
 
     def pull(self, max_bytes: int) -> list[bytes | memoryview]:
-        """The next packets as buffers, header and payload in turn.
+        """Give the next packets as buffers: headers, each with its payload behind it.
 
-        Stops after the packet that reaches ``max_bytes``. Payloads are as :meth:`Mux.pull` has it.
+        The last packet is the one that reaches ``max_bytes``. For payloads see :meth:`.Mux.pull`.
         """
         mux = self._mux
         buffers: list[bytes | memoryview] = [

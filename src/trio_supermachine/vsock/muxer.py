@@ -1,8 +1,35 @@
-"""Many connections over one carrier of packets, without I/O: packets in, packets out.
+"""The muxer: many connections over one carrier of packets, without I/O. Packets in, packets out.
 
-Roles are symmetric, so two muxers back to back make a pair. The peer is not trusted: what it
-can make this side remember is bounded, and what it does wrong costs it one connection. What
-carries the packets, and what else is said there, is not known here.
+Theory of operation. :class:`Mux` owns the connections (:mod:`.connection` has their states) and
+knows nothing of what carries the packets. Roles are symmetric: two muxers back to back make a pair.
+
+*What it owes.* Nothing is sent in the call that asks for it. A call notes what is owed, and
+:meth:`Mux.pull` makes the next packet out of it, in this order:
+
+1. *Stray* resets: answers to packets that no connection wants. They are a set of addresses.
+2. *Control* packets. Each connection has a set of bits (``due``), and two calls that owe the same
+   are one bit. The packets of one connection go out in the order of the bits: REQUEST comes before
+   credit, SHUTDOWN before RST. Connections follow in the order in which they came to owe something.
+3. *Data*: connections that have both bytes to send and credit, one packet a turn.
+
+So a connection's SHUTDOWN must not be owed while bytes of it are pending: they would follow it.
+:meth:`Mux.end_sending` leaves that to the pull that takes the last byte.
+
+*Ports.* A connection is known by its two ports. A dial takes the next ephemeral port that is free
+towards the peer's port. A restored guest does not know yet that its connections are gone, so the
+port to begin with is part of a device's state (:attr:`Mux.next_port`).
+
+*Bounds.* The peer is not trusted. It can make this side remember
+
+- :data:`MAX_CONNECTIONS` connections, those of backlogs too, with a window of bytes each;
+- of them :data:`MAX_CLOSING` that the local user has left and whose RST has not come: beyond, the
+  oldest is reset and forgotten;
+- about :data:`MAX_CONTROL` answers: beyond, the muxer is :attr:`Mux.congested`, and its carrier
+  takes in nothing until some are out.
+
+What a peer does wrong costs it one connection (:exc:`~.connection.PeerFault` resets it). A packet
+between other CIDs is answered by a reset and touches nothing. Bytes that are no packets at all are
+the carrier's business.
 """
 
 from __future__ import annotations
@@ -17,9 +44,9 @@ from .connection import OPENING, WINDOW, Connection, PeerFault, State
 from .packet import GUEST_CID, HOST_CID, MAX_PAYLOAD, Op, Packet, Shutdown, pack_header
 
 MAX_CONNECTIONS: Final = 4096
-#: Connections that wait for the peer's RST after the local user has left.
+#: Connections that may wait for the peer's RST after the local user has left.
 MAX_CLOSING: Final = 1024
-#: Connections with control packets to send, and stray resets, before reading pauses.
+#: Connections with control packets to send, and stray resets, at which reading pauses.
 MAX_CONTROL: Final = 4096
 
 _FIRST_EPHEMERAL: Final = 0x4000_0000
@@ -46,7 +73,7 @@ _OPS: Final = {
 
 @attrs.define(eq=False)
 class Listening:
-    """A port that accepts, and the connections that nobody has taken yet."""
+    """A port that accepts, and its backlog: the connections that nobody has accepted yet."""
 
     port: int
     limit: int
@@ -56,7 +83,10 @@ class Listening:
 class Mux:
     """The connections of one machine.
 
-    Feed it with :meth:`receive`, act with the methods below, and send what :meth:`pull` gives.
+    Packets that come in go to :meth:`receive`; :meth:`pull` gives those to send. The other methods
+    are what the local user does.
+
+    :param max_payload: bytes that a packet may have.
     """
 
     def __init__(
@@ -82,9 +112,12 @@ class Mux:
     # --- what the local user does ---
 
     def dial(self, port: int) -> Connection:
-        """Ask for a connection to the peer's ``port``. :raises OSError: EMFILE, too many.
+        """Ask for a connection to the peer's ``port``.
 
-        What is offered before the peer's answer goes behind the request, `OPENING` bytes of it.
+        Bytes that are offered before the peer has answered follow the request, :data:`OPENING` of
+        them at most.
+
+        :raises OSError: (``EMFILE``) there are too many connections.
         """
         if len(self._connections) >= MAX_CONNECTIONS:
             raise OSError(errno.EMFILE, "too many vsock connections")
@@ -98,14 +131,14 @@ class Mux:
         return connection
 
     def listen(self, port: int, backlog: int) -> Listening:
-        """Accept connections to ``port``. :raises OSError: EADDRINUSE."""
+        """Accept connections to ``port``. :raises OSError: (``EADDRINUSE``) the port is taken."""
         if port in self._listening:
             raise OSError(errno.EADDRINUSE, f"vsock port {port} already has a listener")
         listening = self._listening[port] = Listening(port, backlog)
         return listening
 
     def unlisten(self, listening: Listening) -> None:
-        """Refuse connections from now on, and reset those that nobody took. Idempotent."""
+        """Refuse connections from now on, and reset those of the backlog. Idempotent."""
         if self._listening.get(listening.port) is listening:
             del self._listening[listening.port]
         while listening.backlog:
@@ -136,9 +169,12 @@ class Mux:
                 self._owe(connection, _NO_SEND)
 
     def close(self, connection: Connection, *, telling: bool = True) -> None:
-        """Leave, after what has been sent; the connection is remembered until the peer's RST.
+        """Leave. What was packed into packets still arrives; what is pending is dropped.
 
-        Without ``telling``, until its SHUTDOWN, which is answered by RST.
+        The ports stay taken until the peer's RST.
+
+        :param telling: send SHUTDOWN. Without it the peer is known to be about to send its own,
+            which this side answers by RST.
         """
         if connection.state is not State.OPEN:
             self.abort(connection)
@@ -146,7 +182,9 @@ class Mux:
         end_is_told = connection.ended_sending and connection.pending is None
         connection.pending = None
         if connection.like_tcp:
-            telling = False  # but this; the peer ends in its own time, and what it sends resets
+            # Only the end of sending is told. The peer ends in its own time; what it sends until
+            # then resets the connection.
+            telling = False
             if not end_is_told:
                 self._owe(connection, _NO_SEND)
         connection.ended_sending = True
@@ -165,7 +203,7 @@ class Mux:
             self._forget(oldest)
 
     def abort(self, connection: Connection) -> None:
-        """Leave by a RST; what has not been sent is lost. Idempotent."""
+        """Leave by an RST; what has not been sent is lost. Idempotent."""
         if connection.state is not State.GONE:
             unsaid = connection.due & _REQUEST
             connection.due = 0
@@ -176,7 +214,7 @@ class Mux:
 
     @property
     def next_port(self) -> int:
-        """The local port that the next dial tries first."""
+        """Local port that the next dial tries first."""
         return self._next_port
 
     @next_port.setter
@@ -186,9 +224,9 @@ class Mux:
         self._next_port = port
 
     def forget_peer(self) -> list[Connection]:
-        """The peer has begun anew: its connections are gone, as if reset, and nothing is owed it.
+        """End the connections of a peer that has begun anew, as if it had reset each; give them.
 
-        Dials that it has not heard of stay, and what is listened on. Gives the connections.
+        Nothing is owed to it any more. Dials that it has not heard of stay, and so do listeners.
         """
         self._stray.clear()
         gone = [c for c in list(self._connections.values()) if not c.due & _REQUEST]
@@ -197,7 +235,7 @@ class Mux:
         return gone
 
     def shut(self) -> None:
-        """Nothing carries packets any more: no connection is left."""
+        """Forget all connections, as nothing carries packets any more."""
         for connection in list(self._connections.values()):
             self._forget(connection)
         self._senders.clear()
@@ -207,9 +245,9 @@ class Mux:
     # --- what the peer does ---
 
     def receive(self, packet: Packet) -> Connection | None:
-        """Act on a packet; gives the connection whose state may have changed.
+        """Act on a packet; give the connection whose state may have changed.
 
-        A new one is in its port's :attr:`Listening.backlog`.
+        A new connection is in the :attr:`Listening.backlog` of its port.
         """
         src_cid, dst_cid, src_port, dst_port, op, flags, window, forwarded, payload = packet
         connection = self._connections.get((dst_port, src_port))
@@ -244,9 +282,9 @@ class Mux:
         return connection
 
     def refuse(self, src_cid: int, dst_cid: int, src_port: int, dst_port: int) -> Connection | None:
-        """Answer by RST what has these addresses and is no packet of a stream.
+        """Answer a packet that is no packet of a stream by RST; give the connection that it ends.
 
-        Gives the connection that it costs, if there is one.
+        The addresses are those of the packet.
         """
         connection = self._connections.get((dst_port, src_port))
         if src_cid != self.peer_cid or dst_cid != self.local_cid or connection is None:
@@ -294,7 +332,10 @@ class Mux:
             self._forget(connection)
 
     def _reset(self, connection: Connection, *, keeping: bool = False) -> None:
-        """End a connection whose peer broke the rules, perhaps ``keeping`` what it said before."""
+        """Reset a connection whose peer broke the rules.
+
+        :param keeping: let the local user read what was received before.
+        """
         connection.due = 0
         self._owe(connection, _RST)
         self._forget(connection)
@@ -312,7 +353,7 @@ class Mux:
 
     @property
     def congested(self) -> bool:
-        """Too many answers wait to be sent: take no more packets in until some have gone."""
+        """Whether too many answers wait to be sent: the carrier takes no packets in until then."""
         return len(self._control) + len(self._stray) >= MAX_CONTROL
 
     @property
@@ -335,11 +376,12 @@ class Mux:
         return False
 
     def pull(self, room: int) -> tuple[bytes, memoryview | bytes]:
-        """The next packet, header and payload; only if :attr:`has_output`.
+        """Give the next packet, as its header and payload; only if :attr:`has_output`.
 
-        Control first, then data of at most ``room`` bytes (1 at least); senders take turns, a
-        packet each. The payload is a view of what the user offered, who is free to change it
-        once this side gives up control: send it or copy it at once.
+        The payload is a view of the bytes that the user offered, who may change them in its next
+        step: send or copy it at once.
+
+        :param room: bytes that the payload may have, 1 at least.
         """
         if self._stray:
             cid, local, peer = key = next(iter(self._stray))
@@ -368,7 +410,7 @@ class Mux:
         return self._header(connection, take, Op.RW, 0), payload
 
     def _pull_control(self) -> bytes:
-        """The header of the first packet that the first connection owes."""
+        """Make the first control packet that the first connection owes."""
         connection = self._control[0]
         due = connection.due
         said = due & -due

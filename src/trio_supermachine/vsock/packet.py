@@ -1,6 +1,7 @@
-"""The packets of virtio-vsock: header and payload, as bytes and as values.
+"""Packets of virtio-vsock: header and payload, as bytes and as values.
 
-See section 5.10.6 of the virtio specification, version 1.2, and the page on wire formats.
+See section 5.10.6 of the virtio specification, version 1.2, and the page on wire formats. Every
+bound that a header can break is checked here, before a payload is waited for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _LENGTH_AT: Final = 24
 
 
 class Op(IntEnum):
-    """What a packet says."""
+    """Operation of a packet."""
 
     REQUEST = 1
     RESPONSE = 2
@@ -34,7 +35,7 @@ class Op(IntEnum):
     RW = 5
     CREDIT_UPDATE = 6
     CREDIT_REQUEST = 7
-    # Beyond virtio, on a serial carrier only: about the carrier, not a connection.
+    # Not of virtio: what a serial carrier says about itself. See `.framing`.
     FREEZE = 16
     FROZEN = 17
     THAW = 18
@@ -42,12 +43,12 @@ class Op(IntEnum):
 
 
 OPS: Final = {int(op): op for op in Op}
-#: Those of virtio.
+#: Those of virtio, by number.
 STREAM_OPS: Final = {number: op for number, op in OPS.items() if op < Op.FREEZE}
 
 
 class Shutdown(IntFlag):
-    """The flags of :attr:`Op.SHUTDOWN`: what the packet's sender will not do any more."""
+    """Flags of :attr:`Op.SHUTDOWN`: what the sender of the packet does no more."""
 
     NO_RECEIVE = 1
     NO_SEND = 2
@@ -55,13 +56,13 @@ class Shutdown(IntFlag):
 
 
 class VsockProtocolError(SupermachineError):
-    """The peer sent what no sound vsock transport sends, so the whole carrier is given up."""
+    """Bytes that no sound vsock transport sends, for which the whole carrier is given up."""
 
 
 class Packet(NamedTuple):
     """One packet. ``payload`` may be a view of a buffer that its owner uses again.
 
-    A tuple because one is made for every packet that comes in.
+    A tuple, as it is cheap to make: there is one for every packet that comes in.
     """
 
     src_cid: int
@@ -75,7 +76,7 @@ class Packet(NamedTuple):
     payload: bytes | memoryview = b""
 
     def encode(self) -> bytes:
-        """The packet as it travels on a serial carrier."""
+        """Encode the packet as it travels on a serial carrier."""
         return pack_header(
             self.src_cid,
             self.dst_cid,
@@ -100,14 +101,14 @@ def pack_header(
     buf_alloc: int,
     fwd_cnt: int,
 ) -> bytes:
-    """The 44 bytes of a stream packet's header."""
+    """Encode the header of a stream packet, 44 bytes."""
     return HEADER.pack(
         src_cid, dst_cid, src_port, dst_port, length, TYPE_STREAM, op, flags, buf_alloc, fwd_cnt
     )
 
 
 class PacketDecoder:
-    """Finds packets in a stream of bytes, however it is cut.
+    """Decoder of a stream of bytes, however it is cut, into packets.
 
     It holds at most one incomplete packet, so at most ``HEADER_SIZE + max_payload`` bytes.
     """
@@ -117,10 +118,10 @@ class PacketDecoder:
         self._partial = bytearray()
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Packet]:
-        """Take bytes in, give the packets that they complete.
+        """Iterate over the packets that ``data`` completes.
 
-        Payloads are views, good until ``data`` is used again: whoever keeps one copies it. The
-        iterator is used up before the next call.
+        Payloads are views, good until ``data`` is used again: copy those to keep. Use the iterator
+        up before the next call.
 
         :raises VsockProtocolError: a header breaks a bound; the decoder is of no more use.
         """

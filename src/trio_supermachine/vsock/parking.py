@@ -1,4 +1,9 @@
-"""The cheapest way for one task to wait for another."""
+"""A place for one task to wait, at the least cost.
+
+Theory of operation. :meth:`Parking.park` and :meth:`Parking.wake` have no memory: a wake without a
+waiting task is lost, and a park may return for no reason. So a task looks at the state that it
+waits for, parks if it is not there, with no checkpoint in between, and looks again.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import trio
 
 @final
 class Parking:
-    """A place for one waiting task."""
+    """Place for one waiting task."""
 
     __slots__ = ("_task",)
 
@@ -17,7 +22,7 @@ class Parking:
         self._task: trio.lowlevel.Task | None = None
 
     async def park(self) -> None:
-        """Wait for :meth:`wake`. May return without a reason: look again."""
+        """Wait for :meth:`wake`, or for no reason: look again. A checkpoint."""
         self._task = trio.lowlevel.current_task()
 
         def abort(_: object) -> trio.lowlevel.Abort:

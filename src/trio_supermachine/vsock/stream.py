@@ -1,4 +1,21 @@
-"""Streams and listeners over a carrier of vsock packets: the I/O around :class:`Mux`."""
+"""Streams and listeners over a carrier of vsock packets: the I/O around :class:`.Mux`.
+
+Theory of operation. :class:`VsockMux` joins three things: the state of all connections
+(:class:`.Mux`), the carrier that moves packets, and the tasks that use streams.
+
+- A call of a user changes the state and then flushes the carrier, so that most packets leave in the
+  very call that makes them. Only what the carrier does not take at once is left to its own task.
+- The carrier's task puts packets into the state and says which connection each has touched; that
+  wakes the stream's waiting task or calls its watcher.
+- Each stream has one place for a sender and one for a receiver (:class:`.Parking`). A woken task
+  looks at the state again, so a wake too many does no harm.
+
+*Backpressure.* A stream offers the muxer one piece of data at a time and waits until all of it is
+packed. That happens as the peer's credit, the other senders and the carrier allow. What is
+received is buffered up to the connection's window, whose credit returns as it is read.
+
+*The end* of the carrier breaks all streams at once. What they have received can still be read.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +38,8 @@ from .parking import Parking
 class VsockStream(trio.abc.HalfCloseableStream):
     """One connection. :meth:`VsockMux.dial` and :meth:`VsockListener.accept` make them.
 
-    When the carrier ends, what has been received can still be read; then, and for sending at
-    once, :exc:`trio.BrokenResourceError`.
+    When the carrier ends, sending raises :exc:`trio.BrokenResourceError` at once, and receiving
+    does when all that has been received is read.
     """
 
     def __init__(self, mux: VsockMux, connection: Connection) -> None:
@@ -43,7 +60,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         return f"<VsockStream {connection.local_port}:{connection.peer_port} {state}>"
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send ``data``; waits while the peer has no room. Other streams get their turns.
+        """Send ``data``; wait while the peer has no room for it.
 
         Returns when the data is on its way, not when the peer has read it. A cancelled call
         has sent an unknown part.
@@ -57,7 +74,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint_if_cancelled()
             if data:
                 connection = self._connection
-                while connection.pending is not None:  # an opening, or what was sent without a wait
+                while connection.pending is not None:  # of `dial` or `send_nowait`
                     await self._sender.park()
                     self._check_sending()
                 self._mux._offer(connection, memoryview(data).cast("B"))
@@ -76,7 +93,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             self._mux.core.withdraw(connection)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the peer has room. Raises as :meth:`send_all` does."""
+        """Wait until the peer has room. Raises what :meth:`send_all` does."""
         with self._sending:
             self._check_sending()
             await trio.lowlevel.checkpoint()
@@ -88,7 +105,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
     async def send_eof(self) -> None:
         """Tell the peer that no more data comes; receiving goes on. Idempotent.
 
-        A cancelled call may have done it or not. Raises as :meth:`send_all` does.
+        A cancelled call may have told it or not. Raises what :meth:`send_all` does.
         """
         with self._sending:
             if self._closed:
@@ -111,7 +128,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError(self._mux._reason or "the peer has left")
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Wait for data, at most ``max_bytes``; empty when the peer has ended sending.
+        """Wait for data and take at most ``max_bytes``; empty when the peer has ended sending.
 
         A cancelled call takes nothing out.
 
@@ -148,27 +165,27 @@ class VsockStream(trio.abc.HalfCloseableStream):
     # --- without a task ---
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Have ``changed`` called whenever :meth:`take` may give data or :attr:`ended` be true.
+        """Call ``changed`` whenever :meth:`take` may give data or :attr:`ended` may be true.
 
-        It is called by the task that moves the packets, in the place of the task that would
-        receive: it has to be short, and must not raise. Not any more once this is closed.
+        That is right away if it is so already, and not any more once the stream is closed. The task
+        that moves the packets calls it, so it must be short and must not raise.
         """
         self._watcher = changed
         self._touched()
 
     def take(self) -> bytes:
-        """What has been received, or part of it; empty if there is none now."""
+        """Take received data, or part of it; empty if there is none now."""
         connection = self._connection
         return self._mux._read(connection, None) if connection.buffered else b""
 
     @property
     def ended(self) -> bool:
-        """Whether no more data comes, once :meth:`take` gives none."""
+        """Whether no more data comes behind what :meth:`take` gives."""
         connection = self._connection
         return self._closed or connection.peer_ended_sending or connection.state is State.GONE
 
     def sendable(self) -> bool:
-        """Whether :meth:`send_nowait` takes data; if not, the watcher is called when it does."""
+        """Tell whether :meth:`send_nowait` takes data; if not, call the watcher when it does."""
         connection = self._connection
         self._room_wanted = connection.pending is not None
         return not (
@@ -180,7 +197,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         )
 
     def send_nowait(self, data: bytes) -> None:
-        """Send ``data`` as the peer makes room, without waiting for that.
+        """Send ``data`` as the peer makes room, without a wait.
 
         :raises trio.WouldBlock: not :meth:`sendable`.
         """
@@ -189,9 +206,9 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._mux._offer(self._connection, memoryview(data))
 
     def when_gone(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called once nothing moves in any direction, in the manner of :meth:`watch`.
+        """Call ``call`` when the connection is gone; it becomes the watcher of :meth:`watch`.
 
-        For who has received the end of data, and would not hear of a reset that follows.
+        For a user who has received the end of data, and would not hear of a reset behind it.
         """
 
         def changed() -> None:
@@ -201,19 +218,19 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self.watch(changed)
 
     def end_like_tcp(self) -> None:
-        """Let this end as TCP's connections do, which the peer must know. Plain.
+        """Let this end as TCP's connections do. The peer must do the same. Plain.
 
-        The peer ends sending before it closes. That it closes without is a reset, for Linux's
-        AF_VSOCK has no other: receiving raises :exc:`trio.BrokenResourceError` once what came
-        before has been read. :meth:`aclose` ends sending alone, and is answered in the peer's own
-        time; what the peer sends until then resets the connection.
+        A peer that closes without having ended sending has reset the connection: Linux's AF_VSOCK
+        has no other way to say so. Receiving then raises :exc:`trio.BrokenResourceError` behind
+        what came before. :meth:`aclose` tells the peer only that nothing more is sent; the peer
+        ends in its own time, and what it sends until then resets the connection.
         """
         self._connection.like_tcp = True
 
     async def aclose(self) -> None:
         """Leave. What was sent still reaches the peer; what was not read is lost.
 
-        The work is done at once, also when cancelled; then this is a checkpoint.
+        A checkpoint, behind the work: a cancelled call has closed the stream, too.
         """
         if not self._closed:
             self._closed = True
@@ -222,16 +239,16 @@ class VsockStream(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     def abort(self) -> None:
-        """Leave by resetting the connection: what the peer has not read may be lost. Plain."""
+        """Leave by a reset of the connection: what the peer has not read may be lost. Plain."""
         if not self._closed:
             self._closed = True
             self._mux.core.abort(self._connection)
             self._left()
 
     def leave(self) -> None:
-        """Leave when all has been said and the peer is about to close. Plain.
+        """Leave a peer that has said all and is about to close. Plain.
 
-        As :meth:`aclose`, but the peer is not told: it hears as it closes.
+        Unlike :meth:`aclose` this sends nothing: the peer's own end is answered as it comes.
         """
         if not self._closed:
             self._closed = True
@@ -252,7 +269,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             self._watcher()
 
     def _touched(self) -> None:
-        """The connection's state may have changed: wake whom it concerns."""
+        """Wake whoever waits for a change of the connection's state, which there may have been."""
         connection = self._connection
         if connection.state is State.GONE or connection.peer_ended_receiving:
             self._wake()
@@ -265,7 +282,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
             self._sender.wake()
 
     def _drained(self) -> None:
-        """What was offered has gone."""
+        """Wake the sender, as what it offered has gone."""
         self._sender.wake()
         if self._room_wanted and self._watcher is not None:
             self._room_wanted = False
@@ -274,7 +291,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
 
 @final
 class VsockListener(trio.abc.Listener[VsockStream]):
-    """Accepts what the peer dials. :meth:`VsockMux.listen` makes them."""
+    """Acceptor of the peer's dials to one port. :meth:`VsockMux.listen` makes them."""
 
     def __init__(self, mux: VsockMux, listening: Listening) -> None:
         self._mux = mux
@@ -285,7 +302,7 @@ class VsockListener(trio.abc.Listener[VsockStream]):
     async def accept(self) -> VsockStream:
         """Wait for a connection; any number of tasks may. A cancelled call takes none.
 
-        :raises trio.BrokenResourceError: the carrier has ended (or what ``mux.close`` was given).
+        :raises trio.BrokenResourceError: the carrier has ended; or the error of `VsockMux.close`.
         :raises trio.ClosedResourceError: closed here.
         """
         await trio.lowlevel.checkpoint()
@@ -298,7 +315,7 @@ class VsockListener(trio.abc.Listener[VsockStream]):
             await self._waiters.park()
 
     async def aclose(self) -> None:
-        """Refuse from now on, and reset what nobody has accepted. Accepted streams live on."""
+        """Refuse dials from now on, and reset those not accepted. Accepted streams live on."""
         if not self._closed:
             self._closed = True
             self._mux._unlisten(self)
@@ -309,7 +326,9 @@ class VsockListener(trio.abc.Listener[VsockStream]):
 class VsockMux:
     """All vsock connections of one machine, over one carrier that it owns.
 
-    Nothing moves unless :meth:`run` runs, except that sending tries the carrier at once.
+    Packets move while :meth:`run` runs. Before, the carrier may take what it can at once.
+
+    :param max_payload: bytes that a packet to the peer may have.
     """
 
     def __init__(
@@ -320,7 +339,7 @@ class VsockMux:
         peer_cid: int = GUEST_CID,
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
-        #: What carriers share with this: see :class:`~.carrier.Packets`.
+        #: The connections. Its carrier uses them, too: see :class:`~.carrier.Packets`.
         self.core = Mux(local_cid=local_cid, peer_cid=peer_cid, max_payload=max_payload)
         self._carrier = carrier
         self._streams: dict[Connection, VsockStream] = {}
@@ -333,7 +352,7 @@ class VsockMux:
     async def run(self) -> None:
         """Move packets until the carrier ends, :meth:`close` is called, or this is cancelled.
 
-        On return by any path the carrier is closed and every stream is broken. Call it once.
+        However it ends, the carrier is closed and every stream is broken. Call it once.
 
         :raises VsockProtocolError: the peer sent nonsense.
         """
@@ -351,13 +370,12 @@ class VsockMux:
             self.end("the machine's channel has ended")
 
     async def dial(self, port: int, opening: bytes = b"") -> VsockStream:
-        """Connect to the peer's ``port``; waits for its answer. Cancelling gives the attempt up.
+        """Connect to the peer's ``port`` and wait for its answer. Cancelled, give the attempt up.
 
-        With an ``opening`` this does not wait: that follows the request at once, and a refusal
-        breaks the stream. To leave it by any way before the answer gives the attempt up.
-
+        :param opening: bytes that follow the request at once, without a wait for the answer. A
+            refusal breaks the stream. Closing the stream before the answer gives the attempt up.
         :raises ConnectionRefusedError: nothing listens there.
-        :raises trio.BrokenResourceError: the carrier has ended (or what ``close`` was given).
+        :raises trio.BrokenResourceError: the carrier has ended; or the error of :meth:`close`.
         :raises OSError: (``EMFILE``) too many connections.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -387,7 +405,9 @@ class VsockMux:
         return stream
 
     def listen(self, port: int, backlog: int = 1024) -> VsockListener:
-        """Accept connections to ``port`` from now on; beyond ``backlog`` unaccepted, refuse them.
+        """Accept connections to ``port`` from now on.
+
+        :param backlog: connections that may wait to be accepted; beyond, they are refused.
 
         :raises OSError: (``EADDRINUSE``) the port has a listener.
         """
@@ -396,18 +416,21 @@ class VsockMux:
         return listener
 
     def quiet(self) -> AbstractAsyncContextManager[None]:
-        """A block in which no packet moves: see :meth:`~.carrier.Carrier.quiet`."""
+        """Hold all packets back for a block: see :meth:`.Carrier.quiet`."""
         return self._carrier.quiet()
 
     def reset_peer(self) -> None:
-        """Tell a peer that was restored that its connections are gone. Before :meth:`run`."""
+        """Tell a peer that was restored that its connections are gone.
+
+        Called before :meth:`run`, or never.
+        """
         self._carrier.reset_peer()
 
     def close(self, error: Callable[[], BaseException] | None = None) -> None:
-        """End everything now. Plain and idempotent; :meth:`run` returns.
+        """End everything now; :meth:`run` returns. Plain and idempotent.
 
-        ``error`` makes the exception that dials and accepts raise from now on, in the place of
-        :exc:`trio.BrokenResourceError`.
+        :param error: makes the exception that dials and accepts raise from now on, in the place of
+            :exc:`trio.BrokenResourceError`.
         """
         if error is not None:
             self._error = error
@@ -416,6 +439,7 @@ class VsockMux:
     # --- for streams and listeners ---
 
     def check_alive(self) -> None:
+        """Raise what dials and accepts raise once the carrier has ended; do nothing before."""
         if self._reason is not None:
             raise trio.BrokenResourceError(self._reason) if self._error is None else self._error()
 
@@ -450,7 +474,7 @@ class VsockMux:
         if stream is not None:
             stream._touched()
             if connection.state is State.GONE:
-                self._streams.pop(connection, None)  # a watcher may have left it
+                self._streams.pop(connection, None)  # unless a watcher has left the stream
             return
         listener = self._listeners.get(connection.local_port)
         if listener is not None and listener._listening.backlog:
@@ -458,7 +482,7 @@ class VsockMux:
 
     def pulled(self) -> None:
         drained = self.core.drained
-        while drained:  # a watcher may send more
+        while drained:  # which watchers that send more make longer
             stream = self._streams.get(drained.pop())
             if stream is not None:
                 stream._drained()

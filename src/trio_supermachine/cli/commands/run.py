@@ -22,7 +22,7 @@ def _refuse(context: click.Context, parameter: click.Parameter, value: object) -
 
 
 def _unbuilt(*names: str, **kind: Any) -> Callable[[_Function], _Function]:
-    """An option that later versions have: known by name, so that it is never ignored."""
+    """Declare an option that only later versions have, and refuse it by name."""
     return click.option(
         *names, callback=_refuse, expose_value=False, help="Not supported by this version.", **kind
     )
