@@ -1,7 +1,5 @@
 """From nothing to a guest that answers, beside a QEMU driven by hand.
 
-usage: python benchmarks/boot.py [--rounds N]
-
 Both boot the same kernel under the same emulation, and take turns in one run. The raw guest is a
 busybox shell that says READY on a virtio-serial port; ours is the real init, which loads its
 modules and greets (HELLO) over a vsock stream. The engine's memory is 256 MiB, as the raw one's.
@@ -10,9 +8,11 @@ modules and greets (HELLO) over a vsock stream. The engine's memory is 256 MiB, 
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 
-from common import Rows, start
-from raw_qemu import RawQemu
+from common import start
+from raw_qemu import NEEDS, RawQemu
+from table import Rows
 
 from trio_supermachine.hv.base import Engine, MachineSpec
 from trio_supermachine.hv.select import choose_engine
@@ -39,20 +39,20 @@ def boot_raw(raw: RawQemu) -> float:
         return (time.perf_counter() - start) * 1e3
 
 
-async def main(rounds: int) -> None:
+async def main(rounds: int) -> AsyncIterator[Rows]:
     engine = await choose_engine()
     kernel = await prepare_kernel()
     spec = MachineSpec(kernel=kernel.kernel, initramfs=kernel.initramfs)
-    rows = Rows(engine.name)
+    rows = Rows(engine.name, f"{rounds} rounds, kernel {kernel.release}")
+    rows.compare(OURS, RAW)
     for _ in range(rounds):
         rows.add(RAW, boot_raw(RawQemu(kernel.kernel, "sleep 1000")), by="raw QEMU")
         answered, ended = await boot(engine, spec)
         rows.add(OURS, answered)
         rows.add("teardown of a machine", ended)
-    print(f"{rounds} rounds, kernel {kernel.release}")
-    rows.print()
-    print(f"ratio {rows.median(OURS) / rows.median(RAW):.2f} (target: at most 1.3)")
+    rows.notes.append("target of the ratio: at most 1.3")
+    yield rows
 
 
 if __name__ == "__main__":
-    start(main, __doc__, rounds=10)
+    start(main, __doc__, needs=NEEDS, rounds=(10, 1))

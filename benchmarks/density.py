@@ -1,7 +1,5 @@
 """Many idle VMs restored from one snapshot: the memory of each, and the CPU time of all.
 
-usage: python benchmarks/density.py [--vms N]
-
 Memory is the proportional set size of the engines' processes (what they share counts once, in
 equal parts): the guests' memory, which is a copy-on-write mapping of the snapshot, and the engine's
 own. On KVM the process is this one, and its own is what VMs have added to it. CPU time is of these
@@ -12,15 +10,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import trio
-from common import Rows, engine_processes, home_of, idle_builder, kernels, start
+from common import engine_processes, idle_builder, kernels, start
+from table import Rows
 
 from trio_supermachine.kernels import CachedKernel
 
-IDLE = 10.0  # seconds
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -48,39 +47,36 @@ def cpu_ms(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) * 1e3 / _TICK
 
 
-async def measure(kernel: CachedKernel, vms: int) -> None:
-    with home_of(kernel):
-        image = await idle_builder().build()
-        assert image.snapshot is not None
-        memory = image.snapshot.memory.root
-        rows = Rows(image.snapshot.metadata.engine)
-        _, _, without = pss(rows.by, memory)
-        async with AsyncExitStack() as stack:
-            for _ in range(vms):
-                vm = await stack.enter_async_context(image.start())
-                await vm.run_process(["true"])
-            pids = engine_processes(rows.by)
-            guest, changed, rest = pss(rows.by, memory)
-            own = rest - without
-            rows.add(f"memory of one of {vms} VMs", (guest + own) / vms, "MiB")
-            rows.add("of that, the guest's memory", guest / vms, "MiB")
-            rows.add("of that, pages that the guest has changed", changed / vms, "MiB")
-            rows.add("of that, the engine's own", own / vms, "MiB")
-            before, ours = [cpu_ms(pid) for pid in pids], time.process_time()
-            await trio.sleep(IDLE)
-            ours = time.process_time() - ours
-            used = [cpu_ms(pid) - begin for pid, begin in zip(pids, before, strict=True)]
-            rows.add(f"CPU time of {vms} idle VMs in a second", sum(used) / IDLE)
-            rows.add("CPU time of this process in a second", ours * 1e3 / IDLE)
-    print(f"{kernel.kind} kernel {kernel.release}")
-    rows.print()
-    print()
+async def measure(kernel: CachedKernel, vms: int, seconds: int) -> Rows:
+    image = await idle_builder().build()
+    assert image.snapshot is not None
+    memory = image.snapshot.memory.root
+    rows = Rows(image.snapshot.metadata.engine, f"{kernel.kind} kernel {kernel.release}")
+    _, _, without = pss(rows.by, memory)
+    async with AsyncExitStack() as stack:
+        for _ in range(vms):
+            vm = await stack.enter_async_context(image.start())
+            await vm.run_process(["true"])
+        pids = engine_processes(rows.by)
+        guest, changed, rest = pss(rows.by, memory)
+        own = rest - without
+        rows.add(f"memory of one of {vms} VMs", (guest + own) / vms, "MiB")
+        rows.add("of that, the guest's memory", guest / vms, "MiB")
+        rows.add("of that, pages that the guest has changed", changed / vms, "MiB")
+        rows.add("of that, the engine's own", own / vms, "MiB")
+        before, ours = [cpu_ms(pid) for pid in pids], time.process_time()
+        await trio.sleep(seconds)
+        ours = time.process_time() - ours
+        used = [cpu_ms(pid) - begin for pid, begin in zip(pids, before, strict=True)]
+        rows.add(f"CPU time of {vms} idle VMs in a second", sum(used) / seconds)
+        rows.add("CPU time of this process in a second", ours * 1e3 / seconds, by="host")
+    return rows
 
 
-async def main(vms: int) -> None:
-    async for kernel in kernels():
-        await measure(kernel, vms)
+async def main(vms: int, seconds: int, kernel: str) -> AsyncIterator[Rows]:
+    async for one in kernels(kernel):
+        yield await measure(one, vms, seconds)
 
 
 if __name__ == "__main__":
-    start(main, __doc__, vms=20)
+    start(main, __doc__, vms=(20, 2), seconds=(10, 1), kernel=("all", "usual"))

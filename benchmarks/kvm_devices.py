@@ -1,7 +1,5 @@
 """The KVM engine's virtio devices, beside those of a QEMU that runs the same guest by KVM.
 
-usage: python benchmarks/kvm_devices.py [--rounds N] [--mib N] [--count N]
-
 The guest's init measures (``kvm_guest.c``), and the two take turns. It reads a disk whose file is
 in the host's page cache, past its own cache: in order by 1 MiB, and 4 KiB anywhere, one after
 another or eight at once. Streams go to this program, by vsock and by QEMU's virtio-serial; QEMU's
@@ -11,6 +9,7 @@ vsock is the kernel's vhost. The guest's program is compiled by Zig where it is 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import socket
@@ -24,7 +23,8 @@ from pathlib import Path
 
 import attrs
 import trio
-from common import Rows, start, usual_kernel
+from common import MIB, Unavailable, scratch, start, usual_kernel
+from table import Rows
 
 from trio_supermachine.hv.base import Disk, MachineSpec
 from trio_supermachine.hv.kvm.engine import KvmEngine
@@ -32,8 +32,9 @@ from trio_supermachine.kernels import CachedKernel
 from trio_supermachine.kernels.initramfs import build_initramfs
 from trio_supermachine.kernels.modules import Module
 
-MIB = 1 << 20
+VHOST = "/dev/vhost-vsock"
 PORT, CID = 5000, 7
+QEMU = "qemu -accel kvm"
 SOURCE = Path(__file__).with_name("kvm_guest.c")
 CACHE = Path(__file__).resolve().parent.parent / ".lab"
 COMPILER = ("-target", "x86_64-linux-musl", "-static", "-Os", "-s", "-std=gnu11", "-D_GNU_SOURCE")
@@ -55,6 +56,8 @@ def guest_program() -> bytes:
     """The guest's init, compiled once for each version of it."""
     program = CACHE / f"benchmark-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}"
     if not program.exists():
+        if importlib.util.find_spec("ziglang") is None:
+            raise Unavailable("needs the compiler Zig: pip install ziglang")
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as directory:
             fresh = Path(directory, "init")
@@ -182,11 +185,15 @@ async def on_qemu(trial: Trial, rows: Rows) -> None:
             nursery.cancel_scope.cancel()
 
 
-async def main(rounds: int, mib: int, count: int) -> None:
+async def main(rounds: int, mib: int, count: int) -> AsyncIterator[Rows]:
+    if not os.path.exists(VHOST):  # noqa: ASYNC240
+        raise Unavailable(f"needs {VHOST}: modprobe vhost_vsock")
     kernel = await usual_kernel()
     rows = Rows("kvm")
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+    rows.title = f"{rounds} rounds of {mib} MiB, and {count} reads and round trips"
+    for name, _ in NAMES.values():
+        rows.compare(name, by=QEMU)
+    with scratch() as place:
         (place / "disk").write_bytes(os.urandom(mib * MIB))
         (place / "initramfs").write_bytes(initramfs(kernel))
         spec = MachineSpec(
@@ -199,13 +206,19 @@ async def main(rounds: int, mib: int, count: int) -> None:
         for _ in range(rounds):
             rows.by = "kvm"
             await on_kvm(trial, rows)
-            rows.by = "qemu -accel kvm"
+            rows.by = QEMU
             await on_qemu(trial, rows)
-    print(
-        f"{rounds} rounds of {mib} MiB and {count} reads and round trips, kernel {kernel.release}"
-    )
-    rows.print()
+    yield rows
 
 
 if __name__ == "__main__":
-    start(main, __doc__, rounds=3, mib=32, count=1000)
+    start(
+        main,
+        __doc__,
+        needs=("qemu-system-x86_64",),
+        kvm="linux",
+        prepare=guest_program,
+        rounds=(3, 1),
+        mib=(32, 1),
+        count=(1000, 8),
+    )

@@ -1,27 +1,26 @@
 """The calls of a restore on KVM one by one, and what Python adds to them.
 
-usage: python benchmarks/kvm_restore_calls.py [--rounds N]
-
 A machine is made with all its hardware, loaded with the state of one that stood before its first
 instruction, and closed: ``Board``, what the engine does in a thread before vCPUs run. Runs on any
 /dev/kvm, also where no Linux would. A round does so as it is, and then once more with each call to
 the kernel timed. What is between the calls is Python's, and the timing itself: less than a
 microsecond for each.
+
+The first table has the whole, the others the calls by how long they took.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import attrs
-from common import Rows, start
+from common import MIB, scratch, start
+from table import Rows
 
 from trio_supermachine.hv.base import Disk, MachineSpec, Restore
 from trio_supermachine.hv.kvm import ioctl, vcpu_handle
@@ -135,6 +134,7 @@ def measure(spec: MachineSpec, rounds: int, label: str, rows: Rows) -> Calls:
             whole = sum(once(spec))
         if one is calls:
             kernel = calls.total - before
+            rows.compare(f"{label}: between the calls of both", f"{label}: calls of both")
             rows.add(f"{label}: restore", opened * 1e3)
             rows.add(f"{label}: close", closed * 1e3)
             rows.add(f"{label}: calls of both", kernel * 1e3)
@@ -142,15 +142,22 @@ def measure(spec: MachineSpec, rounds: int, label: str, rows: Rows) -> Calls:
     return calls
 
 
-async def main(rounds: int) -> None:
+def by_call(label: str, calls: Calls, rounds: int) -> Rows:
+    """How often each call is made in a restore and close, and how long that takes in all."""
+    rows = Rows("kvm", label)
+    for name, (count, elapsed) in sorted(calls.times.items(), key=lambda one: -one[1][1]):
+        rows.add(f"{name}, {count / rounds:g} times", elapsed * 1e6 / rounds, "us")
+    return rows
+
+
+async def main(rounds: int) -> AsyncIterator[Rows]:
     kernel = await prepare_kernel()
-    rows = Rows("kvm")
-    tables = {}
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        (place / "disk").write_bytes(bytes(1 << 20))
+    rows = Rows("kvm", f"{rounds} rounds")
+    tables = []
+    with scratch() as place:
+        (place / "disk").write_bytes(bytes(MIB))
         with (place / "memory").open("wb") as file:
-            file.truncate(MEMORY_MIB << 20)
+            file.truncate(MEMORY_MIB * MIB)
         for vcpus, disks in SHAPES:
             label = f"{vcpus} vCPU{'s' * (vcpus > 1)}, {disks} disk{'s' * (disks > 1)}"
             spec = MachineSpec(
@@ -165,21 +172,12 @@ async def main(rounds: int) -> None:
             first.close()
             restore = Restore(identity="", state=place / "state", memory=place / "memory")
             spec = attrs.evolve(spec, kernel=None, initramfs=None, restore=restore)
-            tables[label] = measure(spec, rounds, label, rows)
-    print(f"{rounds} rounds")
-    for label, calls in tables.items():
-        print(f"\n{label:40} {'calls':>7} {'ms':>8}")
-        for name, (count, elapsed) in sorted(calls.times.items(), key=lambda one: -one[1][1]):
-            print(f"{name:40} {count / rounds:7.1f} {elapsed * 1e3 / rounds:8.3f}")
-        print(f"{'all':40} {'':7} {calls.total * 1e3 / rounds:8.3f}")
-    print()
-    rows.print()
-    for label in tables:
-        ratio = rows.median(f"{label}: between the calls of both") / rows.median(
-            f"{label}: calls of both"
-        )
-        print(f"{label}: Python adds {ratio:.2f} of what the calls take (target: below 1)")
+            tables.append(by_call(label, measure(spec, rounds, label, rows), rounds))
+    rows.notes.append("target of what is between the calls: a ratio below 1")
+    yield rows
+    for table in tables:
+        yield table
 
 
 if __name__ == "__main__":
-    start(main, __doc__, rounds=100)
+    start(main, __doc__, kvm="device", rounds=(100, 1))

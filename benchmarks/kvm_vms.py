@@ -1,8 +1,6 @@
 """VMs on KVM as users have them, beside the QEMU engine and what the host takes for less; and how
 often their guests leave for this program.
 
-usage: python benchmarks/kvm_vms.py [--rounds N] [--calls N] [--mib N] [--qemu-rounds N]
-
 Both engines restore the same image under the same kernel, in one run. Where KVM is itself
 emulated, QEMU's guests are emulated twice: give them few rounds, or 0 for none. An exit is a
 return of KVM_RUN to this program, for an access to a port or to memory that is a device's, or
@@ -19,27 +17,20 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import trio
-from common import Rows, home_of, idle_builder, start, usual_kernel
-from streams import vm_calls, vm_stdin, vm_stdout
+from common import MIB, idle_builder, scratch, start, usual_kernel
+from streams import EXEC, STDOUT, host_calls, vm_calls, vm_stdin, vm_stdout
+from table import Rows
 
 from trio_supermachine import Image, Vm
-from trio_supermachine.config import EngineName
+from trio_supermachine.config.defaults import EngineName
 from trio_supermachine.hv.base import Captured
 from trio_supermachine.hv.kvm.machine import KvmMachine
 
-READS = 1000
 #: Reads the layer's disk again and again, past the guest's cache.
 READ = (
     "for i in $(seq {times}); do dd if=/dev/vda bs=4k iflag=direct of=/dev/null 2>/dev/null; done"
 )
-RESTORE, EXEC, WRITE, STDOUT, STOP = (
-    "nothing to the first exec's end",
-    "run_process(['true'])",
-    "write_file, 1 KiB",
-    "stdout of an exec",
-    "stop",
-)
+RESTORE, WRITE, STOP = "nothing to the first exec's end", "write_file, 1 KiB", "stop"
 FORK = "fork and exec of true"
 #: What is to be reached where KVM is emulated on two processors, and nothing else runs.
 TARGETS = {RESTORE: 500, EXEC: 20, WRITE: 10, STDOUT: 25, STOP: 100}
@@ -48,12 +39,12 @@ TARGETS = {RESTORE: 500, EXEC: 20, WRITE: 10, STDOUT: 25, STOP: 100}
 @contextmanager
 def exits(vm: Vm, rows: Rows, name: str, per: float) -> Iterator[None]:
     """Add how often the guest leaves in the block, for each of ``per`` things done there."""
-    if not isinstance(vm._machine, KvmMachine):
+    if not isinstance(vm._running.client.machine, KvmMachine):
         yield
         return
-    before = vm._machine.exits
+    before = vm._running.client.machine.exits
     yield
-    add_exits(rows, name, before, vm._machine.exits, per)
+    add_exits(rows, name, before, vm._running.client.machine.exits, per)
 
 
 def add_exits(
@@ -68,14 +59,14 @@ def add_exits(
 
 def watch_captures(vm: Vm, rows: Rows) -> None:
     """Add how long the guest stands still in each capture."""
-    capture: Callable[..., Any] = vm._machine.capture
+    capture: Callable[..., Any] = vm._running.client.machine.capture
 
     async def watched(*args: Any, **options: Any) -> Captured:
         captured: Captured = await capture(*args, **options)
         rows.add("live snapshot: standstill", captured.standstill * 1e3)
         return captured
 
-    vm._machine.capture = watched  # type: ignore[method-assign]
+    vm._running.client.machine.capture = watched  # type: ignore[method-assign]
 
 
 @asynccontextmanager
@@ -85,14 +76,16 @@ async def restored(image: Image, rows: Rows) -> AsyncIterator[Vm]:
         rows.add("restore: the agent has answered", (time.perf_counter() - begin) * 1e3)
         await vm.run_process(["true"])
         rows.add(RESTORE, (time.perf_counter() - begin) * 1e3)
-        if isinstance(vm._machine, KvmMachine):
-            add_exits(rows, "of a restore and its first exec", {}, vm._machine.exits, 1)
+        if isinstance(vm._running.client.machine, KvmMachine):
+            add_exits(
+                rows, "of a restore and its first exec", {}, vm._running.client.machine.exits, 1
+            )
         yield vm
         left = time.perf_counter()
     rows.add("leaving the block", (time.perf_counter() - left) * 1e3)
 
 
-async def once(image: Image, place: Path, rows: Rows, calls: int, size: int) -> None:
+async def once(image: Image, place: Path, rows: Rows, calls: int, size: int, count: int) -> None:
     async with restored(image, rows) as vm:
         await vm_calls(vm, rows, calls)
         with exits(vm, rows, "of an exec", calls):
@@ -106,7 +99,7 @@ async def once(image: Image, place: Path, rows: Rows, calls: int, size: int) -> 
             await vm_stdout(vm, rows, size)
         with exits(vm, rows, "for each MB of stdin", mb):
             await vm_stdin(vm, rows, size)
-        await reads(vm, rows)
+        await reads(vm, rows, count)
         watch_captures(vm, rows)
         with rows.timed("live snapshot: the whole call"):
             await vm.snapshot(place / "snapshot")
@@ -116,11 +109,11 @@ async def once(image: Image, place: Path, rows: Rows, calls: int, size: int) -> 
             await vm.stop()
 
 
-async def reads(vm: Vm, rows: Rows) -> None:
+async def reads(vm: Vm, rows: Rows, count: int) -> None:
     """Read the first layer's disk, 4 KiB at a time."""
     size = await vm.run_process(["cat", "/sys/block/vda/size"], capture_stdout=True)
     blocks = int(size.stdout) // 8
-    times = -(-READS // blocks)
+    times = -(-count // blocks)
     before = time.perf_counter()
     with exits(vm, rows, "for each 1000 reads of a disk", times * blocks / 1000):
         await vm.run_process(["sh", "-ec", READ.format(times=times)])
@@ -143,31 +136,38 @@ def floors(rows: Rows, calls: int) -> None:
             subprocess.run(["true"], check=True)
 
 
-async def main(rounds: int, calls: int, mib: int, qemu_rounds: int) -> None:
+async def main(
+    rounds: int, calls: int, mib: int, reads: int, qemu_rounds: int
+) -> AsyncIterator[Rows]:
     kernel = await usual_kernel()
-    rows = Rows("kvm")
-    with home_of(kernel) as home:
-        engines: tuple[tuple[EngineName, int], ...] = (("kvm", rounds), ("qemu", qemu_rounds))
+    rows = Rows(title=f"{rounds} rounds of {calls} calls, kernel {kernel.release}")
+    rows.compare(EXEC, FORK)
+    engines: tuple[tuple[EngineName, int], ...] = (("kvm", rounds), ("qemu", qemu_rounds))
+    with scratch() as place:
         for engine, count in engines:
             if count:
                 image = await idle_builder(engine).build()
-                await once(image, home, Rows(engine), 4, 1 << 20)  # fills caches
+                await once(image, place, Rows(engine), 4, MIB, 1)  # fills caches
             rows.by = engine
             for _ in range(count):
-                await once(image, home, rows, calls, mib << 20)
+                await once(image, place, rows, calls, mib * MIB, reads)
     rows.by = "host"
-    for _ in range(calls):
-        with rows.timed("trio.run_process(['true'])"):
-            await trio.run_process(["true"])
+    await host_calls(rows, calls)
     floors(rows, calls)
-    print(f"{rounds} rounds of {calls} calls, kernel {kernel.release}")
-    rows.print()
     for name, target in TARGETS.items():
         bound = "over" if name == STDOUT else "below"
-        print(f"{name}: {rows.median(name, by='kvm'):.1f} (target: {bound} {target})")
-    ratio = rows.median(EXEC, by="kvm") / rows.median(FORK)
-    print(f"{EXEC}: {ratio:.2f} of a fork and exec on the host")
+        rows.notes.append(f"{name}: {rows.median(name, by='kvm'):.1f} (target: {bound} {target})")
+    yield rows
 
 
 if __name__ == "__main__":
-    start(main, __doc__, rounds=5, calls=40, mib=16, qemu_rounds=0)
+    start(
+        main,
+        __doc__,
+        kvm="linux",
+        rounds=(5, 1),
+        calls=(40, 4),
+        mib=(16, 1),
+        reads=(1000, 100),
+        qemu_rounds=(0, 0),
+    )

@@ -9,19 +9,20 @@ import os
 import random
 import subprocess
 import tarfile
-import tempfile
-import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-import trio
+from common import MIB, scratch, start
+from table import Rows
 
 from trio_supermachine.oci.decompress import Blob
-from trio_supermachine.oci.layer import DirectoryInfo
+from trio_supermachine.oci.layer_info import DirectoryInfo
 from trio_supermachine.oci.squashfs import convert
 
-MIB = 1 << 20
-SHAPES = {"4000 files of 4 KiB": (4000, 4096), "64 files of 1 MiB": (64, MIB)}
+#: A layer: what it is called, of how many files of which size.
+SHAPES = (("small files", 4096, 4096), ("large files", 64, MIB))
 LZ4 = ("-comp", "lz4", "-no-progress", "-quiet")
+NEEDS = ("sqfstar",)
 
 
 def make(count: int, size: int) -> bytes:
@@ -36,43 +37,38 @@ def make(count: int, size: int) -> bytes:
     return out.getvalue()
 
 
-def plain(tar: Path, dest: Path) -> float:
-    """Seconds that ``sqfstar`` takes by itself, decompression included."""
-    start = time.perf_counter()
-    with subprocess.Popen(["zcat", "-f", tar], stdout=subprocess.PIPE) as cat:
-        subprocess.run(
-            ["sqfstar", *LZ4, dest], stdin=cat.stdout, stdout=subprocess.DEVNULL, check=True
-        )
-    return time.perf_counter() - start
+def by_hand(layer: Path, dest: Path) -> None:
+    """``zcat`` and ``sqfstar``."""
+    with subprocess.Popen(["zcat", "-f", os.fspath(layer)], stdout=subprocess.PIPE) as cat:
+        command = ["sqfstar", *LZ4, os.fspath(dest)]
+        subprocess.run(command, stdin=cat.stdout, stdout=subprocess.DEVNULL, check=True)
 
 
-async def ours(tar: Path, dest: Path) -> float:
-    """Seconds of our conversion: hashed twice, checked, whiteouts translated."""
-    start = time.perf_counter()
-    blob = Blob(tar, 0, tar.stat().st_size)
+async def ours(layer: Path, dest: Path) -> None:
+    """Our conversion: hashed twice, checked, whiteouts translated."""
+    blob = Blob(layer, 0, layer.stat().st_size)
     await convert(blob, dest, limit=1 << 40, resolve=lambda _: DirectoryInfo())
-    return time.perf_counter() - start
 
 
-async def main() -> None:
-    print(f"{'layer':<28}{'MiB':>6}{'sqfstar s':>12}{'ours s':>9}{'ratio':>8}")
-    with tempfile.TemporaryDirectory() as name:
-        for shape, (count, size) in SHAPES.items():
-            data = make(count, size)
+async def main(rounds: int, percent: int) -> AsyncIterator[Rows]:
+    rows = Rows(title=f"{rounds} rounds")
+    with scratch() as place:
+        layer, dest = place / "layer", place / "squashfs"
+        for shape, count, size in SHAPES:
+            data = make(count * percent // 100, size)
             for kind, content in (("tar", data), ("gzip", gzip.compress(data, 6))):
-                tar = Path(name, "layer")
-                tar.write_bytes(content)
-                theirs, own = [], []
-                for number in range(3):
-                    dest = Path(name, f"out{number}")
-                    theirs.append(plain(tar, dest))
-                    os.unlink(dest)
-                    own.append(await ours(tar, dest))
-                    os.unlink(dest)
-                a, b = min(theirs), min(own)
-                label = f"{shape}, {kind}"
-                print(f"{label:<28}{len(data) / MIB:>6.0f}{a:>12.2f}{b:>9.2f}{b / a:>8.2f}")
+                name = f"{shape}, {len(data) / MIB:.1f} MiB, {kind}"
+                rows.compare(name, by="sqfstar")
+                layer.write_bytes(content)
+                for _ in range(rounds):
+                    with rows.timed(name, by="sqfstar"):
+                        by_hand(layer, dest)
+                    dest.unlink()
+                    with rows.timed(name, by="ours"):
+                        await ours(layer, dest)
+                    dest.unlink()
+    yield rows
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    start(main, __doc__, needs=NEEDS, rounds=(3, 1), percent=(100, 2))

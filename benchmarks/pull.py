@@ -15,34 +15,35 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import Rows, start
+import layers
+from common import MIB, free_port, scratch, server, start
+from table import Rows
 
-MIB = 1 << 20
+NEEDS = (*layers.NEEDS, "skopeo", "docker-registry")
 LAYERS = 5
+PULL = "pull and convert"
 VENDOR = "application/vnd.oci.image."
 COPY = ("skopeo", "--insecure-policy", "copy", "--quiet")
 OURS = """
 import sys, time
 from pathlib import Path
 import trio
-from trio_supermachine.images.image import PullPolicy
-from trio_supermachine.images.prepare import prepare_image
+from trio_supermachine.api import PullPolicy
+from trio_supermachine.api import unbaked_image
 
 async def main():
     for policy in (PullPolicy.MISSING, PullPolicy.MISSING, PullPolicy.NEVER):
         begin = time.perf_counter()
-        await prepare_image(sys.argv[1], pull=policy)
+        await unbaked_image(sys.argv[1], pull=policy)
         print(time.perf_counter() - begin)
 
 trio.run(main)
@@ -79,11 +80,11 @@ def make_layout(path: Path, mib: int) -> int:
         (blobs / digest).write_bytes(data)
         return {"mediaType": VENDOR + kind, "digest": f"sha256:{digest}", "size": len(data)}
 
-    layers, diff_ids = [], []
+    stored, diff_ids = [], []
     for number in range(LAYERS):
         tar = make_layer(number, mib * MIB // LAYERS)
         diff_ids.append("sha256:" + hashlib.sha256(tar).hexdigest())
-        layers.append(put(gzip.compress(tar, 6, mtime=0), "layer.v1.tar+gzip"))
+        stored.append(put(gzip.compress(tar, 6, mtime=0), "layer.v1.tar+gzip"))
     config = {
         "os": "linux",
         "architecture": "amd64",
@@ -93,7 +94,7 @@ def make_layout(path: Path, mib: int) -> int:
     manifest = {
         "schemaVersion": 2,
         "config": put(json.dumps(config).encode(), "config.v1+json"),
-        "layers": layers,
+        "layers": stored,
     }
     index = {
         "schemaVersion": 2,
@@ -101,38 +102,22 @@ def make_layout(path: Path, mib: int) -> int:
     }
     (path / "index.json").write_text(json.dumps(index))
     (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    return sum(layer["size"] for layer in layers)
+    return sum(layer["size"] for layer in stored)
 
 
 @contextmanager
 def registry(place: Path) -> Iterator[str]:
     """A registry on loopback; its host and port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{probe.getsockname()[1]}"
+    port = free_port()
     config = {
         "version": 0.1,
         "log": {"accesslog": {"disabled": True}, "level": "error"},
         "storage": {"filesystem": {"rootdirectory": str(place / "storage")}},
-        "http": {"addr": host},
+        "http": {"addr": f"127.0.0.1:{port}"},
     }
     (place / "registry.yml").write_text(json.dumps(config))
-    with subprocess.Popen(
-        ["docker-registry", "serve", str(place / "registry.yml")], stderr=subprocess.DEVNULL
-    ) as server:
-        try:
-            name, port = host.split(":")
-            while True:
-                try:
-                    socket.create_connection((name, int(port))).close()
-                    break
-                except ConnectionRefusedError:
-                    if server.poll() is not None:
-                        raise
-                    time.sleep(0.02)
-            yield host
-        finally:
-            server.kill()
+    with server(["docker-registry", "serve", str(place / "registry.yml")], port):
+        yield f"127.0.0.1:{port}"
 
 
 def by_hand(reference: str, place: Path) -> None:
@@ -144,13 +129,7 @@ def by_hand(reference: str, place: Path) -> None:
     manifest = json.loads((blobs / index["manifests"][0]["digest"].replace(":", "/")).read_bytes())
     for layer in manifest["layers"]:
         blob = blobs / layer["digest"].replace(":", "/")
-        with subprocess.Popen(["zcat", blob], stdout=subprocess.PIPE) as cat:
-            subprocess.run(
-                ["sqfstar", "-comp", "lz4", "-no-progress", "-quiet", f"{blob}.squashfs"],
-                stdin=cat.stdout,
-                stdout=subprocess.DEVNULL,
-                check=True,
-            )
+        layers.by_hand(blob, blob.with_suffix(".squashfs"))
     shutil.rmtree(layout)
 
 
@@ -167,30 +146,27 @@ def ours(reference: str, place: Path) -> list[float]:
     return [float(line) for line in done.stdout.split()]
 
 
-async def main(mib: int, rounds: int) -> None:
+async def main(mib: int, rounds: int) -> AsyncIterator[Rows]:
     rows = Rows("ours")
-    with tempfile.TemporaryDirectory(prefix="supermachine-benchmark-") as name:
-        place = Path(name)
-        stored = make_layout(place / "layout", mib)
+    rows.compare(PULL, by="by hand")
+    with scratch() as place:
+        stored = make_layout(place / "layout", mib) / MIB
+        rows.title = f"{rounds} rounds of an image of {mib} MiB, {stored:.0f} MiB as it is stored"
         with registry(place) as host:
             reference = f"docker://{host}/benchmark:latest"
             push = [*COPY, "--dest-tls-verify=false", f"oci:{place / 'layout'}", reference]
             subprocess.run(push, check=True)
-            rows.add("image, unpacked", mib, "MiB", by="-")
-            rows.add("image, as it is stored", stored / MIB, "MiB", by="-")
             for _ in range(rounds):
                 begin = time.perf_counter()
                 by_hand(reference, place)
-                rows.add("pull and convert", time.perf_counter() - begin, "s", by="hand")
+                rows.add(PULL, time.perf_counter() - begin, "s", by="by hand")
                 first, second, never, memory = ours(reference, place)
-                rows.add("pull and convert", first, "s")
+                rows.add(PULL, first, "s")
                 rows.add("the same again, with MISSING", second * 1e3)
                 rows.add("the same again, with NEVER", never * 1e3)
                 rows.add("peak memory of the program", memory / 1024, "MiB")
-    ratio = rows.median("pull and convert", by="ours") / rows.median("pull and convert", by="hand")
-    rows.add("pull and convert: ours as a multiple of by hand", ratio, "times")
-    rows.print()
+    yield rows
 
 
 if __name__ == "__main__":
-    start(main, __doc__, mib=200, rounds=3)
+    start(main, __doc__, needs=NEEDS, mib=(200, 4), rounds=(3, 1))

@@ -1,4 +1,4 @@
-"""QEMU driven by hand: the floor that benchmarks stand beside. Needs busybox-static and cpio."""
+"""QEMU driven by hand: the floor that benchmarks stand beside."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from trio_supermachine.guest import launcher_binary
+
+#: The programs that it takes.
+NEEDS = ("qemu-system-x86_64", "busybox", "cpio")
 
 INIT = """\
 #!/bin/sh

@@ -1,30 +1,32 @@
 """From nothing to a restored guest's first exec, beside a QEMU that is restored by hand.
 
-usage: python benchmarks/restore.py [--rounds N]
-
 Both go on from a snapshot of a guest of 256 MiB under the same kernel and the same emulation, and
-take turns in one run, once for each kernel that is here. The raw guest is a busybox shell that
-echoes a line by way of a program, and had done so before it was saved; ours is ``Vm.start`` and
-``run_process(["true"])``, of an image as it is and of one whose warm-up has run that.
+take turns in one run, once for each kernel. The raw guest is a busybox shell that echoes a line by
+way of a program, and had done so before it was saved; ours is ``Vm.start`` and
+``run_process(["true"])``, of an image as it is and of one whose warm-up has run that. The steps are
+those of the second.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 
-from common import Rows, home_of, idle_builder, kernels, start
-from raw_qemu import RawSnapshot
+from common import idle_builder, kernels, start
+from raw_qemu import NEEDS, RawSnapshot
+from table import Rows
 
-from trio_supermachine import Image, Vm, VmConfig
-from trio_supermachine.agent.client import AgentClient
+from trio_supermachine import Image, Vm
+from trio_supermachine.hv.base import Engine, Machine, MachineSpec
+from trio_supermachine.hv.select import choose_engine
 from trio_supermachine.kernels import CachedKernel
-from trio_supermachine.launch import _renewal, plan
-from trio_supermachine.vm import _running
 
 OURS = "nothing to the first exec"
 WARMED = "nothing to the first exec, after a warm-up"
-RAW = "nothing to the first answer, by hand"
-RAW_PHASES = ("by hand: to QMP", "by hand: state loaded, CPUs run", "by hand: first answer")
+RAW = "nothing to the first answer"
+MACHINE, LOADED = "step: the machine is there", "step: its state is loaded, CPUs run"
+ANSWER = "step: the first answer"
 
 
 async def warm_up(vm: Vm) -> None:
@@ -33,72 +35,104 @@ async def warm_up(vm: Vm) -> None:
 
 
 async def restore(image: Image, name: str, rows: Rows) -> None:
-    """As users do it."""
+    """Start a VM as users do."""
     begin = time.perf_counter()
     async with Vm.start(image) as vm:
         await vm.run_process(["true"])
-        answered = time.perf_counter()
-        rows.add(name, (answered - begin) * 1e3)
-    rows.add("teardown of the VM", (time.perf_counter() - answered) * 1e3)
+        rows.add(name, (time.perf_counter() - begin) * 1e3)
+        left = time.perf_counter()
+    rows.add("leaving the block", (time.perf_counter() - left) * 1e3)
+
+
+class Steps:
+    """The time since the step before, added as a row."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._last = time.perf_counter()
+
+    def add(self, name: str) -> None:
+        now = time.perf_counter()
+        self._rows.add(name, (now - self._last) * 1e3)
+        self._last = now
+
+
+@contextmanager
+def watched(engine: type[Engine], steps: Steps) -> Iterator[None]:
+    """Add the steps of an engine's machines that start in the block."""
+    open_machine = engine.open
+
+    @asynccontextmanager
+    async def opened(self: Engine, spec: MachineSpec) -> AsyncIterator[Machine]:
+        steps.add("step: deciding what to start")
+        async with open_machine(self, spec) as machine:
+            steps.add(MACHINE)
+            resume = machine.resume
+
+            async def resumed() -> None:
+                await resume()
+                steps.add(LOADED)
+
+            machine.resume = resumed  # type: ignore[method-assign]
+            yield machine
+
+    def watching(self: Engine, spec: MachineSpec) -> AbstractAsyncContextManager[Machine]:
+        return opened(self, spec)
+
+    engine.open = watching  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.open = open_machine  # type: ignore[method-assign]
 
 
 async def phases(image: Image, rows: Rows) -> None:
-    """The same of the warmed-up image, one step after another."""
-    last = time.perf_counter()
-
-    def step(name: str) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        rows.add(name, (now - last) * 1e3)
-        last = now
-
-    config = VmConfig()
-    todo = await plan(image, config)
-    step("step: deciding what to start")
-    async with todo.engine.open(todo.spec) as machine:
-        step("step: to QMP")
-        client = AgentClient(machine)
-        await machine.resume()
-        step("step: state loaded, CPUs run")
-        await client.restored(_renewal(None))
-        step("step: the agent is told, and thaws")
-        async with _running(image, config, todo, client) as vm:
+    """The same, one step after another."""
+    engine = type(await choose_engine(image.engine))
+    steps = Steps(rows)
+    with watched(engine, steps):
+        async with Vm.start(image) as vm:
+            steps.add("step: the agent is told, and thaws")
             await vm.run_process(["true"])
-            step("step: first exec")
+            steps.add(ANSWER)
             await vm.run_process(["true"])
-            step("step: second exec")
-        await client.aclose()
+            steps.add("step: the second exec")
 
 
 def restore_raw(raw: RawSnapshot, rows: Rows) -> None:
     ready, loaded, answered = raw.restore()
-    rows.add(RAW, answered, by="raw QEMU")
-    for name, value in zip(RAW_PHASES, (ready, loaded - ready, answered - loaded), strict=True):
-        rows.add(name, value, by="raw QEMU")
+    by = "raw QEMU"
+    rows.add(RAW, answered, by=by)
+    rows.add(MACHINE, ready, by=by)
+    rows.add(LOADED, loaded - ready, by=by)
+    rows.add(ANSWER, answered - loaded, by=by)
 
 
-async def compare(kernel: CachedKernel, rounds: int) -> None:
-    rows = Rows()
-    with home_of(kernel), RawSnapshot(kernel.kernel) as raw:
+async def compare(kernel: CachedKernel, rounds: int) -> Rows:
+    rows = Rows(title=f"{rounds} rounds, {kernel.kind} kernel {kernel.release}")
+    for name in (OURS, WARMED):
+        rows.compare(name, RAW)
+    for name in (MACHINE, LOADED, ANSWER):
+        rows.compare(name, by="raw QEMU")
+    with RawSnapshot(kernel.kernel) as raw:
         image = await idle_builder().build()
         warmed = await idle_builder().with_warmup(warm_up).build()
+        assert image.snapshot is not None
+        rows.by = image.snapshot.metadata.engine
         for number in range(rounds + 1):
-            # The first round fills caches.
-            one = rows if number else Rows()
+            one = rows if number else Rows(rows.by)  # the first round fills caches
             restore_raw(raw, one)
             await restore(image, OURS, one)
             await restore(warmed, WARMED, one)
             await phases(warmed, one)
-    print(f"{rounds} rounds, {kernel.kind} kernel {kernel.release}")
-    rows.print()
-    ratio, warmed_ratio = (rows.median(name) / rows.median(RAW) for name in (OURS, WARMED))
-    print(f"ratio {ratio:.2f}, after a warm-up {warmed_ratio:.2f} (target: at most 1.25)\n")
+    rows.notes.append("target of the ratio: at most 1.25")
+    return rows
 
 
-async def main(rounds: int) -> None:
-    async for kernel in kernels():
-        await compare(kernel, rounds)
+async def main(rounds: int, kernel: str) -> AsyncIterator[Rows]:
+    async for one in kernels(kernel):
+        yield await compare(one, rounds)
 
 
 if __name__ == "__main__":
-    start(main, __doc__, rounds=20)
+    start(main, __doc__, needs=NEEDS, rounds=(20, 1), kernel=("all", "usual"))

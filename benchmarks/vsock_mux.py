@@ -1,7 +1,4 @@
-"""What the vsock muxer costs: two muxers in one program against the bare socket pair below them.
-
-usage: python benchmarks/vsock_mux.py [--rounds N]
-"""
+"""What the vsock muxer costs: two muxers in one program beside the bare socket pair below them."""
 
 from __future__ import annotations
 
@@ -11,16 +8,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
-from common import Rows, start
+from common import MIB, start
+from table import Rows
 
-from trio_supermachine.devices.vsock.carrier import SocketCarrier
-from trio_supermachine.devices.vsock.stream import VsockMux
+from trio_supermachine.vsock.carrier import SocketCarrier
+from trio_supermachine.vsock.stream import VsockMux
 
 Pair = tuple[trio.abc.HalfCloseableStream, trio.abc.HalfCloseableStream]
 
-_TRANSFER = 64 * 1024 * 1024
-_CHUNK = 1024 * 1024
-_PINGS = 2000
+BARE, MUXED = "socket pair", "two muxers"
+OUT, IN, TRIP = "host to guest", "guest to host", "one-byte round trip"
 
 
 @asynccontextmanager
@@ -47,37 +44,37 @@ async def mux_pair() -> AsyncIterator[Pair]:
 
 
 async def throughput(
-    source: trio.abc.HalfCloseableStream, sink: trio.abc.HalfCloseableStream
+    source: trio.abc.HalfCloseableStream, sink: trio.abc.HalfCloseableStream, mib: int
 ) -> float:
     """MB/s of one transfer."""
-    data = bytes(_CHUNK)
+    data = bytes(MIB)
 
     async def send() -> None:
-        for _ in range(_TRANSFER // _CHUNK):
+        for _ in range(mib):
             await source.send_all(data)
 
     start = time.perf_counter()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        left = _TRANSFER
+        left = mib * MIB
         while left:
             left -= len(await sink.receive_some(256 * 1024))
-    return _TRANSFER / (time.perf_counter() - start) / 1e6
+    return mib * MIB / (time.perf_counter() - start) / 1e6
 
 
 async def round_trips(
-    one: trio.abc.HalfCloseableStream, two: trio.abc.HalfCloseableStream
+    one: trio.abc.HalfCloseableStream, two: trio.abc.HalfCloseableStream, count: int
 ) -> list[float]:
     """Microseconds of each of many one-byte round trips."""
     times = []
 
     async def echo() -> None:
-        for _ in range(_PINGS):
+        for _ in range(count):
             await two.send_all(await two.receive_some(1))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(echo)
-        for _ in range(_PINGS):
+        for _ in range(count):
             start = time.perf_counter()
             await one.send_all(b"x")
             await one.receive_some(1)
@@ -85,18 +82,19 @@ async def round_trips(
     return times
 
 
-async def main(rounds: int) -> None:
-    rows = Rows()
-    makers = {"socket pair": raw_pair, "two muxers": mux_pair}
+async def main(rounds: int, mib: int, count: int) -> AsyncIterator[Rows]:
+    rows = Rows(title=f"{rounds} rounds of {mib} MiB and {count} round trips")
+    for name in (OUT, IN, TRIP):
+        rows.compare(name, by=BARE)
     for _ in range(rounds):
-        for by, maker in makers.items():
-            async with maker() as (one, two):
-                rows.add("host to guest", await throughput(one, two), "MB/s", by=by)
-                rows.add("guest to host", await throughput(two, one), "MB/s", by=by)
-                for trip in await round_trips(one, two):
-                    rows.add("one-byte round trip", trip, "us", by=by)
-    rows.print()
+        for by, pair in ((BARE, raw_pair), (MUXED, mux_pair)):
+            async with pair() as (one, two):
+                rows.add(OUT, await throughput(one, two, mib), "MB/s", by=by)
+                rows.add(IN, await throughput(two, one, mib), "MB/s", by=by)
+                for trip in await round_trips(one, two, count):
+                    rows.add(TRIP, trip, "us", by=by)
+    yield rows
 
 
 if __name__ == "__main__":
-    start(main, __doc__, rounds=5)
+    start(main, __doc__, rounds=(5, 1), mib=(64, 1), count=(2000, 20))

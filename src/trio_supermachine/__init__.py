@@ -1,60 +1,127 @@
 """Run any OCI image as a microVM from Trio.
 
 A VM is a nursery, an exec is a pair of streams, and a cancel scope is the timeout.
+
+Each name is imported when it is first used: a program that wants a part of the library, such as the
+command line's ``--help``, does not wait for the rest.
 """
 
-from ._pool_core import PoolStats
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from ._version import __version__
-from .assets import AssetPaths
-from .config import MountSpec, SymlinkPolicy, VmConfig
-from .errors import (
-    AcquireTimeout,
-    AdmissionRefused,
-    AssetNotFound,
-    BakeFailed,
-    CaptureFailed,
-    ConfigError,
-    DiskFull,
-    EngineUnavailable,
-    ExecEof,
-    FileTooLarge,
-    ImageCorrupt,
-    ImageNotFound,
-    NotSupported,
-    ReferenceInvalid,
-    RegistryError,
-    ResourceError,
-    ResourceErrorKind,
-    RestoreTimeout,
-    SnapshotIncompatible,
-    SnapshotInvalid,
-    StartTimeout,
-    SupermachineError,
-    VmExited,
-)
-from .exec import ExecChild, ExecSignaler
-from .exec_builder import ExecBuilder, ExecOutcome
-from .images.builder import OciImageBuilder
-from .images.image import Image, PullPolicy
-from .limits import LimitStatistics, memory_admission, spawn_concurrency
-from .net.events import EgressEvent
-from .net.forward import TcpForwarder
-from .net.policy import EgressPolicy
-from .net.tls import TlsConfig
-from .net.udp import UdpForwarder
-from .oci.config import ImageConfig
-from .oci.progress import Progress
-from .pool import Pool, PoolBuilder, PooledVm
-from .resources import (
-    DEFAULT_CMDLINE,
-    DEFAULT_EXEC_GUEST_PORT,
-    EndpointResources,
-    SnapshotResources,
-    VmProfile,
-    VmResources,
-    VolumeSpec,
-)
-from .vm import Vm
+
+if TYPE_CHECKING:
+    from ._util.progress import Progress as Progress
+    from .api import Image as Image
+    from .api import OciImageBuilder as OciImageBuilder
+    from .api import Pool as Pool
+    from .api import PoolBuilder as PoolBuilder
+    from .api import PooledVm as PooledVm
+    from .api import Vm as Vm
+    from .config.resources import DEFAULT_CMDLINE as DEFAULT_CMDLINE
+    from .config.resources import DEFAULT_EXEC_GUEST_PORT as DEFAULT_EXEC_GUEST_PORT
+    from .config.resources import EndpointResources as EndpointResources
+    from .config.resources import SnapshotResources as SnapshotResources
+    from .config.resources import VmProfile as VmProfile
+    from .config.resources import VmResources as VmResources
+    from .config.resources import VolumeSpec as VolumeSpec
+    from .config.vm import MountSpec as MountSpec
+    from .config.vm import SymlinkPolicy as SymlinkPolicy
+    from .config.vm import VmConfig as VmConfig
+    from .errors import AcquireTimeout as AcquireTimeout
+    from .errors import AdmissionRefused as AdmissionRefused
+    from .errors import AssetNotFound as AssetNotFound
+    from .errors import BakeFailed as BakeFailed
+    from .errors import CaptureFailed as CaptureFailed
+    from .errors import ConfigError as ConfigError
+    from .errors import DiskFull as DiskFull
+    from .errors import EngineUnavailable as EngineUnavailable
+    from .errors import ExecEof as ExecEof
+    from .errors import FileTooLarge as FileTooLarge
+    from .errors import ImageCorrupt as ImageCorrupt
+    from .errors import ImageNotFound as ImageNotFound
+    from .errors import NotSupported as NotSupported
+    from .errors import ReferenceInvalid as ReferenceInvalid
+    from .errors import RegistryError as RegistryError
+    from .errors import ResourceError as ResourceError
+    from .errors import ResourceErrorKind as ResourceErrorKind
+    from .errors import RestoreTimeout as RestoreTimeout
+    from .errors import SnapshotIncompatible as SnapshotIncompatible
+    from .errors import SnapshotInvalid as SnapshotInvalid
+    from .errors import StartTimeout as StartTimeout
+    from .errors import SupermachineError as SupermachineError
+    from .errors import VmExited as VmExited
+    from .host.assets import AssetPaths as AssetPaths
+    from .images.policy import PullPolicy as PullPolicy
+    from .net.events import EgressEvent as EgressEvent
+    from .net.forward import TcpForwarder as TcpForwarder
+    from .net.policy import EgressPolicy as EgressPolicy
+    from .net.tls import TlsConfig as TlsConfig
+    from .net.udp import UdpForwarder as UdpForwarder
+    from .oci.config import ImageConfig as ImageConfig
+    from .pool.core import PoolStats as PoolStats
+    from .programs.builder import ExecBuilder as ExecBuilder
+    from .programs.builder import ExecOutcome as ExecOutcome
+    from .programs.child import ExecChild as ExecChild
+    from .programs.child import ExecSignaler as ExecSignaler
+    from .vm.limits import LimitStatistics as LimitStatistics
+    from .vm.limits import memory_admission as memory_admission
+    from .vm.limits import spawn_concurrency as spawn_concurrency
+
+#: The module of each public name.
+_MODULES = {
+    "._util.progress": ("Progress",),
+    ".api": ("Image", "OciImageBuilder", "Pool", "PoolBuilder", "PooledVm", "Vm"),
+    ".config.resources": (
+        "DEFAULT_CMDLINE",
+        "DEFAULT_EXEC_GUEST_PORT",
+        "EndpointResources",
+        "SnapshotResources",
+        "VmProfile",
+        "VmResources",
+        "VolumeSpec",
+    ),
+    ".config.vm": ("MountSpec", "SymlinkPolicy", "VmConfig"),
+    ".errors": (
+        "AcquireTimeout",
+        "AdmissionRefused",
+        "AssetNotFound",
+        "BakeFailed",
+        "CaptureFailed",
+        "ConfigError",
+        "DiskFull",
+        "EngineUnavailable",
+        "ExecEof",
+        "FileTooLarge",
+        "ImageCorrupt",
+        "ImageNotFound",
+        "NotSupported",
+        "ReferenceInvalid",
+        "RegistryError",
+        "ResourceError",
+        "ResourceErrorKind",
+        "RestoreTimeout",
+        "SnapshotIncompatible",
+        "SnapshotInvalid",
+        "StartTimeout",
+        "SupermachineError",
+        "VmExited",
+    ),
+    ".host.assets": ("AssetPaths",),
+    ".images.policy": ("PullPolicy",),
+    ".net.events": ("EgressEvent",),
+    ".net.forward": ("TcpForwarder",),
+    ".net.policy": ("EgressPolicy",),
+    ".net.tls": ("TlsConfig",),
+    ".net.udp": ("UdpForwarder",),
+    ".oci.config": ("ImageConfig",),
+    ".pool.core": ("PoolStats",),
+    ".programs.builder": ("ExecBuilder", "ExecOutcome"),
+    ".programs.child": ("ExecChild", "ExecSignaler"),
+    ".vm.limits": ("LimitStatistics", "memory_admission", "spawn_concurrency"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "DEFAULT_CMDLINE",
@@ -115,3 +182,16 @@ __all__ = [
     "memory_admission",
     "spawn_concurrency",
 ]
+
+
+def __getattr__(name: str) -> object:
+    try:
+        module = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value = globals()[name] = getattr(import_module(module, __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

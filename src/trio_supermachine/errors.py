@@ -1,16 +1,20 @@
-"""The exceptions of this library: one class per thing that failed.
+"""Exceptions of this library: one class for each kind of failure.
 
-Each carries, as attributes, the values a program needs to react, and a message that says what
-to do next. Failures of single file or process calls inside the guest are not here: they are
-plain :class:`OSError` subclasses with the guest's errno.
+Each carries the values that a program needs to react as attributes, and a message that says what
+to do next. They can be pickled, with their attributes. Failures of single file or process calls
+inside the guest are not here: they are plain :class:`OSError` subclasses with the guest's errno.
 """
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 import trio
+
+from ._public import public
 
 __all__ = [
     "AcquireTimeout",
@@ -39,16 +43,25 @@ __all__ = [
 ]
 
 
+@public
 class SupermachineError(Exception):
     """Base of every exception that this library defines."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception calls the class with its args when it is unpickled. Here that is the message
+        # alone, which is not what __init__ takes.
+        new = copyreg.__newobj__  # type: ignore[attr-defined]
+        return new, (type(self),), {**self.__dict__, "args": self.args}
 
+
+@public
 class ConfigError(SupermachineError, ValueError):
-    """A configuration value makes no sense; raised where it is written."""
+    """A configuration value makes no sense. Raised where the value is written."""
 
 
+@public
 class ResourceErrorKind(Enum):
-    """What :meth:`VmResources.validate_for_run` found wrong, in the order it looks."""
+    """Faults that :meth:`VmResources.validate_for_run` finds, in the order of its checks."""
 
     ZERO_MEMORY = "zero-memory"
     ZERO_VCPUS = "zero-vcpus"
@@ -56,24 +69,37 @@ class ResourceErrorKind(Enum):
     SNAPSHOT_TRIGGER_WITHOUT_OUTPUT = "snapshot-trigger-without-output"
 
 
+@public
 class ResourceError(ConfigError):
-    """A :class:`VmResources` cannot be run; :attr:`kind` says why."""
+    """A :class:`VmResources` cannot be run.
+
+    :ivar kind: the first fault that was found.
+    """
 
     def __init__(self, kind: ResourceErrorKind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
+@public
 class NotSupported(SupermachineError):
-    """A feature that this version or engine does not have; :attr:`feature` names it."""
+    """This version or engine does not have a feature.
+
+    :ivar feature: the name of the feature.
+    """
 
     def __init__(self, feature: str, message: str | None = None) -> None:
         super().__init__(message or f"{feature} is not supported by this version; leave it out")
         self.feature = feature
 
 
+@public
 class ReferenceInvalid(SupermachineError):
-    """An image reference does not parse."""
+    """An image reference does not parse.
+
+    :ivar reference: the reference as it was given, cut where it is very long.
+    :ivar reason: the rule that it breaks.
+    """
 
     def __init__(self, reference: str, reason: str) -> None:
         super().__init__(f"invalid image reference {reference!r}: {reason}")
@@ -81,8 +107,13 @@ class ReferenceInvalid(SupermachineError):
         self.reason = reason
 
 
+@public
 class ImageNotFound(SupermachineError):
-    """The image that a reference names does not exist."""
+    """The image that a reference names does not exist.
+
+    :ivar reference: the reference.
+    :ivar reason: where the image was looked for, and what is there instead.
+    """
 
     def __init__(self, reference: str, reason: str) -> None:
         super().__init__(f"image {reference!r} not found: {reason}")
@@ -90,8 +121,13 @@ class ImageNotFound(SupermachineError):
         self.reason = reason
 
 
+@public
 class ImageCorrupt(SupermachineError):
-    """An image's content is damaged, lies about its digest or tries to leave its root."""
+    """An image's content is damaged, has another digest than it says or tries to leave its root.
+
+    :ivar reference: the reference.
+    :ivar reason: the fault.
+    """
 
     def __init__(self, reference: str, reason: str) -> None:
         super().__init__(f"image {reference!r} is corrupt: {reason}")
@@ -99,8 +135,13 @@ class ImageCorrupt(SupermachineError):
         self.reason = reason
 
 
+@public
 class RegistryError(SupermachineError):
-    """A registry refused or failed; :attr:`status` is the HTTP status, if there was one."""
+    """A registry refused or failed.
+
+    :ivar registry: the registry, or another server that it relies on, as ``HOST[:PORT]``.
+    :ivar status: the HTTP status; ``None`` if there was none.
+    """
 
     def __init__(self, message: str, *, registry: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -108,8 +149,12 @@ class RegistryError(SupermachineError):
         self.status = status
 
 
+@public
 class DiskFull(SupermachineError):
-    """There is no room in the data directory for an image; :attr:`path` is what was written."""
+    """The disk has no room for an image.
+
+    :ivar path: the file that was being written.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__(
@@ -119,20 +164,30 @@ class DiskFull(SupermachineError):
         self.path = path
 
 
+@public
 class BakeFailed(SupermachineError):
-    """A bake did not reach its capture; :attr:`console` is the tail of the guest's console."""
+    """A bake did not reach its capture.
+
+    :ivar console: the tail of the guest's console.
+    """
 
     def __init__(self, message: str, *, console: str = "") -> None:
         super().__init__(_with_console(message, console))
         self.console = console
 
 
+@public
 class CaptureFailed(SupermachineError):
-    """A running VM could not be captured; it goes on."""
+    """A running VM could not be captured. It goes on."""
 
 
+@public
 class SnapshotInvalid(SupermachineError):
-    """A snapshot is truncated, corrupt or incomplete; :attr:`path` is the file at fault."""
+    """A snapshot is truncated, corrupt or incomplete.
+
+    :ivar path: the file or directory at fault.
+    :ivar reason: the fault.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"snapshot {path}: {reason}")
@@ -140,14 +195,18 @@ class SnapshotInvalid(SupermachineError):
         self.reason = reason
 
 
+@public
 class SnapshotIncompatible(SnapshotInvalid):
-    """A snapshot is sound, but made by another format version, engine or machine."""
+    """A snapshot is sound, but another format version, engine or kind of host made it."""
 
 
+@public
 class AssetNotFound(SupermachineError):
-    """A file or tool this library needs is missing; the message names the remedy.
+    """A file or tool that this library needs is missing.
 
-    :attr:`asset` is the thing (``"kernel"``, ``"sqfstar"``); :attr:`remedy` the command to run.
+    :ivar asset: the file or tool, such as ``"kernel"`` or ``"sqfstar"``.
+    :ivar reason: where it was looked for.
+    :ivar remedy: the command to run, or the thing to do.
     """
 
     def __init__(self, asset: str, reason: str, *, remedy: str) -> None:
@@ -157,8 +216,12 @@ class AssetNotFound(SupermachineError):
         self.remedy = remedy
 
 
+@public
 class EngineUnavailable(SupermachineError):
-    """No engine can run a guest here; :attr:`tried` maps each engine's name to why it said no."""
+    """No engine can run a guest here.
+
+    :ivar tried: the reason of each engine, by its name.
+    """
 
     def __init__(self, tried: Mapping[str, str]) -> None:
         said = "; ".join(f"{name}: {reason}" for name, reason in tried.items())
@@ -166,17 +229,32 @@ class EngineUnavailable(SupermachineError):
         self.tried = dict(tried)
 
 
+@public
 class StartTimeout(SupermachineError, TimeoutError):
-    """A guest did not answer within the start timeout; :attr:`console` is its console's tail."""
+    """A guest did not answer within :attr:`VmConfig.start_timeout`.
 
-    def __init__(self, seconds: float, *, console: str = "") -> None:
-        super().__init__(_with_console(f"the guest did not answer within {seconds:g} s", console))
+    :ivar seconds: the timeout.
+    :ivar console: the tail of the guest's console.
+    :ivar detail: for a guest that wrote nothing at all: what it ran on, and what to try.
+    """
+
+    def __init__(self, seconds: float, *, console: str = "", detail: str = "") -> None:
+        message = f"the guest did not answer within {seconds:g} s" + (
+            f"; {detail}" if detail else ""
+        )
+        super().__init__(_with_console(message, console))
         self.seconds = seconds
         self.console = console
+        self.detail = detail
 
 
+@public
 class RestoreTimeout(SupermachineError, TimeoutError):
-    """A restored guest did not answer within ``restore_timeout``."""
+    """A restored guest did not answer within :attr:`VmConfig.restore_timeout`.
+
+    :ivar seconds: the timeout.
+    :ivar console: the tail of the guest's console.
+    """
 
     def __init__(self, seconds: float, *, console: str = "") -> None:
         super().__init__(
@@ -186,22 +264,29 @@ class RestoreTimeout(SupermachineError, TimeoutError):
         self.console = console
 
 
+@public
 class AcquireTimeout(SupermachineError, TimeoutError):
-    """A pool had no VM to give within its acquire timeout."""
+    """A pool had no VM to give within its acquire timeout.
+
+    :ivar seconds: the timeout.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"no VM became free within {seconds:g} s; raise the pool's max")
         self.seconds = seconds
 
 
+@public
 class VmExited(SupermachineError, trio.BrokenResourceError):
     """The VM has ended: power-off, reboot, panic, its engine died, or it was stopped.
 
-    It is a :exc:`trio.BrokenResourceError` too, so that streams into a VM raise it.
+    It is also a :exc:`trio.BrokenResourceError`, so that streams into a VM raise it.
 
-    :attr:`reason` is one of ``"shutdown"`` (power-off), ``"reset"`` (reboot or panic),
-    ``"killed"`` (the engine's process was killed), ``"failed"`` (the engine gave up) or
-    ``"stopped"`` (:meth:`Vm.stop` was called). :attr:`console` is the tail of the console.
+    :ivar reason: ``"shutdown"`` (power-off), ``"reset"`` (reboot or panic), ``"killed"`` (the
+        engine's process was killed), ``"failed"`` (the engine gave up) or ``"stopped"``
+        (:meth:`Vm.stop` was called).
+    :ivar detail: more about the reason, for people; may be empty.
+    :ivar console: the tail of the guest's console.
     """
 
     def __init__(self, reason: str, detail: str = "", *, console: str = "") -> None:
@@ -212,11 +297,12 @@ class VmExited(SupermachineError, trio.BrokenResourceError):
         self.console = console
 
 
+@public
 class ExecEof(SupermachineError, trio.BrokenResourceError):
-    """The agent's connection of an exec ended early; also what its streams then raise.
+    """The connection of an exec ended early. The exec's streams raise it, too.
 
-    :attr:`is_setup_failure` is true when the program had not been started yet, so that trying
-    again cannot run it twice.
+    :ivar is_setup_failure: whether the program had not been started yet, so that another attempt
+        cannot run it twice.
     """
 
     def __init__(self, message: str, *, is_setup_failure: bool) -> None:
@@ -224,8 +310,13 @@ class ExecEof(SupermachineError, trio.BrokenResourceError):
         self.is_setup_failure = is_setup_failure
 
 
+@public
 class AdmissionRefused(SupermachineError):
-    """A guest asks for more memory than could ever be admitted. Sizes in MiB."""
+    """A guest asks for more memory than can ever be admitted.
+
+    :ivar requested_mib: the guest's memory in MiB.
+    :ivar limit_mib: the limit of :data:`memory_admission` in MiB.
+    """
 
     def __init__(self, requested_mib: int, limit_mib: int) -> None:
         super().__init__(
@@ -236,8 +327,14 @@ class AdmissionRefused(SupermachineError):
         self.limit_mib = limit_mib
 
 
+@public
 class FileTooLarge(SupermachineError):
-    """A guest file is larger than the caller's cap. Sizes in bytes; ``size`` may be unknown."""
+    """A guest file is larger than the caller's cap.
+
+    :ivar path: the file in the guest.
+    :ivar max_bytes: the cap in bytes.
+    :ivar size: the file's size in bytes; ``None`` if it is not known.
+    """
 
     def __init__(self, path: str, max_bytes: int, size: int | None = None) -> None:
         actual = "more" if size is None else f"{size} bytes"

@@ -12,9 +12,9 @@ from typing import NoReturn, final
 import attrs
 import trio
 
-from ..devices.vsock.stream import VsockStream
 from ..errors import ExecEof, FileTooLarge, VmExited
 from ..hv.base import Machine, MachineExit
+from ..vsock.stream import VsockStream
 from . import wire
 from .greeting import Hello, HelloKind, Restore, Setup
 from .wire import Frame, FrameType, GuestError, Protocol, WireError
@@ -420,5 +420,4 @@ def file_error(error: GuestError, path: str | bytes, max_bytes: int) -> Exceptio
 
 def exited(exit_: MachineExit, machine: Machine) -> VmExited:
     """A machine's end as an exception."""
-    console = machine.console.tail().decode("utf-8", "replace")
-    return VmExited(exit_.reason, exit_.detail, console=console)
+    return VmExited(exit_.reason, exit_.detail, console=machine.console.text_tail())

@@ -85,7 +85,8 @@ class Setup:
 class Restore:
     """What a restored guest is told, to be a machine of its own.
 
-    ``seed`` is 32 to 512 bytes of entropy; an empty ``hostname`` keeps the one it has.
+    ``seed`` is 32 to 512 bytes of entropy; an empty ``hostname`` keeps the one it has. With
+    ``ends_programs`` the programs that ran at the capture are killed before they run again.
     """
 
     seed: bytes = attrs.field(repr=False)
@@ -94,6 +95,7 @@ class Restore:
     machine_id: str = attrs.field(factory=_new_machine_id)
     #: A UUID with its dashes.
     boot_id: str = attrs.field(factory=lambda: str(uuid.uuid4()))
+    ends_programs: bool = False
 
     def encode(self, realtime_ns: int) -> bytes:
         """As a RESTORE frame, with the time of now."""
@@ -106,6 +108,8 @@ class Restore:
                     blob(self.seed),
                     string(self.machine_id),
                     string(self.boot_id),
+                    # Absent where it says nothing: agents of older snapshots do not know it.
+                    struct.pack("<I", 1) if self.ends_programs else b"",
                 )
             ),
         )

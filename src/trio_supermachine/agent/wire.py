@@ -73,6 +73,7 @@ class FrameType(IntEnum):
     THAW = 38
     AWAIT_LISTENER = 39
     CONNECT = 40
+    WORKLOAD_START = 41
     OPEN = 48
 
 
@@ -370,6 +371,11 @@ ALL_IS_WRITTEN: Final = _U64.pack(1)
 
 def shutdown(grace_ms: int) -> bytes:
     return frame(FrameType.SHUTDOWN, _U32.pack(grace_ms))
+
+
+def workload_start(argv: Sequence[str]) -> bytes:
+    """Start the image's workload, which SETUP left out."""
+    return frame(FrameType.WORKLOAD_START, strings(argv))
 
 
 def workload_signal(signum: int) -> bytes:

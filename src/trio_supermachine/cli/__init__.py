@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """The entry point of the program ``trio-supermachine``."""
+    """Run the program ``trio-supermachine``."""
     try:
         _open_standard_files()
         try:
@@ -28,9 +28,9 @@ def main() -> NoReturn:
 
 
 def _open_standard_files() -> None:
-    """Where this program was started without stdin, stdout or stderr, put nothing in their place.
+    """Open ``/dev/null`` as stdin, stdout or stderr where this program was started without.
 
-    Otherwise the next files that are opened get their numbers.
+    Otherwise the next files that are opened would get their numbers.
     """
     for fd in range(3):
         try:

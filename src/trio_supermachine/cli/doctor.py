@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import attrs
+import click
 
 from .._version import __version__
-from ..assets import find_kernel
+from ..config.defaults import DEFAULT_MEMORY_MIB
 from ..errors import AssetNotFound, ConfigError
 from ..guest import init_binary, launcher_binary
-from ..hostfiles import home, offline
+from ..host.assets import find_kernel
+from ..host.files import home, offline
 from ..hv.base import EngineReport
 from ..hv.select import VARIABLE, default_engine, probe_engines
 from ..kernels import preferred_kernel
-from ..resources import DEFAULT_MEMORY_MIB
+from .interrupts import run_until_signal
 
 #: What QEMU itself takes beside the guest's memory, roughly.
 _OVERHEAD_MIB: Final = 64
@@ -42,7 +45,7 @@ class Check:
 
 @attrs.frozen
 class Diagnosis:
-    """What was found on this host; ``wanted`` is the engine that the environment names."""
+    """Findings about this host; ``wanted`` is the engine that the environment names."""
 
     checks: tuple[Check, ...]
     engines: tuple[EngineReport, ...]
@@ -64,7 +67,7 @@ class Diagnosis:
         return self.engine is not None and all(check.state != "missing" for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """The same as one JSON object."""
+        """Give the diagnosis as one JSON object."""
         return {
             "ok": self.ok,
             "version": __version__,
@@ -74,7 +77,7 @@ class Diagnosis:
         }
 
     def lines(self) -> Iterator[str]:
-        """The same for people."""
+        """Give the diagnosis as lines for people."""
         for check in self.checks:
             yield from _lines(check.state, check.name, check.detail, check.remedy)
         for report in self.engines:
@@ -92,6 +95,17 @@ def _lines(state: str, name: str, detail: str, remedy: str | None) -> Iterator[s
     yield f"{state:<8} {name:<16} {detail}"
     if remedy is not None:
         yield f"{'':<8} {'':<16} -> {remedy}"
+
+
+def tell(*, as_json: bool) -> int:
+    """Print the diagnosis; give the program's exit code."""
+    diagnosis = run_until_signal(examine)
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_json(), indent=2))
+    else:
+        for line in diagnosis.lines():
+            click.echo(line)
+    return 0 if diagnosis.ok else 1
 
 
 async def examine() -> Diagnosis:

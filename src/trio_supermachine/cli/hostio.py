@@ -18,7 +18,8 @@ from typing import Final, Self, final
 
 import trio
 
-from ..run_process import LAST_OUTPUT, write_to_host
+from .._util.blocking import read_some, write_all
+from ..programs.running import LAST_OUTPUT
 
 _READ: Final = 64 * 1024
 
@@ -38,13 +39,7 @@ async def forward_input(fd: int, stdin: trio.abc.SendStream) -> None:
 
 async def _read(fd: int) -> bytes:
     try:
-        await trio.lowlevel.wait_readable(fd)
-    except OSError as exc:
-        if exc.errno != errno.EPERM:  # regular files cannot be polled, and need not be
-            raise
-        await trio.lowlevel.checkpoint()
-    try:
-        return os.read(fd, _READ)
+        return await read_some(fd, _READ)
     except OSError as exc:
         if exc.errno != errno.EIO:  # a terminal that has been hung up
             raise
@@ -75,7 +70,7 @@ class Output:
         fd = os.dup(self._fd)
         try:
             while chunk := await self._receive():
-                await write_to_host(fd, chunk)
+                await write_all(fd, chunk)
         except BrokenPipeError:
             await self._stream.aclose()
         except trio.BrokenResourceError:

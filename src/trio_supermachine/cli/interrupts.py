@@ -8,7 +8,8 @@ from typing import Final, TypeVar
 
 import trio
 
-from .._nursery import open_flat_nursery
+from .._util.nursery import open_flat_nursery
+from .exits import SIGNALLED, EarlyExit
 
 _Result = TypeVar("_Result")
 
@@ -16,20 +17,12 @@ _Result = TypeVar("_Result")
 _IGNORABLE: Final = (signal.SIGINT, signal.SIGHUP)
 
 
-class Interrupted(Exception):
-    """A signal asked the program to end, and what it did has been cancelled."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"ended by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
 def run_until_signal(function: Callable[..., Awaitable[_Result]], *arguments: object) -> _Result:
-    """:func:`trio.run`, cancelled by the first signal that asks this program to end.
+    """Call :func:`trio.run`, cancelled by the first signal that asks this program to end.
 
     A ``KeyboardInterrupt`` would come in the middle of anything, and in exception groups.
 
-    :raises Interrupted: there was such a signal before the function was done.
+    :raises EarlyExit: there was such a signal before the function was done.
     """
     return trio.run(_run, function, *arguments)
 
@@ -50,4 +43,4 @@ async def _run(function: Callable[..., Awaitable[_Result]], *arguments: object) 
             result = await function(*arguments)
             nursery.cancel_scope.cancel()
             return result
-    raise Interrupted(stopped_by)
+    raise EarlyExit(SIGNALLED + stopped_by)

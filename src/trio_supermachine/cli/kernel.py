@@ -19,52 +19,22 @@ from .interrupts import run_until_signal
 from .meter import Meter
 
 
-@click.group("kernel")
-def kernel_group() -> None:
-    """Build, fetch and list the kernels that guests boot.
-
-    A start takes the kernel that TRIO_SUPERMACHINE_KERNEL names, else the small kernel of this
-    version, else Debian's cloud kernel, which the first start fetches.
-    """
-
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-@kernel_group.command("build")
-@click.option(
-    "-j",
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Compilers at once.  [default: one for each processor]",
-)
-@_as_json
-def build_command(jobs: int | None, as_json: bool) -> None:
-    """Build the small kernel from Debian's linux-source package, unless it is here.
-
-    It boots in about a third of the stock kernel's time and takes less than half of its memory. The
-    build takes some minutes and 1 GB of disk meanwhile; Ctrl-C ends it and leaves nothing
-    behind. It needs gcc, make, flex, bison, bc, xz-utils and libelf-dev, and never installs them.
-    """
+def build(jobs: int | None, *, as_json: bool) -> None:
+    """Build the small kernel, and print it."""
     with Meter() as meter:
         kernel = run_until_signal(partial(build_small_kernel, jobs=jobs, progress=meter.show))
     _print_one(kernel, as_json=as_json)
 
 
-@kernel_group.command("fetch")
-@_as_json
-def fetch_command(as_json: bool) -> None:
-    """Fetch Debian's cloud kernel, unless one is here, as the first start would."""
+def fetch(*, as_json: bool) -> None:
+    """Fetch the stock kernel, and print it."""
     with Meter() as meter:
         kernel = run_until_signal(partial(fetch_stock_kernel, progress=meter.show))
     _print_one(kernel, as_json=as_json)
 
 
-@kernel_group.command("list")
-@_as_json
-def list_command(as_json: bool) -> None:
-    """List the prepared kernels; the one that a start takes is marked with a star."""
+def list_all(*, as_json: bool) -> None:
+    """Print the kernels that are here."""
     kernels = run_until_signal(list_kernels)
     if not kernels and not as_json:
         click.echo("no kernel yet: the first start fetches one", err=True)

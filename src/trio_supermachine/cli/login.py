@@ -7,23 +7,14 @@ import sys
 import click
 
 from ..errors import ConfigError
+from ..oci.registry import Credentials, check_credentials, erase_credentials, store_credentials
 from .interrupts import run_until_signal
 
 _MAX_PASSWORD = 1 << 16
-_registry = click.argument("registry", default="docker.io")
 
 
-@click.command("login")
-@click.option("-u", "--username", metavar="NAME", help="Asked for on the terminal by default.")
-@click.option("--password-stdin", is_flag=True, help="Read the password from stdin.")
-@_registry
-def login_command(registry: str, username: str | None, password_stdin: bool) -> None:
-    """Show a name and password to REGISTRY (HOST[:PORT]), and keep them if it takes them.
-
-    They are kept where Docker keeps its own (~/.docker/config.json, or the helper program that
-    this names), or in $REGISTRY_AUTH_FILE if that is set, and used for each pull. Many
-    registries take a token in place of a password.
-    """
+def login(registry: str, username: str | None, *, password_stdin: bool) -> None:
+    """Check a name and password with a registry, and keep them."""
     if password_stdin:
         if username is None:
             raise click.UsageError("--password-stdin needs --username")
@@ -40,22 +31,12 @@ def login_command(registry: str, username: str | None, password_stdin: bool) -> 
 
 
 async def _login(registry: str, username: str, password: str) -> str:
-    from ..oci.registry import Credentials, check_credentials, store_credentials
-
     credentials = Credentials(username=username, password=password)
     await check_credentials(registry, credentials)
     return str(await store_credentials(registry, credentials))
 
 
-@click.command("logout")
-@_registry
-def logout_command(registry: str) -> None:
-    """Forget the name and password for REGISTRY."""
-    if not run_until_signal(_logout, registry):
+def logout(registry: str) -> None:
+    """Forget the credentials for a registry. :raises ConfigError: there are none."""
+    if not run_until_signal(erase_credentials, registry):
         raise ConfigError(f"there are no credentials for {registry!r} here")
-
-
-async def _logout(registry: str) -> bool:
-    from ..oci.registry import erase_credentials
-
-    return await erase_credentials(registry)

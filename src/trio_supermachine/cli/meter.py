@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from ..oci.progress import Progress
-from .failures import printable
+from .._util.progress import Progress
+from .exits import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

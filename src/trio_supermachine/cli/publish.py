@@ -1,4 +1,4 @@
-"""What ``--publish`` says: which port of the host leads to which of the guest."""
+"""The option ``--publish``: which port of the host leads to which of the guest."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Final
 
 import attrs
 
+from .._util.validators import MAX_PORT
+from ..api import Vm
 from ..errors import ConfigError
 from ..net.forward import TcpForwarder
-from ..net.serving import MAX_PORT, format_address
+from ..net.serving import format_address
 from ..net.udp import UdpForwarder
-from ..vm import Vm
 
 _LOOPBACK: Final = "127.0.0.1"
 
@@ -49,7 +50,7 @@ class Publish:
         return cls(host, host_port, guest_port, match["protocol"] or "tcp")
 
     async def expose(self, vm: Vm) -> str | None:
-        """Have the VM do it, until its end. Gives what it came to be, if that was left open.
+        """Forward the port until the VM ends; describe the forward if its port was left open.
 
         :raises ConfigError: the host's address cannot be had.
         """

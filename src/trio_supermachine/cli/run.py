@@ -13,16 +13,15 @@ from typing import Final
 import attrs
 import trio
 
-from .._nursery import open_flat_nursery
-from ..config import VmConfig
+from .._util.nursery import open_flat_nursery
+from .._util.progress import Progress, ProgressCallback
+from ..api import Image, Vm, image_for_command, unbaked_image
+from ..config.vm import VmConfig, refuse_unbuilt
 from ..errors import BakeFailed, ConfigError
-from ..exec import ExecChild
-from ..exec_builder import ExecBuilder
-from ..images.image import Image, PullPolicy
-from ..images.prepare import prepare_image
-from ..oci.progress import Progress, ProgressCallback
-from ..vm import Vm
-from .failures import SIGNALLED, TIMED_OUT, CommandNotStarted
+from ..images.policy import PullPolicy
+from ..programs.builder import ExecBuilder
+from ..programs.child import ExecChild
+from .exits import NOT_EXECUTABLE, NOT_FOUND, SIGNALLED, TIMED_OUT, EarlyExit
 from .hostio import Output, RawTerminal, forward_input, terminal_size
 from .meter import Meter
 from .publish import Publish
@@ -33,7 +32,7 @@ _JOB_CONTROL: Final = (signal.SIGTSTP, signal.SIGCONT)
 
 @attrs.frozen(kw_only=True)
 class RunOptions:
-    """What the user asked for."""
+    """Choices of the user."""
 
     image: str
     command: tuple[str, ...] = ()
@@ -75,10 +74,10 @@ async def run(options: RunOptions) -> int:
 async def _prepare(
     options: RunOptions, progress: ProgressCallback
 ) -> tuple[Image, tuple[str, ...]]:
-    """The image to start, and the command to run in it."""
+    """Give the image to start, and the command to run in it."""
     config = options.config
-    config.refuse_unbuilt()
-    image = await prepare_image(
+    refuse_unbuilt(config)
+    image = await unbaked_image(
         options.image,
         pull=options.pull,
         platform=options.platform,
@@ -90,12 +89,8 @@ async def _prepare(
         raise ConfigError(f"{options.image} has no command of its own; give one after the image")
     if options.cold:
         return image, argv
-    # The image's own program is the command here: a bake in which it runs already would do its
-    # work a second time.
     builder = (
         Image.builder(options.image)
-        .with_entrypoint([])
-        .with_cmd([])
         .with_memory_mib(config.effective_memory_mib)
         .with_vcpus(config.effective_vcpus)
         .with_pull_policy(options.pull)
@@ -103,7 +98,7 @@ async def _prepare(
         .with_engine(config.engine)
     )
     try:
-        return await builder.build(progress), argv
+        return await image_for_command(builder, progress), argv
     except BakeFailed as error:
         error.add_note("--cold runs it without a bake")
         raise
@@ -139,7 +134,9 @@ async def _run_command(builder: ExecBuilder, options: RunOptions) -> int:
         try:
             child = await stack.enter_async_context(builder.spawn())
         except OSError as exc:
-            raise CommandNotStarted(os.fsdecode(exc.filename or "the command"), exc) from exc
+            program = os.fsdecode(exc.filename or "the command")
+            code = NOT_FOUND if isinstance(exc, FileNotFoundError) else NOT_EXECUTABLE
+            raise EarlyExit(code, f"cannot run {program!r}: {exc.strerror or exc}") from exc
         outputs = [Output(child.stdout, _STDOUT), Output(child.stderr, _STDERR)]
         async with open_flat_nursery() as nursery:
             async with open_flat_nursery() as copying:

@@ -1,4 +1,4 @@
-"""The commands about images as they are distributed: ``pull``, ``inspect``, ``save``, ``load``."""
+"""``trio-supermachine pull``, ``inspect``, ``save``, ``load``: images as they are distributed."""
 
 from __future__ import annotations
 
@@ -12,45 +12,25 @@ import attrs
 import click
 import trio
 
+from .._util.progress import Progress, ProgressCallback
 from ..errors import ImageCorrupt, ImageNotFound, ReferenceInvalid
-from ..images.archives import load, save
 from ..images.content import ContentStore
-from ..images.image import PullPolicy
+from ..images.policy import PullPolicy
 from ..images.prepare import find_local, prepare_image
 from ..images.pull import find_pulled, name_of, pulled
-from ..oci.malformed import MalformedError
+from ..library.archives import load, save
+from ..oci import MalformedError
 from ..oci.platform import Platform
-from ..oci.progress import Progress, ProgressCallback
 from ..oci.reference import Reference, Transport
-from . import options
 from .interrupts import run_until_signal
 from .meter import Meter
 
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr.")
 
-
-@click.command("pull")
-@options.platform
-@click.option(
-    "--policy",
-    "pull",
-    type=click.Choice([policy.value for policy in PullPolicy]),
-    default=PullPolicy.ALWAYS.value,
-    show_default=True,
-    help="When to ask the registry.",
-)
-@_quiet
-@_as_json
-@click.argument("image")
-def pull_command(image: str, platform: str | None, pull: str, quiet: bool, as_json: bool) -> None:
-    """Get IMAGE from its registry and make it ready to run, and print its digest.
-
-    IMAGE is a name as for Docker: [HOST[:PORT]/]NAME[:TAG][@DIGEST]. What is here already is
-    not downloaded again, and what was broken off goes on where it was. An image for a platform
-    that no guest here can have is kept as it is.
-    """
-    document = run_until_signal(partial(_pull, image, platform, PullPolicy(pull), quiet=quiet))
+def pull(
+    image: str, platform: str | None, policy: PullPolicy, *, quiet: bool, as_json: bool
+) -> None:
+    """Pull an image, and print its digest."""
+    document = run_until_signal(partial(_pull, image, platform, policy, quiet=quiet))
     click.echo(json.dumps(document, indent=2) if as_json else document["digest"])
 
 
@@ -90,14 +70,8 @@ def _registry_reference(text: str) -> Reference:
     return reference
 
 
-@click.command("inspect")
-@options.platform
-@click.argument("image")
-def inspect_command(image: str, platform: str | None) -> None:
-    """Print what IMAGE is, as JSON: its digest, its configuration and its layers.
-
-    It is one that was pulled or loaded, or in a layout or archive. No registry is asked.
-    """
+def inspect(image: str, platform: str | None) -> None:
+    """Print what an image is."""
     reference, wanted = Reference.parse(image), Platform.parse(platform)
     try:
         if reference.transport is Transport.DOCKER:
@@ -155,15 +129,8 @@ def _describe_local(reference: Reference, platform: Platform) -> dict[str, Any]:
     }
 
 
-@click.command("save")
-@_as_json
-@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True))
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-def save_command(file: str, images: tuple[str, ...], as_json: bool) -> None:
-    """Write an OCI archive of images that were pulled or loaded, with the same digests.
-
-    FILE can be run (oci-archive:FILE:NAME) or loaded on another host. "-" is stdout.
-    """
+def save_images(file: str, images: tuple[str, ...], *, as_json: bool) -> None:
+    """Write an archive of images; ``"-"`` is stdout."""
     if file == "-":
         if sys.stdout.isatty():
             raise click.UsageError("an archive is not written to a terminal; give a file")
@@ -183,13 +150,8 @@ def save_command(file: str, images: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps({"file": file, "images": described}, indent=2))
 
 
-@click.command("load")
-@click.option("--name", metavar="NAME", help="The name of the archive's only image.")
-@_quiet
-@_as_json
-@click.argument("file", type=click.Path())
-def load_command(file: str, name: str | None, quiet: bool, as_json: bool) -> None:
-    """Take the images of an OCI or docker archive into the store, and print their names."""
+def load_images(file: str, name: str | None, *, quiet: bool, as_json: bool) -> None:
+    """Take the images of an archive into the store, and print their names."""
     names = run_until_signal(_load, Path(file), name, quiet)
     if as_json:
         store = ContentStore()

@@ -8,7 +8,7 @@ import click
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows of the same length, the first of which is the heading."""
+    """Print rows of the same length, the first of which is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
@@ -16,7 +16,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes."""
+    """Format a number of bytes."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
@@ -25,7 +25,7 @@ def size_text(size: float) -> str:
 
 
 def age_text(seconds: float) -> str:
-    """How long something is ago."""
+    """Format the time that has passed since something."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
             count = int(seconds // length)

@@ -9,23 +9,24 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "connect.h"
-#include "control.h"
-#include "exec.h"
-#include "files.h"
-#include "loop.h"
-#include "power.h"
-#include "serial.h"
-#include "session.h"
-#include "setup.h"
-#include "sockets.h"
-#include "program.h"
-#include "uevent.h"
+#include "carriers/serial.h"
+#include "carriers/sockets.h"
+#include "core/loop.h"
+#include "core/machine.h"
+#include "core/session.h"
+#include "life/control.h"
+#include "life/lifeline.h"
+#include "life/power.h"
+#include "network/connect.h"
+#include "programs/exec.h"
+#include "programs/program.h"
+#include "system/files.h"
+#include "system/uevent.h"
 
 #define PORT_NAME "org.trio-supermachine.vsock"
 #define PORT_WAIT_MS 10000u
 
-const struct action *action_of(enum frame_type type) {
+static const struct action *action_of(enum frame_type type) {
     switch (type) {
     case EXEC: return &exec_action;
     case READ_FILE: return &read_file_action;
@@ -33,6 +34,7 @@ const struct action *action_of(enum frame_type type) {
     case CONNECT: return &connect_action;
     case PING:
     case SHUTDOWN:
+    case WORKLOAD_START:
     case WORKLOAD_SIGNAL:
     case WORKLOAD_WAIT:
     case SET_CLOCK:
@@ -44,7 +46,7 @@ const struct action *action_of(enum frame_type type) {
 }
 
 _Noreturn static void serve(const struct carrier *carrier) {
-    bool work = true; /* the greeting is to be sent */
+    bool work = true; /* HELLO is to be sent */
     lifeline_open(carrier);
     for (;;) {
         loop_turn(work);
@@ -53,8 +55,8 @@ _Noreturn static void serve(const struct carrier *carrier) {
     }
 }
 
-/* A program that writes much fills its pipe before this process runs, instead of being interrupted
- * for every piece: a third more goes through. An idle machine answers as fast as ever. */
+/* Do not interrupt a program that runs: one that writes much then fills its pipe before this
+ * process reads, and a third more goes through. An idle machine answers as fast as before. */
 static void give_way(void) {
     struct sched_param none = {0};
     syscall(SYS_sched_setscheduler, 0, SCHED_BATCH | SCHED_RESET_ON_FORK, &none);
@@ -64,9 +66,10 @@ static void prepare(void) {
     give_way();
     spawn_init();
     loop_init();
+    sessions_serve(action_of);
 }
 
-/* Find the port by its name; `device` is where its path goes. */
+/* Find the port by its name, and write its path to `device`. */
 static bool find_port(void *device) {
     DIR *ports = opendir("/sys/class/virtio-ports");
     bool found = false;
@@ -94,15 +97,6 @@ _Noreturn static void serve_port(void) {
     int fd = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0) die("%s: %s", device, strerror(errno));
     serve(serial_carrier(fd, false, port_ended));
-}
-
-bool channel_is(const char *wanted) {
-    char line[4096];
-    if (read_text("/proc/cmdline", line, sizeof line) < 0) return false;
-    char *state;
-    for (char *word = strtok_r(line, " \n", &state); word; word = strtok_r(NULL, " \n", &state))
-        if (!strncmp(word, "supermachine.channel=", 21) && !strcmp(word + 21, wanted)) return true;
-    return false;
 }
 
 _Noreturn void agent_run(void) {

@@ -1,14 +1,10 @@
-/* The agent: serves the host over a carrier. */
+/* The agent: it serves the host over a carrier. */
 #pragma once
 
-#include <stdbool.h>
-
-/* In the machine; the kernel's command line names the carrier. Does not return. */
+/* Serve in the machine, over the carrier that the kernel's command line names. */
 _Noreturn void agent_run(void);
 
-/* Whether the kernel's command line names this carrier as supermachine.channel. */
-bool channel_is(const char *wanted);
-
-/* In tests: over this socket as if it were the serial port, or over unix sockets in a directory. */
+/* Serve in tests: over a socket in the place of the serial port, or over unix sockets in a
+ * directory. */
 _Noreturn void agent_run_on_fd(int fd);
 _Noreturn void agent_run_on_sockets(const char *directory);

@@ -5,8 +5,9 @@
 is the same, byte for byte, for the same sources and compiler: its digest is part of what a
 snapshot depends on.
 
-``bpf/`` is compiled to BPF first, and becomes a header with one array of instructions for each
-section whose name begins with ``hook.``, and that name without it.
+The guest program is all sources here but those of two rooms. ``host/`` is the launcher.
+``bpf/hooks.c`` is compiled to BPF first, and becomes the header ``bpf_hooks.h``: for each section
+``hook.NAME`` one array of instructions, ``NAME``. Includes are named from this directory on.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ _FLAGS = (
     *("-static", "-Os", "-s", "-g0", "-std=gnu11", "-D_GNU_SOURCE", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror"),
     *("-fno-ident", "-Wl,--build-id=none"),  # nothing but what the sources say
+    *("-I", "."),
 )
-_PROGRAMS = {"init": "*.c", "launcher": "host/*.c"}
+_PROGRAMS = ("init", "launcher")
+_NOT_OF_INIT = ("bpf/", "host/")
 
 _HOOKS = "bpf/hooks.c"
 _HOOKS_HEADER = "bpf_hooks.h"
@@ -38,6 +41,7 @@ _VARIABLES = (b".rodata", b".data", b".bss")
 _BPF_FLAGS = (
     *("-target", "bpfel-freestanding", "-O2", "-g0", "-std=gnu11"),
     *("-Wall", "-Wextra", "-Werror", "-fno-ident"),
+    *("-I", "."),
 )
 _REL = 9  # SHT_REL
 _R_BPF_64_64 = 1
@@ -46,33 +50,41 @@ _PSEUDO_MAP_FD = 1
 
 
 def build(architectures: Iterable[str] = ARCHITECTURES) -> list[Path]:
-    """Compile what is out of date; returns the paths of all programs asked for.
+    """Compile what is out of date. Returns the paths of all programs asked for.
 
     :raises subprocess.CalledProcessError: the compiler failed; it has said why on stderr.
     """
     _BIN.mkdir(exist_ok=True)
     return [
-        _build(program, pattern, architecture)
-        for architecture in architectures
-        for program, pattern in _PROGRAMS.items()
+        _build(program, architecture) for architecture in architectures for program in _PROGRAMS
     ]
 
 
-def _build(program: str, pattern: str, architecture: str) -> Path:
+def sources(program: str) -> list[str]:
+    """Files that are compiled for this program, as paths from this directory on."""
+    if program == "launcher":
+        return _files("host/*.c")
+    return [name for name in _files("**/*.c") if not name.startswith(_NOT_OF_INIT)]
+
+
+def _files(pattern: str) -> list[str]:
+    names = (path.relative_to(_HERE).as_posix() for path in _HERE.glob(pattern))
+    return sorted(name for name in names if not name.startswith("bin/"))
+
+
+def _build(program: str, architecture: str) -> Path:
     output = _BIN / f"{program}-{architecture}"
     stamp = _BIN / f".{output.name}.stamp"
-    sources = sorted(path.relative_to(_HERE).as_posix() for path in _HERE.glob(pattern))
-    headers = sorted(path.relative_to(_HERE).as_posix() for path in _HERE.glob("*.h"))
+    files = sources(program)
+    read = [*files, *_files("**/*.h"), _HOOKS] if program == "init" else files
     # Relative names, in this directory: no path of this machine gets into the program.
-    command = ["-target", f"{architecture}-linux-musl", *_FLAGS, *sources]
-    hooks = [_HOOKS] if program == "init" else []
-    words = [version("ziglang"), *command, *(_BPF_FLAGS if hooks else ())]
-    state = _digest(words, [*sources, *headers, *hooks])
+    command = ["-target", f"{architecture}-linux-musl", *_FLAGS, *files]
+    state = _digest([version("ziglang"), *command, *_BPF_FLAGS], read)
     if output.exists() and stamp.exists() and stamp.read_text() == state:
         return output
     with tempfile.TemporaryDirectory(dir=_BIN) as directory:
         fresh = Path(directory, output.name)
-        if hooks:
+        if program == "init":
             _build_hooks(Path(directory))
         _compile(*command, "-I", directory, "-o", str(fresh))
         fresh.chmod(0o755)
@@ -96,10 +108,10 @@ def _build_hooks(directory: Path) -> None:
 
 
 def hook_programs(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The programs in a BPF object file: names and instructions, in the order of the file.
+    """Yield the programs in a BPF object file: names and instructions, in the order of the file.
 
-    Each may refer to the one map, which the loader is to put in: such an instruction is marked as
-    the kernel wants it (``BPF_PSEUDO_MAP_FD``).
+    Each may refer to the one map, which the loader puts in. Such an instruction is marked as the
+    kernel wants it (``BPF_PSEUDO_MAP_FD``).
 
     :raises ValueError: a program refers to anything else, as variables or functions.
     """
@@ -118,7 +130,7 @@ def hook_programs(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _sections(data: bytes) -> list[tuple[bytes, int, int, bytes]]:
-    """Name, type, the section that it is about, and content of each."""
+    """Read all sections: name, type, the section that it is about, and content."""
     (table,) = struct.unpack_from("<Q", data, 40)
     size, count, names_index = struct.unpack_from("<HHH", data, 58)
     headers = [struct.unpack_from("<IIQQQQII", data, table + size * i) for i in range(count)]

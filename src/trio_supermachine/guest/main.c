@@ -1,5 +1,8 @@
-/* PID 1: an early set-up, then the agent as a child, and reaping for ever. It reads nothing from
- * anyone, so nothing in the guest or outside can bring it, and with it the kernel, down. */
+/* PID 1 of the guest: it mounts what the initramfs needs, starts the agent as its child, and reaps
+ * for ever. When the agent ends, the machine powers off. PID 1 reads nothing from anyone: so
+ * nothing in the guest or outside can bring it down, and the kernel with it.
+ *
+ * The same program is the agent in tests, and one that does nothing (--trial). */
 
 #include <errno.h>
 #include <fcntl.h>
@@ -17,9 +20,9 @@
 #include <unistd.h>
 
 #include "agent.h"
-#include "modules.h"
-#include "mount.h"
-#include "util.h"
+#include "core/util.h"
+#include "system/modules.h"
+#include "system/mount.h"
 
 #define FILES_SOFT 1024
 #define FILES_HARD 524288
@@ -38,7 +41,7 @@ static void bring_loopback_up(void) {
     if (fd >= 0) close(fd);
 }
 
-/* What every program of the guest inherits. */
+/* Set the limits that every program of the guest inherits. */
 static void set_limits(void) {
     struct rlimit files = {FILES_SOFT, FILES_HARD};
     struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY};
@@ -52,10 +55,8 @@ _Noreturn static void reap_until_gone(pid_t agent) {
         pid_t pid = waitpid(-1, &status, 0);
         if (pid == agent) break;
     }
-    if (WIFSIGNALED(status))
-        say("the agent was killed by signal %d", WTERMSIG(status));
-    else
-        say("the agent ended with status %d", WEXITSTATUS(status));
+    if (WIFSIGNALED(status)) say("the agent was killed by signal %d", WTERMSIG(status));
+    else say("the agent ended with status %d", WEXITSTATUS(status));
     sync();
     reboot(RB_POWER_OFF);
     reboot(RB_AUTOBOOT);
@@ -74,7 +75,8 @@ _Noreturn static void run_as_init(void) {
     reap_until_gone(agent);
 }
 
-/* A descriptor that a program gets as a standard stream must not be one of this process's own. */
+/* Open what is missing of descriptors 0 to 2: none of the agent's own may become a standard stream
+ * of a program. */
 static void open_missing_streams(void) {
     int fd;
     do fd = open("/dev/null", O_RDWR);
@@ -85,15 +87,16 @@ static void open_missing_streams(void) {
 
 int main(int count, char **arguments) {
     if (getpid() == 1 && count < 2) run_as_init();
-    if (count == 2 && !strcmp(arguments[1], "--trial")) return 0; /* a program that every guest has */
-    if (count == 5 && !strcmp(arguments[3], "--root") &&
-        (chroot(arguments[4]) || chdir("/")))
+    /* Do nothing: warm-ups need a program that every guest has. */
+    if (count == 2 && !strcmp(arguments[1], "--trial")) return 0;
+    if (count == 5 && !strcmp(arguments[3], "--root") && (chroot(arguments[4]) || chdir("/")))
         die("%s: %s", arguments[4], strerror(errno));
     open_missing_streams();
     if ((count == 3 || count == 5) && !strcmp(arguments[1], "--agent-on-fd"))
         agent_run_on_fd(atoi(arguments[2]));
     if (count == 3 && !strcmp(arguments[1], "--agent-on-sockets"))
         agent_run_on_sockets(arguments[2]);
-    fprintf(stderr, "usage: init --agent-on-fd N [--root DIR] | --agent-on-sockets DIR | --trial\n");
+    fprintf(stderr,
+            "usage: init --agent-on-fd N [--root DIR] | --agent-on-sockets DIR | --trial\n");
     return 2;
 }

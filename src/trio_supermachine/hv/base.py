@@ -11,15 +11,29 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 import trio
 
 from ..devices.virtio import VirtioDevice
-from ..devices.vsock.stream import VsockStream
 from ..snapshots.memory import PagePatch
 from ..snapshots.pages import Run
+from ..vsock.stream import VsockStream
+
+#: Words on the kernel's command line that every engine adds.
+COMMON_WORDS: Final = (
+    "console=ttyS0",
+    "reboot=t",  # a triple fault: every engine leaves at once
+    "panic=-1",
+    "quiet",
+    "8250.nr_uarts=1",
+    "random.trust_cpu=on",
+    "cryptomgr.notests",
+    # The jitter generator times itself for a tenth of a second, and only FIPS mode needs it: the
+    # kernel's own generator is seeded by the processor and the virtio device.
+    "initcall_blacklist=jent_mod_init",
+)
 
 ExitReason = Literal["shutdown", "reset", "killed", "failed", "stopped"]
 
@@ -107,7 +121,11 @@ class Console(ABC):
 
     @abstractmethod
     def tail(self, max_bytes: int = 4096) -> bytes:
-        """The newest bytes."""
+        """Give the newest bytes, at most ``max_bytes``."""
+
+    def text_tail(self, max_bytes: int = 4096) -> str:
+        """Give the newest bytes as text; what is no UTF-8 becomes U+FFFD."""
+        return self.tail(max_bytes).decode("utf-8", "replace")
 
     @abstractmethod
     def __aiter__(self) -> AsyncIterator[bytes]:

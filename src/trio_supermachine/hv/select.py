@@ -8,8 +8,8 @@ from typing import Final
 
 import trio
 
-from ..assets import AssetPaths
 from ..errors import ConfigError, EngineUnavailable
+from ..host.assets import AssetPaths
 from .base import Engine, EngineReport
 from .qemu.engine import QemuEngine
 

@@ -13,7 +13,7 @@ from typing import Final, final
 import trio
 
 from ..errors import DiskFull
-from ..oci.malformed import MalformedError
+from ..oci import MalformedError
 
 _BUFFER: Final = 1 << 19  # bytes that are written, and hashed, at a time
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)

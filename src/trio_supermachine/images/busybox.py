@@ -12,8 +12,9 @@ from pathlib import Path
 import attrs
 import trio
 
-from .. import hostfiles
 from ..errors import AssetNotFound
+from ..host import files as hostfiles
+from ..host.locks import locked
 from ..oci import tar
 from ..oci.config import ImageConfig
 from ..oci.layer import Sink
@@ -86,7 +87,7 @@ async def find_busybox(downloads: Path) -> Busybox:
     for path in (Path("/bin/busybox"), fetched):
         if is_static(path):
             return await trio.to_thread.run_sync(_load, path)
-    async with hostfiles.locked(downloads / "lock"):
+    async with locked(downloads / "lock"):
         if not is_static(fetched):
             hostfiles.sweep(downloads)
             await _fetch(fetched)

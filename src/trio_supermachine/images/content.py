@@ -26,14 +26,15 @@ from typing import Final
 import attrs
 import trio
 
-from .. import hostfiles
 from ..errors import SupermachineError
+from ..host import files as hostfiles
+from ..host import locks
+from ..host.locks import exclusive, in_use, try_exclusive, unused
+from ..oci import MalformedError
 from ..oci.blobs import MAX_DOCUMENT, Directory, as_digest, sha256
 from ..oci.decompress import Blob
 from ..oci.documents import INDEXES, MANIFESTS, MAX_MANIFESTS, Descriptor
-from ..oci.malformed import MalformedError
 from .arrival import Arrival, BlobWriter, full_disk
-from .locks import exclusive, in_use, try_exclusive, unused
 from .records import Record, named_in, read_records, write_index
 
 _LAYOUT: Final = '{"imageLayoutVersion": "1.0.0"}'
@@ -221,7 +222,7 @@ class ContentStore:
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
         """Hold the lock on the index and the leases."""
-        async with hostfiles.locked(self.root / "lock"):
+        async with locks.locked(self.root / "lock"):
             yield
 
     @asynccontextmanager
@@ -330,12 +331,4 @@ def _publish(fd: int, partial: Path, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     partial.replace(final)
     for directory in (final.parent, partial.parent):
-        _sync(directory)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        hostfiles.fsync(directory)

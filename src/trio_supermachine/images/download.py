@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from .._nursery import open_flat_nursery
+from .._util.nursery import open_flat_nursery
+from .._util.progress import ProgressCallback, report
 from ..errors import DiskFull, ImageNotFound
 from ..oci.decompress import Blob
 from ..oci.documents import Descriptor, foreign_missing
-from ..oci.progress import ProgressCallback, report
 from .arrival import Arrival
 from .content import ContentStore
 

@@ -8,22 +8,23 @@ from typing import get_args
 import attrs
 import trio
 
-from ..config import EngineName
+from .._util.progress import Progress, ProgressCallback
+from ..config.defaults import EngineName
 from ..errors import ConfigError, ImageCorrupt, ImageNotFound
+from ..oci import MalformedError
 from ..oci.blobs import Archive, Directory
 from ..oci.config import ImageConfig
-from ..oci.malformed import MalformedError
 from ..oci.manifest import LocalImage, find_in_docker_archive, find_in_layout
 from ..oci.platform import Platform
-from ..oci.progress import Progress, ProgressCallback
 from ..oci.reference import Reference, Transport
 from . import busybox
 from .arrival import full_disk
 from .content import ContentStore
-from .image import Image, PullPolicy
+from .layers import ImageStore
+from .policy import PullPolicy
 from .pull import pulled
 from .rootfs import HostTree
-from .store import ImageStore
+from .spec import ImageSpec
 
 
 async def prepare_image(
@@ -34,7 +35,7 @@ async def prepare_image(
     engine: EngineName = "auto",
     progress: ProgressCallback | None = None,
     store: ImageStore | None = None,
-) -> Image:
+) -> ImageSpec:
     """The image that ``ref`` names, without a snapshot. Arguments and errors are as for
     :meth:`Image.from_oci`; ``store`` is where its layers go, the library's own by default.
     """
@@ -50,7 +51,7 @@ async def prepare_image(
                 found = await _prepare(parsed, wanted, store, telling)
     except MalformedError as error:
         raise ImageCorrupt(ref, str(error)) from error
-    return Image(
+    return ImageSpec(
         reference=ref,
         config=found.config,
         layers=found.layers,

@@ -12,19 +12,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING
 
-from .._nursery import open_flat_nursery
+from .._util.nursery import open_flat_nursery
+from .._util.progress import ProgressCallback
 from ..errors import ImageCorrupt, ImageNotFound, NotSupported
+from ..oci import MalformedError
 from ..oci.blobs import MAX_DOCUMENT, sha256
 from ..oci.documents import INDEXES, MANIFESTS, Descriptor
-from ..oci.malformed import MalformedError
 from ..oci.manifest import Choice, LayerSource, LocalImage, Search, choose, on_disk, read_document
 from ..oci.platform import Platform
-from ..oci.progress import ProgressCallback
 from ..oci.reference import Reference
 from .content import ContentStore, Lease
 from .download import Download
-from .image import PullPolicy
 from .limits import VARIABLE, max_image, max_layer
+from .policy import PullPolicy
 
 if TYPE_CHECKING:
     from ..oci.registry import Registry

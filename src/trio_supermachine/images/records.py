@@ -8,9 +8,9 @@ from typing import Final
 
 import attrs
 
+from ..oci import MalformedError
 from ..oci.blobs import is_digest
 from ..oci.documents import INDEXES, Descriptor, read_index
-from ..oci.malformed import MalformedError
 from ..oci.manifest import REF_NAME
 
 #: By which containerd and Docker know an image's full name.

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import trio
 
-from ..oci import tar
+from ..oci import MalformedError, tar
 from ..oci.layer import MAX_ENTRIES, Sink, sanitise
 from ..oci.layer_info import DirectoryInfo
-from ..oci.malformed import MalformedError
 from ..oci.tar import Entry
 
 _CHUNK = 1 << 18

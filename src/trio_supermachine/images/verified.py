@@ -7,10 +7,10 @@ from pathlib import Path
 
 import trio
 
+from ..host.verified import Identity, VerifiedFiles, identity
+from ..oci import MalformedError
 from ..oci.decompress import Blob, open_layer
-from ..oci.malformed import MalformedError
 from ..oci.manifest import LayerSource
-from ..verified import Identity, VerifiedFiles, identity
 
 
 class VerifiedBlobs:

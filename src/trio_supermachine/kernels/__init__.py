@@ -6,6 +6,7 @@ initramfs of both.
 """
 
 from .store import (
+    ARCH,
     BootAssets,
     CachedKernel,
     build_small_kernel,
@@ -16,6 +17,7 @@ from .store import (
 )
 
 __all__ = [
+    "ARCH",
     "BootAssets",
     "CachedKernel",
     "build_small_kernel",

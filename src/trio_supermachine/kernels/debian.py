@@ -14,9 +14,9 @@ from typing import Final
 import attrs
 import trio
 
+from .._util.progress import ProgressCallback, report
 from ..errors import AssetNotFound
-from ..hostfiles import offline
-from ..oci.progress import ProgressCallback, report
+from ..host.files import offline
 
 REMEDY: Final = (
     "run `apt-get update` and try again, or give a kernel by TRIO_SUPERMACHINE_KERNEL=PATH"

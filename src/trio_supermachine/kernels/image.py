@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import os
 import re
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, Literal
 
 import attrs
@@ -25,9 +27,14 @@ MAX_IMAGE: Final = 512 << 20
 _SETUP: Final = 0x1F1  # the setup header of Documentation/arch/x86/boot.rst
 _ELF: Final = b"\x7fELF"
 _EM_X86_64: Final = 62
+_PT_LOAD: Final = 1
 _PT_NOTE: Final = 4
 _XEN_PHYS32_ENTRY: Final = 18
 _RELEASE: Final = re.compile(rb"Linux version ([!-~]{1,64}) ")
+#: What :func:`kernel_extent` reads of a file: any kernel's headers are within it.
+_HEAD: Final = 64 << 10
+#: Where a bzImage is loaded, to unpack itself elsewhere.
+_BZIMAGE_START: Final = 1 << 20
 _REMEDY: Final = "give the path of an x86-64 Linux kernel, bzImage or ELF"
 
 _Decompress = Callable[[bytes], bytes]
@@ -76,6 +83,57 @@ def has_pvh_entry(elf: bytes) -> bool:
     except (struct.error, OverflowError):  # an offset beyond the file, or beyond any
         pass
     return False
+
+
+@attrs.frozen(kw_only=True)
+class KernelExtent:
+    """What memory a kernel takes when it starts.
+
+    :ivar end: the first guest-physical address after it, after it has unpacked itself.
+    :ivar initramfs_max: the highest address that an initramfs may have, if it says so.
+    """
+
+    end: int
+    initramfs_max: int | None = None
+
+
+def kernel_extent(path: Path) -> KernelExtent | None:
+    """Tell what memory a kernel file takes, by its headers; ``None`` if it is no kernel.
+
+    :raises OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(_HEAD)
+    try:
+        if head[:4] == _ELF:
+            return _elf_extent(head)
+        if head[0x202:0x206] == b"HdrS":
+            return _bzimage_extent(head, size)
+    except (struct.error, OverflowError):
+        pass
+    return None
+
+
+def _elf_extent(head: bytes) -> KernelExtent:
+    (offset,) = struct.unpack_from("<Q", head, 32)
+    size, count = struct.unpack_from("<HH", head, 54)
+    end = 0
+    for index in range(count):
+        at = offset + index * size
+        kind, _, _, _, address, _, in_memory = struct.unpack_from("<IIQQQQQ", head, at)
+        if kind == _PT_LOAD:
+            end = max(end, address + in_memory)
+    return KernelExtent(end=end)
+
+
+def _bzimage_extent(head: bytes, size: int) -> KernelExtent:
+    (initramfs_max,) = struct.unpack_from("<I", head, 0x22C)
+    # Where it unpacks itself to, and the room that it needs there (boot protocol 2.10).
+    preferred, room = struct.unpack_from("<QI", head, 0x258)
+    return KernelExtent(
+        end=max(_BZIMAGE_START + size, preferred + room), initramfs_max=initramfs_max
+    )
 
 
 def _has_note(notes: bytes) -> bool:

@@ -16,8 +16,8 @@ from typing import Final
 
 import trio
 
+from .._util.progress import ProgressCallback, report
 from ..errors import AssetNotFound, NotSupported
-from ..oci.progress import ProgressCallback, report
 from .debian import REMEDY, Package, check_apt, download, first_available, package_names
 from .fragment import missing_options
 from .group import CommandFailed, run_group

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+from .._util.progress import ProgressCallback
 from ..errors import AssetNotFound
-from ..oci.progress import ProgressCallback
 from .debian import REMEDY, check_apt, dependencies, download, first_available, package_names
 
 _META: Final = "linux-image-cloud-amd64"

@@ -12,11 +12,12 @@ from typing import Final, Literal, get_args
 import attrs
 import trio
 
-from ..assets import AssetPaths, find_initramfs, find_kernel
+from .._util.progress import ProgressCallback
 from ..errors import AssetNotFound
 from ..guest import init_binary
-from ..hostfiles import home, locked, new_directory, new_file, offline, sweep
-from ..oci.progress import ProgressCallback
+from ..host.assets import AssetPaths, find_initramfs, find_kernel
+from ..host.files import home, new_directory, new_file, offline, sweep
+from ..host.locks import locked
 from .fragment import fragment_digest, read_fragment
 from .image import KernelImage, read_kernel
 from .initramfs import LAYOUT, build_initramfs

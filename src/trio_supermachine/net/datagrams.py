@@ -9,7 +9,7 @@ import trio
 
 from ..agent import wire
 from ..agent.wire import MAX_DATAGRAM, FrameType, WireError
-from ..devices.vsock.stream import VsockStream
+from ..vsock.stream import VsockStream
 
 _HEADER: Final = struct.Struct("<IBBH")
 _RECEIVE: Final = 65536

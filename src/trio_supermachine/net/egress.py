@@ -12,16 +12,17 @@ from typing import Final, final
 
 import trio
 
+from .._util.trace import trace
 from ..agent import wire
 from ..agent.wire import FrameType, Protocol, WireError
-from ..devices.vsock.stream import VsockStream
-from ..trace import trace
+from ..vsock.stream import VsockStream
 from .addresses import DNS_PORT, RESOLVER, Address, is_host, is_own
+from .decisions import Decision, decide
 from .events import MAX_BUFFER, EgressEvent, EventFeed
 from .flows import receive_exactly, relay_datagrams, serve_dns_datagrams, serve_dns_stream
 from .lookup import HostLookups
 from .names import ToldNames
-from .policy import Decision, EgressPolicy
+from .policy import EgressPolicy
 from .rate import PacedStream, TokenBucket
 from .relay import relay
 from .resolver import MAX_QUESTIONS, Resolver
@@ -178,7 +179,8 @@ class EgressServer:
     def _decide(self, wanted: wire.Open) -> tuple[Decision, int]:
         """The decision, and the errno of a refusal."""
         address = wanted.address
-        decision = self._policy.decide(
+        decision = decide(
+            self._policy,
             address,
             wanted.port,
             listed=self._names.listed(address, trio.current_time()),

@@ -7,12 +7,14 @@ from typing import Final, Literal, final
 import attrs
 import trio
 
-from .. import _validators as check
+from .._public import public
+from .._util import validators as check
 
 #: Events that wait for a reader, unless it asks for more or fewer.
 MAX_BUFFER: Final = 256
 
 
+@public
 @attrs.frozen(kw_only=True)
 class EgressEvent:
     """One decision about what a guest wanted.

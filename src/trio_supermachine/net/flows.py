@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 from ..agent.wire import WireError
-from ..devices.vsock.stream import VsockStream
+from ..vsock.stream import VsockStream
 from .datagrams import DatagramStream, encode
 from .dnsmessage import MAX_QUERY
 from .rate import TokenBucket

@@ -8,9 +8,10 @@ from typing import Final, final
 
 import trio
 
-from .. import _validators as check
+from .._public import NoPublicConstructor, public
+from .._util import validators as check
 from .relay import relay
-from .serving import Server, bind, check_port, format_address, local_addr
+from .serving import Server, bind, format_address
 from .tls import TlsConfig, TlsStream, load_context
 
 #: Connects to a TCP port of the guest; 0 is that of the first listener.
@@ -20,26 +21,23 @@ Connect = Callable[[int], Awaitable[trio.abc.HalfCloseableStream]]
 MAX_CONNECTIONS: Final = 1024
 
 
+@public
 @final
-class TcpForwarder(trio.abc.AsyncResource):
+class TcpForwarder(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     """A TCP port of the host that leads into a VM: :meth:`Vm.expose_tcp`, :meth:`Vm.expose_tls`.
 
     It is there until :meth:`stop`, :meth:`aclose`, or the VM's end.
 
     :ivar local_addr: the host's address and port that it listens on.
-    :ivar guest_port: where it leads to; 0 is the guest's first listener.
+    :ivar guest_port: the port it leads to; 0 is the guest's first listener.
     """
 
-    def __init__(
-        self,
-        sock: trio.socket.SocketType,
-        handle: Callable[[trio.SocketStream], Awaitable[object]],
-        guest_port: int,
-        limit: int,
-    ) -> None:
-        self._server = Server(trio.SocketListener(sock), handle, limit)
-        self.local_addr = local_addr(sock)
-        self.guest_port = guest_port
+    _made_by = "Vm.expose_tcp"
+
+    def __init__(self, server: Server, guest_port: int) -> None:
+        self._server = server
+        self.local_addr: tuple[str, int] = server.local_addr
+        self.guest_port: int = guest_port
 
     def __repr__(self) -> str:
         return f"<TcpForwarder {format_address(*self.local_addr)} to port {self.guest_port}>"
@@ -57,18 +55,10 @@ class TcpForwarder(trio.abc.AsyncResource):
 
         The work is done also when cancelled; then this is a checkpoint.
         """
-        self.cancel()
+        self._server.cancel()
         with trio.CancelScope(shield=True):
             await self._server.wait_ended()
         await trio.lowlevel.checkpoint()
-
-    def cancel(self) -> None:
-        """Accept no more connections, and reset those in flight, soon. Plain and idempotent."""
-        self._server.cancel()
-
-    async def run(self) -> None:
-        """Serve until one of those. Cancelled, it ends as by :meth:`cancel`."""
-        await self._server.run()
 
 
 async def open_tcp(
@@ -77,22 +67,25 @@ async def open_tcp(
     host_port: int,
     guest_port: int,
     limit: int = MAX_CONNECTIONS,
-) -> TcpForwarder:
-    """Take a TCP port of the host, for :meth:`TcpForwarder.run`. As :meth:`Vm.expose_tcp`."""
-    check_port("guest_port", guest_port)
+) -> tuple[Server, TcpForwarder]:
+    """Take a TCP port of the host, as :meth:`Vm.expose_tcp` does.
+
+    Give the server, which is to be run, and the public view of it.
+    """
+    check.port("guest_port", guest_port)
     check.integer("max_connections", limit, 1)
     sock = await bind(host, host_port, socket.SOCK_STREAM)
 
     async def handle(client: trio.SocketStream) -> None:
         await relay(client, await connect(guest_port))
 
-    return TcpForwarder(sock, handle, guest_port, limit)
+    return _forward(sock, handle, guest_port, limit)
 
 
 async def open_tls(
     connect: Connect, config: TlsConfig, limit: int = MAX_CONNECTIONS
-) -> TcpForwarder:
-    """The same with TLS towards the client. As :meth:`Vm.expose_tls`."""
+) -> tuple[Server, TcpForwarder]:
+    """Take a TCP port of the host, with TLS towards the client, as :meth:`Vm.expose_tls` does."""
     check.integer("max_connections", limit, 1)
     context = await load_context(config)
     sock = await bind(*config.listen_addr, socket.SOCK_STREAM)
@@ -102,4 +95,14 @@ async def open_tls(
         await stream.shake_hands()
         await relay(stream, await connect(config.guest_port))
 
-    return TcpForwarder(sock, handle, config.guest_port, limit)
+    return _forward(sock, handle, config.guest_port, limit)
+
+
+def _forward(
+    sock: trio.socket.SocketType,
+    handle: Callable[[trio.SocketStream], Awaitable[object]],
+    guest_port: int,
+    limit: int,
+) -> tuple[Server, TcpForwarder]:
+    server = Server(trio.SocketListener(sock), handle, limit)
+    return server, TcpForwarder._create(server, guest_port)

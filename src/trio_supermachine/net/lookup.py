@@ -13,7 +13,7 @@ import dns.rcode
 import dns.rdatatype
 import trio
 
-from ..trace import trace
+from .._util.trace import trace
 from .addresses import DNS_PORT, Address, unmapped
 from .nameserver import MAX_DATAGRAM, ask
 

@@ -7,17 +7,18 @@ from typing import final
 
 import trio
 
+from .._util.trace import trace
 from ..agent import wire
 from ..agent.client import AgentClient
-from ..devices.vsock.stream import VsockStream
 from ..errors import VmExited
-from ..trace import trace
+from ..vsock.stream import VsockStream
 from .egress import EgressServer
 from .forward import TcpForwarder, open_tcp, open_tls
 from .policy import EgressPolicy
+from .serving import Server
 from .sockets import UnixSockets
 from .tls import TlsConfig
-from .udp import UdpForwarder, open_udp
+from .udp import UdpForwarder, UdpServer, open_udp
 
 
 @final
@@ -35,7 +36,7 @@ class VmNetwork:
         self._nursery: trio.Nursery | None = None
         self._error = VmExited("stopped")
         self._sockets: UnixSockets | None = None
-        self._forwards: set[TcpForwarder | UdpForwarder] = set()
+        self._forwards: set[Server | UdpServer] = set()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until :meth:`end`, or until this is cancelled. Started when all is there.
@@ -82,43 +83,45 @@ class VmNetwork:
     ) -> TcpForwarder:
         """As :meth:`Vm.expose_tcp`."""
         self._live()
-        forwarder = await open_tcp(self.connect, host, host_port, guest_port, max_connections)
-        self._start(forwarder)
+        server, forwarder = await open_tcp(
+            self.connect, host, host_port, guest_port, max_connections
+        )
+        self._start(server, name=repr(forwarder))
         return forwarder
 
     async def expose_tls(self, config: TlsConfig, max_connections: int) -> TcpForwarder:
         """As :meth:`Vm.expose_tls`."""
         self._live()
-        forwarder = await open_tls(self.connect, config, max_connections)
-        self._start(forwarder)
+        server, forwarder = await open_tls(self.connect, config, max_connections)
+        self._start(server, name=repr(forwarder))
         return forwarder
 
     async def expose_udp(self, host: str, host_port: int, guest_port: int) -> UdpForwarder:
         """As :meth:`Vm.expose_udp`."""
         self._live()
-        forwarder = await open_udp(self._client.connect_udp, host, host_port, guest_port)
-        self._start(forwarder)
+        server, forwarder = await open_udp(self._client.connect_udp, host, host_port, guest_port)
+        self._start(server, name=repr(forwarder))
         return forwarder
 
     def end_forwards(self) -> None:
         """End all that was exposed. Plain."""
-        for forwarder in self._forwards:
-            forwarder.cancel()
+        for server in self._forwards:
+            server.cancel()
 
-    def _start(self, forwarder: TcpForwarder | UdpForwarder) -> None:
+    def _start(self, server: Server | UdpServer, name: str) -> None:
         try:
-            self._live().start_soon(self._run, forwarder, name=repr(forwarder))
+            self._live().start_soon(self._run, server, name=name)
         except VmExited:
-            forwarder.cancel()
+            server.cancel()
             raise
-        self._forwards.add(forwarder)  # here: its task may not have run when all are ended
-        trace("net", "%r", forwarder)
+        self._forwards.add(server)  # here: its task may not have run when all are ended
+        trace("net", "%s", name)
 
-    async def _run(self, forwarder: TcpForwarder | UdpForwarder) -> None:
+    async def _run(self, server: Server | UdpServer) -> None:
         try:
-            await forwarder.run()
+            await server.run()
         finally:
-            self._forwards.discard(forwarder)
+            self._forwards.discard(server)
 
     def _live(self) -> trio.Nursery:
         if self._nursery is None or self._nursery.cancel_scope.cancel_called:

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import Enum
 from ipaddress import ip_address, ip_network
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, final
 
 import attrs
 
-from .. import _validators as check
+from .._public import public
+from .._util import validators as check
 from ..errors import ConfigError
-from .addresses import (
-    HOST_NAME,
-    Address,
-    Network,
-    contains,
-    is_host,
-    is_metadata,
-    is_never,
-    is_public,
-    unmapped_network,
-)
+from .addresses import Address, Network, unmapped_network
 
 DEFAULT_CONNECTIONS: Final = 512
 MAX_CONNECTIONS: Final = 2048
-MAX_PORT: Final = 65535
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 # The last label of what inet_aton(3) reads as an address: 127.1, 0x7f000001, 017700000001.
@@ -46,13 +36,6 @@ class PolicyKind(Enum):
 
 
 _WITH_LIST: Final = (PolicyKind.ALLOW, PolicyKind.DENY)
-
-
-class Decision(NamedTuple):
-    """Whether something is allowed, and why or why not, for people."""
-
-    allowed: bool
-    reason: str
 
 
 def is_host_name(name: str) -> bool:
@@ -96,7 +79,7 @@ def _cidr(value: Any) -> Network:
 
 
 def _port(value: object) -> int:
-    return check.integer("a port", value, 1, MAX_PORT)
+    return check.port("a port", value, 1)
 
 
 def _hosts(values: Any) -> tuple[str, ...]:
@@ -111,6 +94,7 @@ def _ports(values: Any) -> tuple[int, ...]:
     return tuple(sorted({_port(value) for value in _listed("ports", values)}))
 
 
+@public
 @final
 @attrs.frozen(kw_only=True)
 class EgressPolicy:
@@ -242,122 +226,6 @@ class EgressPolicy:
             return str(self.kind.value)
         ports = (f":{port}" for port in self.ports)
         return f"{self.kind.value}:" + ",".join((*self.hosts, *map(str, self.cidrs), *ports))
-
-    # --- decisions ---
-
-    def decide_name(self, name: str) -> Decision:
-        """Whether the guest may look ``name`` up: lower case, without a dot at its end."""
-        if name == HOST_NAME:
-            if self._names_host:
-                return Decision(True, "the policy names it")
-            return Decision(False, "the policy does not name it")
-        match self.kind:
-            case PolicyKind.DENY_ALL:
-                return Decision(False, "the policy denies everything")
-            case PolicyKind.ALLOW if self.hosts or self.cidrs:
-                if self.lists_name(name):
-                    return Decision(True, "the policy allows this name")
-                return Decision(False, "the policy does not list this name")
-            case PolicyKind.DENY if not self.ports and self.lists_name(name):
-                return Decision(False, "the policy denies this name")
-        return Decision(True, "any name")
-
-    def decide_answer(self, address: Address, *, own: Callable[[Address], bool]) -> Decision:
-        """Whether the guest may be told ``address`` for a name that it may look up.
-
-        :param own: tells whether the host itself has an address.
-        """
-        if is_never(address):
-            return Decision(False, "a name must not lead to this address")
-        if is_metadata(address):
-            return Decision(False, "a name must not lead to a metadata or link-local address")
-        match self.kind:
-            case PolicyKind.DENY_ALL:
-                return Decision(False, "the policy denies everything")
-            case PolicyKind.DENY_PRIVATE:
-                return _public(address, own)
-            case PolicyKind.ALLOW if not contains(self.cidrs, address):
-                return _public(address, own)
-            case PolicyKind.DENY if not self.ports and contains(self.cidrs, address):
-                return Decision(False, "the policy denies this network")
-        return Decision(True, "the policy allows it")
-
-    def decide(
-        self, address: Address, port: int, *, listed: bool, own: Callable[[Address], bool]
-    ) -> Decision:
-        """Whether the guest may connect, or send, to ``port`` of ``address``.
-
-        :param listed: the guest was told ``address`` for a name that :meth:`lists_name`.
-        :param own: as for :meth:`decide_answer`.
-        """
-        if is_host(address):
-            if self._names_host and self._has_port(port):
-                return Decision(True, f"the policy names {HOST_NAME}")
-            return Decision(False, f"the policy does not name {HOST_NAME} with this port")
-        if is_never(address):
-            return Decision(False, "nothing is sent to this address")
-        match self.kind:
-            case PolicyKind.ALLOW_ALL:
-                return Decision(True, "the policy allows everything")
-            case PolicyKind.DENY_ALL:
-                return Decision(False, "the policy denies everything")
-            case PolicyKind.DENY_PRIVATE:
-                return _public(address, own)
-            case PolicyKind.ALLOW:
-                return self._decide_allow(address, port, listed, own)
-            case PolicyKind.DENY:
-                return self._decide_deny(address, port, listed)
-
-    def decide_reverse(
-        self, address: Address, *, listed: bool, own: Callable[[Address], bool]
-    ) -> Decision:
-        """Whether the guest may ask for the name of ``address``; see :meth:`decide`."""
-        if self.kind is PolicyKind.ALLOW and (self.hosts or self.cidrs):
-            if listed or contains(self.cidrs, address):
-                return Decision(True, "the policy allows this address")
-            return Decision(False, "the policy lists neither this address nor its name")
-        return self.decide_answer(address, own=own)
-
-    def lists_name(self, name: str) -> bool:
-        """Whether :attr:`hosts` has this name, or one above it as ``*.``."""
-        if name in self.hosts:
-            return True
-        return any(h.startswith("*.") and name.endswith(h[1:]) for h in self.hosts)
-
-    @property
-    def _names_host(self) -> bool:
-        return self.kind is PolicyKind.ALLOW and HOST_NAME in self.hosts
-
-    def _has_port(self, port: int) -> bool:
-        return not self.ports or port in self.ports
-
-    def _decide_allow(
-        self, address: Address, port: int, listed: bool, own: Callable[[Address], bool]
-    ) -> Decision:
-        if not self._has_port(port):
-            return Decision(False, "the policy does not list this port")
-        if contains(self.cidrs, address):
-            return Decision(True, "the policy allows this network")
-        if (self.hosts or self.cidrs) and not listed:
-            return Decision(False, "the policy lists neither this address nor its name")
-        public = _public(address, own)
-        return Decision(True, "the policy allows its name") if public.allowed and listed else public
-
-    def _decide_deny(self, address: Address, port: int, listed: bool) -> Decision:
-        ruled = listed or contains(self.cidrs, address)
-        if not self.hosts and not self.cidrs:
-            ruled = bool(self.ports)
-        if ruled and self._has_port(port):
-            return Decision(False, "the policy denies it")
-        return Decision(True, "the policy does not deny it")
-
-
-def _public(address: Address, own: Callable[[Address], bool]) -> Decision:
-    if not is_public(address):
-        return Decision(False, "a private address")
-    if own(address):
-        return Decision(False, "an address of the host itself")
-    return Decision(True, "a public address")
 
 
 def _parse_list(text: str, kind: PolicyKind, rest: str) -> EgressPolicy:

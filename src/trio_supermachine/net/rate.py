@@ -8,7 +8,7 @@ from typing import Final, final
 import attrs
 import trio
 
-from ..devices.vsock.stream import VsockStream
+from ..vsock.stream import VsockStream
 
 _MAX_CHUNK: Final = 65536
 _MIN_BURST: Final = 2048

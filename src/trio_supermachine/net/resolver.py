@@ -10,9 +10,10 @@ import trio
 
 from . import dnsmessage as m
 from .addresses import HOST4, HOST6, HOST_NAME, Address, is_host, is_never, is_own
+from .decisions import Decision, decide_answer, decide_name, decide_reverse, lists_name
 from .lookup import HostLookups, LookupFailed, NoSuchName
 from .names import ToldNames
-from .policy import Decision, EgressPolicy
+from .policy import EgressPolicy
 
 #: Seconds that the addresses of a name are good for. (``getaddrinfo`` does not tell.)
 TTL: Final = 30
@@ -76,7 +77,7 @@ class Resolver:
         if name is None:
             await trio.lowlevel.checkpoint()
             return m.reply(question, dns.rcode.NXDOMAIN)
-        decision = self._policy.decide_name(name)
+        decision = decide_name(self._policy, name)
         if not decision.allowed:
             await trio.lowlevel.checkpoint()
             return self._refuse(question, decision, name)
@@ -116,7 +117,7 @@ class Resolver:
         try:
             found = await self._lookups.addresses(name)
             for address in [a for a in found if a.version == version][:MAX_TOLD]:
-                fit = self._policy.decide_answer(address, own=is_own)
+                fit = decide_answer(self._policy, address, own=is_own)
                 if fit.allowed:
                     told.append(address)
                 else:
@@ -124,7 +125,7 @@ class Resolver:
         finally:
             # A name may lead to addresses of both kinds: it counts what the guest is told.
             if told:
-                decision = self._policy.decide_name(name)
+                decision = decide_name(self._policy, name)
             self._report(decision, name)
         self._tell(told, name)
         reply = m.reply(question, why="" if decision.allowed else decision.reason)
@@ -133,7 +134,7 @@ class Resolver:
 
     def _tell(self, addresses: list[Address], name: str) -> None:
         now = trio.current_time()
-        listed = self._policy.lists_name(name)
+        listed = lists_name(self._policy, name)
         for address in addresses:
             self._names.tell(address, name, listed=listed, ttl=TTL, now=now)
 
@@ -142,7 +143,7 @@ class Resolver:
         reply = m.reply(question)
         if is_host(address):
             await trio.lowlevel.checkpoint()
-            decision = self._policy.decide_name(HOST_NAME)
+            decision = decide_name(self._policy, HOST_NAME)
             if not decision.allowed:
                 return self._refuse(question, decision, name)
             self._report(decision, name)
@@ -152,7 +153,7 @@ class Resolver:
             await trio.lowlevel.checkpoint()
             raise NoSuchName
         listed = self._names.listed(address, trio.current_time())
-        decision = self._policy.decide_reverse(address, listed=listed, own=is_own)
+        decision = decide_reverse(self._policy, address, listed=listed, own=is_own)
         if not decision.allowed:
             await trio.lowlevel.checkpoint()
             return self._refuse(question, decision, name)

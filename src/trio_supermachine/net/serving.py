@@ -9,12 +9,10 @@ from typing import Final, final
 
 import trio
 
-from .. import _validators as check
+from .._util import validators as check
+from .._util.trace import trace
 from ..errors import ConfigError, SupermachineError
-from ..trace import trace
 from .relay import reset
-
-MAX_PORT: Final = 65535
 
 #: Seconds until the next try, where the host has no descriptor or memory for a connection.
 _PAUSE: Final = 0.1
@@ -49,6 +47,8 @@ class Server:
         self._accepting = trio.CancelScope()
         self._everything = trio.CancelScope()
         self._ended = trio.Event()
+        #: The host's address and port that it listens on.
+        self.local_addr = local_addr(listener.socket)
 
     async def run(self) -> None:
         """Serve until :meth:`stop`, and then until the last connection ends, or :meth:`cancel`.
@@ -104,18 +104,13 @@ class Server:
                 await reset(stream)
 
 
-def check_port(name: str, port: int, lowest: int = 0) -> int:
-    """Check a port number. :raises ConfigError: out of range."""
-    return check.integer(name, port, lowest, MAX_PORT)
-
-
 async def bind(host: str, port: int, kind: socket.SocketKind) -> trio.socket.SocketType:
     """A socket that has this address of the host; port 0 is a free one.
 
     :param host: an address, or a name, of which the first address counts.
     :raises OSError: it cannot be had (``EADDRINUSE`` and so on); the message names the address.
     """
-    check_port("the host's port", port)
+    check.port("the host's port", port)
     if not isinstance(host, str) or not host or not host.isascii() or "\0" in host:
         raise ConfigError(f"the host's address must be an IP address or a name, not {host!r}")
     try:

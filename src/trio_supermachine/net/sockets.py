@@ -16,11 +16,12 @@ from typing import Final, final
 import attrs
 import trio
 
-from ..errors import ConfigError
-from ..trace import trace
+from .._util import validators as check
+from .._util.trace import trace
+from .._util.validators import MAX_PORT
 from .forward import Connect
 from .relay import relay
-from .serving import MAX_PORT, Server
+from .serving import Server
 
 #: The first 16 bytes of a routing header; the guest's port follows, as a big-endian u32.
 MAGIC: Final = b"SMUX-PORT-V1".ljust(16, b"\0")
@@ -36,8 +37,6 @@ PATIENCE: Final = 5.0
 MAX_CONNECTIONS: Final = 1024
 
 _MODE: Final = stat.S_IRUSR | stat.S_IWUSR
-_MAX_PATH: Final = 107  # bytes in a sockaddr_un, without the NUL at their end
-_NAME_BYTES: Final = len("vm-0123456789abcdef-vsock.sock")
 
 _RECEIVE: Final = 65536
 
@@ -102,16 +101,6 @@ async def sniff(stream: trio.abc.ReceiveStream) -> Route | None:
     return None if sniffer.begun else sniffer.end()
 
 
-def check_directory(directory: Path) -> None:
-    """Check that sockets may be made there. :raises ConfigError: their paths would be too long."""
-    longest = len(os.fsencode(directory.absolute())) + 1 + _NAME_BYTES
-    if longest > _MAX_PATH:
-        raise ConfigError(
-            f"the path of a unix socket in {directory} has {longest} bytes, and {_MAX_PATH} are"
-            " the most; take a directory with a shorter name"
-        )
-
-
 @final
 class UnixSockets:
     """The two unix sockets of a VM: there from the start, gone after :meth:`run`.
@@ -138,9 +127,9 @@ class UnixSockets:
             if directory is None:
                 directory = Path(tempfile.mkdtemp(prefix="supermachine-"))
                 stack.callback(_remove, directory.rmdir)
-                check_directory(directory)
+                check.socket_directory(directory)
             else:
-                check_directory(directory)
+                check.socket_directory(directory)
                 directory.mkdir(mode=0o700, exist_ok=True)
             name = directory.absolute() / f"vm-{secrets.token_hex(8)}"
             self.vsock_path = Path(f"{name}-vsock.sock")

@@ -13,11 +13,12 @@ from typing import Any, Final, NoReturn, final
 import attrs
 import trio
 
-from .. import _validators as check
-from .._conflict import OneAtATime
+from .._public import public
+from .._util import validators as check
+from .._util.conflict import OneAtATime
+from .._util.validators import MAX_PORT
 from ..errors import ConfigError
 from .relay import reset_socket
-from .serving import MAX_PORT, check_port
 
 #: Seconds for a client's handshake.
 HANDSHAKE: Final = 10.0
@@ -48,6 +49,7 @@ def _alpn(values: Any) -> tuple[str, ...]:
     return names
 
 
+@public
 @attrs.frozen
 class TlsConfig:
     """How :meth:`Vm.expose_tls` listens, and who it says it is. Files are PEM.
@@ -73,7 +75,7 @@ class TlsConfig:
 
     @guest_port.validator
     def _check_guest_port(self, field: object, value: int) -> None:
-        check_port("guest_port", value)
+        check.port("guest_port", value)
 
 
 async def load_context(config: TlsConfig) -> ssl.SSLContext:

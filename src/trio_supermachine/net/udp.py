@@ -12,11 +12,13 @@ from typing import Any, Final, final
 import attrs
 import trio
 
+from .._public import NoPublicConstructor, public
+from .._util import validators as check
+from .._util.trace import trace
 from ..agent.client import FrameStream
 from ..agent.wire import MAX_DATAGRAM
-from ..trace import trace
 from .datagrams import DatagramStream
-from .serving import CONNECTION_ERRORS, bind, check_port, format_address, local_addr
+from .serving import CONNECTION_ERRORS, bind, format_address, local_addr
 
 #: Seconds of silence, in both directions, after which a flow ends.
 IDLE: Final = 60.0
@@ -63,14 +65,11 @@ class _Flow:
 
 
 @final
-class UdpForwarder(trio.abc.AsyncResource):
-    """A UDP port of the host that leads into a VM: :meth:`Vm.expose_udp`.
-
-    Each client's address is a flow of its own, so that answers find their way. It is there
-    until :meth:`aclose`, or the VM's end.
+class UdpServer:
+    """Serves a UDP port of the host, of which :class:`UdpForwarder` is the public view.
 
     :ivar local_addr: the host's address and port that it listens on.
-    :ivar guest_port: where it leads to.
+    :ivar guest_port: the port it leads to.
     :ivar dropped: datagrams of clients that found no room, as the guest was slow.
     """
 
@@ -92,17 +91,14 @@ class UdpForwarder(trio.abc.AsyncResource):
     def __repr__(self) -> str:
         return f"<UdpForwarder {format_address(*self.local_addr)} to port {self.guest_port}>"
 
-    async def aclose(self) -> None:
-        """End it, and its flows. Idempotent; done also when cancelled, then a checkpoint."""
-        self.cancel()
-        with trio.CancelScope(shield=True):
-            await self._ended.wait()
-        await trio.lowlevel.checkpoint()
-
     def cancel(self) -> None:
-        """End it, and its flows. Plain and idempotent."""
+        """End it, and its flows, soon. Plain and idempotent."""
         self._scope.cancel()
         self._sock.close()
+
+    async def wait_ended(self) -> None:
+        """Wait until :meth:`run` has ended."""
+        await self._ended.wait()
 
     async def run(self) -> None:
         """Serve until :meth:`cancel`. Cancelled, it does the same."""
@@ -164,9 +160,48 @@ class UdpForwarder(trio.abc.AsyncResource):
             trace("net", "%r: an answer was dropped: %s", self, exc)
 
 
+@public
+@final
+class UdpForwarder(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
+    """A UDP port of the host that leads into a VM: :meth:`Vm.expose_udp`.
+
+    Each client's address is a flow of its own, so that answers find their way. It is there
+    until :meth:`aclose`, or the VM's end.
+
+    :ivar local_addr: the host's address and port that it listens on.
+    :ivar guest_port: the port it leads to.
+    """
+
+    _made_by = "Vm.expose_udp"
+
+    def __init__(self, server: UdpServer) -> None:
+        self._server = server
+        self.local_addr: tuple[str, int] = server.local_addr
+        self.guest_port: int = server.guest_port
+
+    def __repr__(self) -> str:
+        return repr(self._server)
+
+    @property
+    def dropped(self) -> int:
+        """Datagrams of clients that found no room, as the guest was slow."""
+        return self._server.dropped
+
+    async def aclose(self) -> None:
+        """End it, and its flows. Idempotent; done also when cancelled, then a checkpoint."""
+        self._server.cancel()
+        with trio.CancelScope(shield=True):
+            await self._server.wait_ended()
+        await trio.lowlevel.checkpoint()
+
+
 async def open_udp(
     connect: Callable[[int], Awaitable[FrameStream]], host: str, host_port: int, guest_port: int
-) -> UdpForwarder:
-    """Take a UDP port of the host, for :meth:`UdpForwarder.run`. As :meth:`Vm.expose_udp`."""
-    check_port("guest_port", guest_port, 1)
-    return UdpForwarder(await bind(host, host_port, socket.SOCK_DGRAM), connect, guest_port)
+) -> tuple[UdpServer, UdpForwarder]:
+    """Take a UDP port of the host, as :meth:`Vm.expose_udp` does.
+
+    Give the server, which is to be run, and the public view of it.
+    """
+    check.port("guest_port", guest_port, 1)
+    server = UdpServer(await bind(host, host_port, socket.SOCK_DGRAM), connect, guest_port)
+    return server, UdpForwarder._create(server)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ..errors import NotSupported
-from . import tar
+from . import MalformedError, tar
 from .decompress import Blob, opened
-from .malformed import MalformedError
 
 MAX_DOCUMENT = 8 << 20  # bytes of one JSON document
 _MAX_DIGEST = 1024

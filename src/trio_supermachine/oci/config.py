@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import attrs
 
-from .malformed import MalformedError
+from .._public import public
+from . import MalformedError
 
 _MAX_ITEMS = 4096
 _MAX_STRING = 128 * 1024  # bytes; Linux's own limit on one argument
@@ -16,22 +17,26 @@ _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
 _MAX_SIGNAL = 64
 
 
+@public
 @attrs.frozen(kw_only=True)
 class ImageConfig:
-    """How an image wants to be run.
+    """The part of an image's configuration that says how to run it."""
 
-    :attr:`env` has ``NAME=value`` strings, :attr:`user` is ``name|uid[:group|gid]`` or empty for
-    root, :attr:`stop_signal` a Linux signal number, :attr:`exposed_ports` have the form
-    ``"80/tcp"``.
-    """
-
+    #: The environment: ``NAME=value`` strings.
     env: tuple[str, ...] = ()
+    #: The program that runs, with arguments that stay in front of the command.
     entrypoint: tuple[str, ...] = ()
+    #: The command, which ``with_cmd`` and the command line replace.
     cmd: tuple[str, ...] = ()
+    #: The directory in which programs start.
     workdir: str = "/"
+    #: The user of programs, ``name|uid[:group|gid]``; empty for root.
     user: str = ""
+    #: The signal, a number of Linux's, that asks the workload to end.
     stop_signal: int = 15
+    #: The ports that the image serves, in the form ``"80/tcp"``.
     exposed_ports: tuple[str, ...] = ()
+    #: What the image's maker noted about it.
     labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
     @property

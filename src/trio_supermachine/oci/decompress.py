@@ -15,7 +15,7 @@ import attrs
 import trio
 import zstandard
 
-from .malformed import MalformedError
+from . import MalformedError
 from .tar import Source
 
 CHUNK = 1 << 18

@@ -16,9 +16,9 @@ from typing import Any
 import attrs
 
 from ..errors import NotSupported
+from . import MalformedError
 from .blobs import as_list, as_object, is_digest, read_json
 from .config import ImageConfig
-from .malformed import MalformedError
 from .platform import Platform
 
 MAX_LAYERS = 127  # Docker's own limit

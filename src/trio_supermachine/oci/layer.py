@@ -28,10 +28,9 @@ from collections.abc import Iterator, Mapping
 
 import attrs
 
-from . import tar
+from . import MalformedError, tar
 from .layer_info import DirectoryInfo, LayerInfo, Link, Resolve, hides, hides_here
-from .malformed import MalformedError
-from .names import MAX_NAME, MAX_PATH, clean, join, show
+from .names import MAX_NAME, MAX_PATH, clean, join, show_name
 from .tar import Entry, TarReader
 
 MAX_ENTRIES = 2_000_000
@@ -166,11 +165,11 @@ class LayerFilter:
             tar.BLOCKDEV,
             tar.FIFO,
         ):
-            raise MalformedError(f"{show(path)} has the unknown type {entry.type!r}")
+            raise MalformedError(f"{show_name(path)} has the unknown type {entry.type!r}")
         if entry.type == tar.SYMLINK and not 0 < len(entry.linkname) < MAX_PATH:
-            raise MalformedError(f"the symbolic link {show(path)} has no proper target")
+            raise MalformedError(f"the symbolic link {show_name(path)} has no proper target")
         if b"\0" in entry.linkname:
-            raise MalformedError(f"the link {show(path)} has a NUL in its target")
+            raise MalformedError(f"the link {show_name(path)} has a NUL in its target")
         if not path and entry.type != tar.DIRECTORY:
             raise MalformedError("the layer's root is not a directory")
         sanitise(entry)
@@ -182,7 +181,7 @@ class LayerFilter:
         if any(part.startswith(_AUFS) for part in parts[:-1]):
             return
         if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
-            raise MalformedError(f"{show(path)} is below a whiteout")
+            raise MalformedError(f"{show_name(path)} is below a whiteout")
         parent, name = self._real(b"/".join(parts[:-1])), parts[-1]
         if not name.startswith(_WHITEOUT) or not self._nearest(parent).directory:
             return  # umoci hides what was in a directory that the layer replaces, too
@@ -192,7 +191,7 @@ class LayerFilter:
         elif not name.startswith(_AUFS):
             hidden = name[len(_WHITEOUT) :]
             if hidden in (b"", b".", b".."):
-                raise MalformedError(f"{show(path)} hides nothing that can be")
+                raise MalformedError(f"{show_name(path)} hides nothing that can be")
             self._parent(parent)
             self._whiteouts.add(join(parent, hidden))
             self._hidden.add(join(parent, hidden))
@@ -219,7 +218,7 @@ class LayerFilter:
                 continue
             links += 1
             if links > _MAX_LINKS or len(left) > MAX_PATH:
-                raise MalformedError(f"{show(path)} leads through too many links")
+                raise MalformedError(f"{show_name(path)} leads through too many links")
             if target.startswith(b"/"):
                 real = b""
             left += target.split(b"/")[::-1]
@@ -249,7 +248,7 @@ class LayerFilter:
             self._parent_of_new(above)
             node = self._add(path, _Node(True, -1))
         elif not node.directory:
-            raise MalformedError(f"{show(path)} is no directory, but has entries below it")
+            raise MalformedError(f"{show_name(path)} is no directory, but has entries below it")
         return node
 
     def _parent_of_new(self, above: bytes) -> None:
@@ -258,7 +257,7 @@ class LayerFilter:
             missing.append(above)
             above = above.rpartition(b"/")[0]
         if not node.directory:
-            raise MalformedError(f"{show(above)} is no directory, but has entries below it")
+            raise MalformedError(f"{show_name(above)} is no directory, but has entries below it")
         for path in reversed(missing):
             node.children += 1
             node = self._add(path, _Node(True, -1))
@@ -283,7 +282,7 @@ class LayerFilter:
             self._add(path, _Node(True, -1, info=info))
             return old is not None
         if old is not None and old.directory and (old.children or not path):
-            raise MalformedError(f"{show(path)} is a directory first, and then is not")
+            raise MalformedError(f"{show_name(path)} is a directory first, and then is not")
         target = entry.linkname if entry.type == tar.SYMLINK else None
         if entry.type == tar.LINK:
             number = self._nodes[entry.linkname].inode
@@ -309,7 +308,8 @@ class LayerFilter:
         if node is None or node.directory:
             what = "a directory" if node else "not in the layer before it"
             raise MalformedError(
-                f"the hard link {show(entry.name)} has the target {show(target)}, which is {what}"
+                f"the hard link {show_name(entry.name)} has the target {show_name(target)},"
+                f" which is {what}"
             )
         entry.linkname = target
 
@@ -375,13 +375,13 @@ def sanitise(entry: Entry) -> None:
     entry.mtime = min(max(entry.mtime, 0), _MAX_TIME)
     if entry.xattrs:
         if sum(len(k) + len(v) for k, v in entry.xattrs.items()) > MAX_XATTRS:
-            raise MalformedError(f"{show(entry.name)} has too large extended attributes")
+            raise MalformedError(f"{show_name(entry.name)} has too large extended attributes")
         entry.xattrs = dict(_kept(entry.xattrs))
 
 
 def _kept(xattrs: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
     for key, value in xattrs.items():
         if b"\0" in key or len(key) > MAX_NAME:
-            raise MalformedError(f"the extended attribute {show(key)} has no proper name")
+            raise MalformedError(f"the extended attribute {show_name(key)} has no proper name")
         if key.startswith(_KNOWN_XATTRS) and not key.startswith(b"trusted.overlay."):
             yield key, value

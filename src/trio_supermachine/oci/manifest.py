@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import attrs
 
 from ..errors import ImageNotFound, ReferenceInvalid
+from . import MalformedError
 from .blobs import Files, as_digest, as_list, as_object, read_bytes, read_json, sha256
 from .config import ImageConfig
 from .decompress import Blob
@@ -29,7 +30,6 @@ from .documents import (
     read_layout,
     read_manifest,
 )
-from .malformed import MalformedError
 from .platform import Platform
 from .reference import Reference, normalise_name
 

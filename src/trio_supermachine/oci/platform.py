@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import attrs
 
 from ..errors import ConfigError
-from .malformed import MalformedError
+from . import MalformedError
 
 #: Other names of architectures that people and tools write, with the variant that they imply.
 _ALIASES = {

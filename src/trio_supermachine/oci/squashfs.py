@@ -17,10 +17,10 @@ import attrs
 import trio
 
 from ..errors import AssetNotFound, DiskFull, SupermachineError
+from . import MalformedError
 from .decompress import Blob, open_layer
 from .layer import Conflict, LayerFilter, Sink
 from .layer_info import DirectoryInfo, LayerInfo, Resolve
-from .malformed import MalformedError
 from .tar import TarReader
 
 _PIPE = 1 << 20

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import attrs
 
-from .malformed import MalformedError
+from . import MalformedError
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of one PAX or GNU extended header

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import attrs
 
-from ..oci.malformed import MalformedError
+from ..oci import MalformedError
 from .files import Check, opened, read_exactly
 from .memory import MemoryImage, PagePatch, data_runs
 from .pages import PAGE, Run, intersection, total, union

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import SnapshotInvalid
-from ..oci.malformed import MalformedError
+from ..oci import MalformedError
 from .metadata import REMEDY, FileRef
 
 #: Called between pieces of work, to end it by raising: in a worker thread of Trio's

@@ -18,8 +18,8 @@ import attrs
 
 from .._version import __version__
 from ..errors import SnapshotIncompatible, SnapshotInvalid
+from ..oci import MalformedError
 from ..oci.config import ImageConfig
-from ..oci.malformed import MalformedError
 from ._fields import decode, digest, encode, integer, mapping_of_text, path, short_text, text
 
 #: The version of the format that this library writes, and the newest that it reads.

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import attrs
 
-from .. import hostfiles
 from ..errors import SnapshotInvalid
-from ..verified import VerifiedFiles, identity
+from ..host import files as hostfiles
+from ..host.verified import VerifiedFiles, identity
 from .diff import read_patch
 from .files import (
     DIFF_MEMORY,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import trio
 
-from .. import hostfiles
 from ..errors import SnapshotInvalid
+from ..host import files as hostfiles
 from .diff import pack_diff
 from .files import DIFF_MEMORY, FULL_MEMORY, METADATA, STATE, Check, hash_file, reading
 from .memory import digest_memory

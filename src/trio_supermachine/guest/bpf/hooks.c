@@ -1,5 +1,5 @@
-/* Hooks of the root cgroup: a destination that a program names becomes a flow address, where the
- * agent listens, and the program never sees one. Each section is one program; bpf.c attaches them.
+/* Hooks of the root cgroup. A destination that a program names becomes a flow address, where the
+ * agent listens; no program ever sees one. Each section is one hook; network/hooks.c attaches them.
  *
  * The same destination always has the same id, which is a hash of it, so no table leads from
  * destinations to ids; the one map leads back. */
@@ -7,16 +7,16 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "../flow.h"
+#include "bpf/flow.h"
 
 #define PROGRAM(name) __attribute__((section("hook." #name), used)) int name
 #define INLINE static inline __attribute__((always_inline))
 
-#define PROBES 3 /* ids that a destination may have, if others have the first */
+#define PROBES 3 /* ids that a destination may have: others may have the first ones */
 #define NO_ID (~0u)
 #define TCP 6
 #define UDP 17
-#define MPTCP 262 /* the names of a socket; it connects as TCP does */
+#define MPTCP 262     /* sockets have it as their name; they connect as TCP does */
 #define ONLY_IF_NEW 1 /* BPF_NOEXIST */
 
 #define htons(value) __builtin_bswap16(value)
@@ -41,11 +41,12 @@ struct context {
 extern char destinations;
 
 static void *(*const lookup)(void *map, const void *key) = (void *)1;
-static long (*const update)(void *map, const void *key, const void *value, uint64_t flags) = (void *)2;
+static long (*const update)(void *map, const void *key, const void *value,
+                            uint64_t flags) = (void *)2;
 static uint64_t (*const netns_cookie)(volatile void *context) = (void *)122;
 
-/* TCP and UDP where the agent is. Another network namespace has a loopback of its own, and a
- * program that was put into it to be cut off stays so. */
+/* Say whether a hook is to act: on TCP and UDP, in the agent's network namespace. Another one has a
+ * loopback of its own, and a program that was put into it to be cut off stays so. */
 INLINE bool is_ours(volatile struct context *context) {
     uint32_t protocol = context->protocol;
     return (protocol == TCP || protocol == UDP || protocol == MPTCP) &&
@@ -57,7 +58,7 @@ INLINE uint32_t mix(uint32_t hash, uint32_t word) {
     return hash ^ hash >> 15;
 }
 
-/* One branch: the kernel's verifier walks all the ways through a program. */
+/* Compare without branches: the kernel's verifier walks all ways through a hook. */
 INLINE bool is_same(const struct destination *a, const struct destination *b) {
     uint32_t difference = (a->address[0] ^ b->address[0]) | (a->address[1] ^ b->address[1]) |
                           (a->address[2] ^ b->address[2]) | (a->address[3] ^ b->address[3]);
@@ -86,7 +87,7 @@ INLINE uint32_t id_of(const struct destination *wanted) {
 
 /* --- addresses, in the host's order --- */
 
-/* The machine's own, and what is not for one machine. */
+/* Say whether an address is the machine's own, or not one of a single machine. */
 INLINE bool stays_inside4(uint32_t ip) {
     return !ip || ip >> 24 == 127 || ip == OWN_IP4 || ip >= 0xe0000000u;
 }
@@ -100,7 +101,7 @@ INLINE bool is_flow6(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 }
 
 INLINE bool stays_inside6(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    if (!a && !b && !c && d <= 1) return true;              /* :: and ::1 */
+    if (!a && !b && !c && d <= 1) return true;                  /* :: and ::1 */
     if (a >> 24 == 0xff || a >> 22 == 0xfe80 >> 6) return true; /* multicast, link-local */
     return (a == FLOW_IP6_0 && !b && !c && d == OWN_IP6_LAST) || is_flow6(a, b, c, d);
 }
@@ -121,7 +122,8 @@ PROGRAM(to_flow4)(volatile struct context *context) {
 PROGRAM(to_flow6)(volatile struct context *context) {
     struct destination wanted = {
         {context->user_ip6[0], context->user_ip6[1], context->user_ip6[2], context->user_ip6[3]},
-        (uint16_t)context->user_port, 0,
+        (uint16_t)context->user_port,
+        0,
     };
     uint32_t a = htonl(wanted.address[0]), b = htonl(wanted.address[1]);
     uint32_t c = htonl(wanted.address[2]), d = htonl(wanted.address[3]);
@@ -172,7 +174,7 @@ PROGRAM(from_flow6)(volatile struct context *context) {
     return 1;
 }
 
-/* --- getsockname: a program that talks to the outside has an address that others could know --- */
+/* --- getsockname: a socket that leads out has one of the addresses that programs see --- */
 
 PROGRAM(own_address4)(volatile struct context *context) {
     const struct socket *socket = context->socket;

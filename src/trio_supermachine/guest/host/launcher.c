@@ -1,8 +1,8 @@
-/* Helper of the QEMU engine on the host.
+/* The launcher: a helper of the QEMU engine on the host.
  *
- * launcher run PARENT_PID PROGRAM ARGS...     PROGRAM, killed when PARENT_PID's thread ends
- * launcher run-lean PARENT_PID PROGRAM ...    the same, with no memory spent on huge pages
- * launcher tsc-khz                            the frequency of the time stamp counter */
+ * launcher run PARENT_PID PROGRAM ARGS...     become PROGRAM, killed when PARENT_PID's thread ends
+ * launcher run-lean PARENT_PID PROGRAM ...    the same, without huge pages
+ * launcher tsc-khz                            print the frequency of the time stamp counter */
 
 #include <errno.h>
 #include <signal.h>
@@ -20,7 +20,7 @@ static int run(char **arguments, int lean) {
         perror("launcher: prctl");
         return 1;
     }
-    /* It may have died before the kernel was told to watch it. */
+    /* Look again: it may have died before the kernel was told to watch it. */
     if (getppid() != parent) return 1;
     if (lean) prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
     sigset_t none;
@@ -42,7 +42,7 @@ static int64_t raw_ns(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Both clocks at one moment: of several readings the one that took least. */
+/* Read both clocks at one moment: of several readings the one that took least. */
 static void read_both(int64_t *ns, uint64_t *ticks) {
     uint64_t least = UINT64_MAX;
     for (int i = 0; i < 8; i++) {

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, final
 
+from ..._util.trace import trace
 from ...devices.blk import BlkDevice
 from ...devices.bus import Bus, Range
 from ...devices.pci import PciBus
@@ -17,12 +18,10 @@ from ...devices.power import AcpiPower, KeyboardReset, PowerEvent
 from ...devices.rng import RngDevice
 from ...devices.serial import Serial
 from ...devices.virtio import VirtioDevice
-from ...devices.vsock.device import VsockDevice
-from ...devices.vsock.stream import VsockMux
+from ...devices.vsock import VsockDevice
 from ...errors import ConfigError
-from ...trace import trace
-from ..base import Disk, MachineSpec
-from ..cmdline import COMMON_WORDS
+from ...vsock.stream import VsockMux
+from ..base import COMMON_WORDS, Disk, MachineSpec
 from .api import Kvm, KvmVcpu
 from .device import MachineDevice
 from .memory import MachineMemory

@@ -9,11 +9,11 @@ from typing import Final, final
 
 import trio
 
+from ..._util.trace import trace
 from ...devices.memory import GuestMemory, GuestMemoryError
 from ...devices.virtio import Queue, VirtioDevice
 from ...devices.virtio_pci import NOTIFY_MULTIPLIER, VirtioPciFunction
 from ...devices.virtqueue import Chain, QueueFault, Virtqueue
-from ...trace import trace
 from .api import KvmVm
 from .routes import InterruptRoutes
 

@@ -10,7 +10,7 @@ from typing import Final, final
 import attrs
 import trio
 
-from ..._nursery import open_flat_nursery
+from ..._util.nursery import open_flat_nursery
 from ..base import Engine, EngineReport, Machine, MachineSpec
 from .api import Kvm
 from .machine import KvmMachine

@@ -11,19 +11,17 @@ from typing import Final, final
 import attrs
 import trio
 
-from ..._nursery import open_flat_nursery
+from ..._util.nursery import open_flat_nursery
+from ..._util.trace import trace
 from ...devices.power import PowerEvent
 from ...devices.virtio import VirtioDevice
-from ...devices.vsock.stream import VsockStream
 from ...errors import ConfigError, SnapshotInvalid, VmExited
-from ...trace import trace
+from ...vsock.stream import VsockStream
 from ..base import Captured, ExitReason, Machine, MachineExit, MachineSpec
 from ..console import RING_BYTES, ConsoleRing
-from ..memory import Copying, new_file
+from ..copying import Copying, new_file
 from .board import Board
 from .vcpu import VcpuEnd, VcpuThread
-
-_CONSOLE_TAIL: Final = 4096
 
 _ENDS: Final[dict[VcpuEnd, ExitReason]] = {
     "shutdown": "shutdown",
@@ -218,8 +216,7 @@ class KvmMachine(Machine):
     def _vm_exited(self) -> VmExited:
         exit_ = self._exit or self._cause
         assert exit_ is not None
-        console = self.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
-        return VmExited(exit_.reason, exit_.detail, console=console)
+        return VmExited(exit_.reason, exit_.detail, console=self.console.text_tail())
 
     # The machine's life. All below runs in tasks that the engine's ``open`` owns, but for what
     # vCPUs' threads call.

@@ -10,7 +10,7 @@ from typing import Final, final
 
 from ...devices.memory import GuestMemory
 from ...snapshots.memory import PagePatch
-from ..memory import ProcessMemory
+from ..copying import ProcessMemory
 from ._kvm import ffi
 from .api import KvmVm
 from .x86.layout import ram_ranges

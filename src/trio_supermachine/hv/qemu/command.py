@@ -15,8 +15,8 @@ from typing import Any, Final
 import attrs
 
 from ...errors import ConfigError
-from ..base import MachineSpec
-from ..cmdline import COMMON_WORDS
+from ..base import COMMON_WORDS, MachineSpec
+from .firmware import FIRMWARE
 
 #: The virtio-serial port that carries vsock packets; the guest looks for this name.
 VSOCK_PORT_NAME: Final = "org.trio-supermachine.vsock"
@@ -108,6 +108,7 @@ def command_line(
     arguments: list[str | bytes] = [
         os.fsencode(qemu),
         *("-M", f"{MACHINE},memory-backend=memory"),
+        *("-bios", FIRMWARE),
         *("-accel", f"tcg,thread={threads},tb-size={TB_SIZE_MIB}"),
         *("-cpu", CPU),
         *("-smp", str(spec.vcpus)),

@@ -9,12 +9,13 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, a
 from pathlib import Path
 from typing import final
 
-from ..._nursery import open_flat_nursery
-from ...assets import AssetPaths, find_qemu
+from ..._util.nursery import open_flat_nursery
 from ...errors import AssetNotFound, NotSupported
 from ...guest import launcher_binary
+from ...host.assets import AssetPaths, find_qemu
 from ..base import Engine, EngineReport, Machine, MachineSpec, Restore
 from .command import CPU, MACHINE, MachineFds, RestoreFds, command_line
+from .firmware import check_room
 from .machine import QemuMachine
 from .probe import host_cpu, probe_binary, tsc_khz, version
 from .process import REAP_TIMEOUT, engine_process
@@ -57,6 +58,8 @@ class QemuEngine(Engine):
     async def _open(self, spec: MachineSpec) -> AsyncIterator[Machine]:
         if spec.devices:
             raise NotSupported("devices", "only the KVM engine runs devices of the program's own")
+        if spec.kernel is not None and spec.initramfs is not None:
+            check_room(spec.kernel, spec.initramfs, spec.memory_mib)
         qemu = find_qemu(self._assets)
         launcher = launcher_binary()
         khz = await tsc_khz(launcher)

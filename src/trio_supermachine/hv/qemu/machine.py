@@ -16,21 +16,20 @@ from typing import Any, Final, TypeVar, final
 
 import trio
 
-from ..._nursery import open_flat_nursery
-from ...devices.vsock.carrier import SocketCarrier
-from ...devices.vsock.packet import VsockProtocolError
-from ...devices.vsock.stream import VsockListener, VsockMux, VsockStream
+from ..._util.nursery import open_flat_nursery
 from ...errors import CaptureFailed, SnapshotInvalid, VmExited
+from ...vsock.carrier import SocketCarrier
+from ...vsock.packet import VsockProtocolError
+from ...vsock.stream import VsockListener, VsockMux, VsockStream
 from ..base import Captured, ExitReason, Machine, MachineExit, Restore
 from ..console import ConsoleRing
-from ..memory import Copying, ProcessMemory, new_file
+from ..copying import Copying, ProcessMemory, new_file
 from .process import REAP_TIMEOUT, EngineProcess
 from .qmp import QmpClient, QmpError, QmpProtocolError
 
 _T = TypeVar("_T")
 
 _RECEIVE: Final = 64 * 1024
-_CONSOLE_TAIL: Final = 4096
 #: How long channels may stay open when the process is dead, and the process when a channel has
 #: ended. In seconds.
 _GRACE: Final = 1.0
@@ -198,8 +197,7 @@ class QemuMachine(Machine):
 
     def _vm_exited(self) -> VmExited:
         assert self._exit is not None
-        console = self.console.tail(_CONSOLE_TAIL).decode("utf-8", "replace")
-        return VmExited(self._exit.reason, self._exit.detail, console=console)
+        return VmExited(self._exit.reason, self._exit.detail, console=self.console.text_tail())
 
     # The machine's life. All below runs in tasks that the engine's ``open`` owns.
 

@@ -13,11 +13,13 @@ import trio
 
 from ...errors import EngineUnavailable
 from ..base import EngineReport
+from .firmware import FIRMWARE
 
 #: The oldest version that is known to take this engine's command line (JSON for ``-device``).
 MINIMUM: Final = (6, 2)
 _TIMEOUT: Final = 20.0  # seconds; a cold start from a slow disk takes one or two
 _REMEDY: Final = "apt-get install qemu-system-x86"
+_FIRMWARE_REMEDY: Final = f"apt-get install qemu-system-data, or QEMU's {FIRMWARE} by other means"
 
 _Identity = tuple[str, int, int, int, int]
 _versions: dict[_Identity, tuple[int, int]] = {}
@@ -29,10 +31,9 @@ async def probe_binary(qemu: Path) -> EngineReport:
     """Whether ``qemu`` is a QEMU that can run our machines."""
     identity = _identity(qemu)
     if identity not in _reports:
-        available, detail = await _examine(qemu)
-        remedy = None if available else _REMEDY
+        remedy, detail = await _examine(qemu)
         _reports[identity] = EngineReport(
-            name="qemu", available=available, detail=detail, remedy=remedy
+            name="qemu", available=remedy is None, detail=detail, remedy=remedy
         )
     await trio.lowlevel.checkpoint()
     return _reports[identity]
@@ -74,17 +75,38 @@ async def tsc_khz(launcher: Path) -> int:
     return _frequencies[identity]
 
 
-async def _examine(qemu: Path) -> tuple[bool, str]:
+async def _examine(qemu: Path) -> tuple[str | None, str]:
+    """The remedy, if it is not usable, and what was found."""
     version = await _version(qemu)
     if version is None:
-        return False, f"{qemu} does not run, or is not QEMU"
+        return _REMEDY, f"{qemu} does not run, or is not QEMU"
     name = f"QEMU {version[0]}.{version[1]} ({qemu})"
     if version < MINIMUM:
-        return False, f"{name} is older than {MINIMUM[0]}.{MINIMUM[1]}"
+        return _REMEDY, f"{name} is older than {MINIMUM[0]}.{MINIMUM[1]}"
     machines = await _output([qemu, "-machine", "help"])
     if not re.search(r"^microvm\s", machines or "", re.MULTILINE):
-        return False, f"{name} has no machine 'microvm'"
-    return True, f"{name}, emulation (TCG)"
+        return _REMEDY, f"{name} has no machine 'microvm'"
+    firmware = await _find_firmware(qemu)
+    if firmware is None:
+        return _FIRMWARE_REMEDY, f"{name} has no firmware {FIRMWARE}"
+    return None, f"{name}, emulation (TCG), firmware {firmware}"
+
+
+async def _find_firmware(qemu: Path) -> str | None:
+    """The firmware among QEMU's files, which are usually beside the program."""
+    if usual := _first(os.path.join(_prefix(qemu), "share/qemu")):
+        return usual
+    return _first(*(await _output([qemu, "-L", "help"]) or "").splitlines())
+
+
+def _prefix(program: Path) -> str:
+    return os.path.dirname(os.path.dirname(os.path.realpath(program)))
+
+
+def _first(*directories: str) -> str | None:
+    """The firmware in the first of these that has it."""
+    found = (os.path.join(directory, FIRMWARE) for directory in directories)
+    return next(filter(os.path.exists, found), None)
 
 
 async def _version(qemu: Path) -> tuple[int, int] | None:

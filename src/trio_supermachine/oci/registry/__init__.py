@@ -1,11 +1,6 @@
 """A client of container registries: the pull half of the OCI distribution specification 1.1."""
 
-from .credentials import (
-    Credentials,
-    erase_credentials,
-    find_credentials,
-    store_credentials,
-)
+from .credentials import Credentials, erase_credentials, find_credentials, store_credentials
 from .registry import Document, Registry, check_credentials, open_registry
 from .settings import RegistrySettings
 

@@ -7,8 +7,8 @@ from typing import Final, TypeVar
 
 import trio
 
+from ..._util.trace import trace
 from ...errors import ImageCorrupt, ImageNotFound, RegistryError
-from ...trace import trace
 from .host import Host
 from .retry import Retry, Transient
 from .settings import RegistrySettings

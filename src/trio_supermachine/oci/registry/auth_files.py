@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from ...errors import ConfigError
-from ...hostfiles import new_file
+from ...host.files import new_file
 from .registries_conf import config_home
 
 _MAX_FILE = 4 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from ...errors import ImageCorrupt, ImageNotFound
-from ..malformed import MalformedError
+from .. import MalformedError
 from .attempts import Attempts, Failed
 from .failures import failure_of, said_by
 from .host import Host

@@ -8,7 +8,8 @@ import attrs
 import trio
 
 from ...errors import ConfigError
-from ...hostfiles import home, locked
+from ...host.files import home
+from ...host.locks import locked
 from .auth_files import AuthFile, auth_files, normalise_key
 from .helpers import ask_helper, forget_in_helper, tell_helper
 

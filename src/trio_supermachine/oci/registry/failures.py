@@ -6,8 +6,8 @@ import json
 from typing import Final
 
 from ...errors import RegistryError
+from ..names import show_text
 from .retry import Transient
-from .text import shown
 from .wire import Answer, authority
 
 _MAX_BODY: Final = 8 << 10  # bytes of an error's body that are looked at
@@ -63,5 +63,5 @@ async def said_by(answer: Answer) -> str:
         if isinstance(error, dict):
             message = error.get("message") or error.get("code")
             if isinstance(message, str) and message:
-                messages.append(shown(message, 200))
+                messages.append(show_text(message, 200))
     return ", ".join(messages)

@@ -9,7 +9,7 @@ import subprocess
 import trio
 
 from ...errors import ConfigError
-from .text import shown
+from ..names import show_text
 
 _TIMEOUT = 60  # seconds; a person may have to unlock the store
 
@@ -75,5 +75,6 @@ async def _run(name: str, action: str, stdin: str) -> subprocess.CompletedProces
 def _failure(name: str, action: str, done: subprocess.CompletedProcess[bytes]) -> ConfigError:
     said = (done.stderr or done.stdout).decode(errors="replace").strip()
     return ConfigError(
-        f"docker-credential-{name} {action} failed ({done.returncode}): {shown(said) or 'silently'}"
+        f"docker-credential-{name} {action} failed ({done.returncode}):"
+        f" {show_text(said) or 'silently'}"
     )

@@ -9,10 +9,10 @@ import httpx
 import trio
 
 from ...errors import RegistryError
+from ..names import show_text
 from .challenge import parse_challenges
 from .endpoints import Endpoint
 from .retry import Transient
-from .text import shown
 from .tokens import Authorizer, FindCredentials
 from .wire import Answer, Wire, authority, speaks_no_tls
 
@@ -71,7 +71,7 @@ class Host:
     ) -> Answer:
         """Ask a token server, to which a secret may go."""
         if url.scheme != "https" and not self.endpoint.plain_allowed:
-            raise self._refused(f"names a token server without TLS: {shown(str(url), 128)}")
+            raise self._refused(f"names a token server without TLS: {show_text(str(url), 128)}")
         if form is not None:
             return await self._wire.send(method, url, headers, own=False, form=form)
         bare = {name: value for name, value in headers.items() if name != "Authorization"}
@@ -101,7 +101,9 @@ class Host:
         except (httpx.InvalidURL, ValueError):
             found = httpx.URL()
         if not location or found.scheme not in ("http", "https") or not found.host:
-            raise self._refused(f"redirects to what is no address: {shown(str(location), 128)!r}")
+            raise self._refused(
+                f"redirects to what is no address: {show_text(str(location), 128)!r}"
+            )
         if found.userinfo:
             raise self._refused(f"redirects to an address with a password, on {found.host}")
         if url.scheme == "https" and found.scheme != "https":

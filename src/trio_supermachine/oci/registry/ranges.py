@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..malformed import MalformedError
+from .. import MalformedError
 
 _CONTENT_RANGE = re.compile(r"bytes[ \t]+([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII)
 _LENGTH = re.compile("[0-9]{1,19}", re.ASCII)

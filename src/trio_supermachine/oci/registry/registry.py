@@ -13,8 +13,9 @@ import attrs
 import trio
 
 from ...errors import ImageCorrupt, ImageNotFound, NotSupported, ReferenceInvalid, RegistryError
-from ...hostfiles import offline
+from ...host.files import offline
 from ..blobs import MAX_DOCUMENT
+from ..names import show_text
 from ..reference import Reference
 from .attempts import Attempts
 from .blob import BlobStream
@@ -24,7 +25,6 @@ from .failures import failure_of, said_by
 from .host import Host
 from .registries_conf import read_tables, sources_of
 from .settings import RegistrySettings
-from .text import shown
 from .tls import contexts_for
 from .wire import Answer, open_wire
 
@@ -183,7 +183,7 @@ class Registry:
                 " push the image anew by a present tool",
             )
         # Where they contradict each other, the one that is part of the digest counts.
-        return shown(inner, 128) if isinstance(inner, str) else shown(said, 128)
+        return show_text(inner, 128) if isinstance(inner, str) else show_text(said, 128)
 
 
 @asynccontextmanager

@@ -18,10 +18,10 @@ import httpx
 import trio
 
 from ...errors import RegistryError
+from ..names import show_text
 from .challenge import Challenge
 from .credentials import Credentials
 from .failures import failure_of
-from .text import shown
 from .wire import Answer, authority
 
 _MAX_ANSWER: Final = 1 << 20  # bytes
@@ -135,7 +135,7 @@ class Authorizer:
         except (httpx.InvalidURL, ValueError):
             url = httpx.URL()
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
-            raise self._nonsense(f"names a token server that is none: {shown(realm, 128)!r}")
+            raise self._nonsense(f"names a token server that is none: {show_text(realm, 128)!r}")
         asked = {name: value for name, value in (("service", service), ("scope", scope)) if value}
         known = self._credentials
         if known is not None and known.identity_token is not None:

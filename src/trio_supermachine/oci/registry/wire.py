@@ -13,8 +13,8 @@ import trio
 
 from ..._version import __version__
 from ...errors import ConfigError, RegistryError
+from ..names import show_text
 from .retry import Transient, parse_retry_after
-from .text import shown
 from .tls import Contexts
 
 #: Bytes that count as an advance of a connection, and of a blob.
@@ -57,7 +57,7 @@ class Answer:
     @property
     def reason(self) -> str:
         """The status for people."""
-        return f"{self.status} {shown(self._response.reason_phrase, 64)}".rstrip()
+        return f"{self.status} {show_text(self._response.reason_phrase, 64)}".rstrip()
 
     async def receive(self) -> bytes:
         """The next bytes of the body as they came; none at its end.
@@ -208,7 +208,7 @@ def _translated(url: httpx.URL) -> Iterator[None]:
         raise _failure(url, exc) from exc
     except (httpx.InvalidURL, httpx.StreamError, UnicodeError, ValueError) as exc:
         raise RegistryError(
-            f"{url.host} cannot be asked: {shown(str(exc))}", registry=authority(url)
+            f"{url.host} cannot be asked: {show_text(str(exc))}", registry=authority(url)
         ) from exc
 
 
@@ -232,11 +232,11 @@ def _failure(url: httpx.URL, exc: httpx.HTTPError) -> Exception:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return RegistryError(
                 f"{host} has a certificate that is not trusted here"
-                f" ({shown(cause.verify_message)}): if it is right, put its authority's into"
+                f" ({show_text(cause.verify_message)}): if it is right, put its authority's into"
                 f" ~/.config/containers/certs.d/{host}/ca.crt",
                 registry=host,
             )
-    said = shown(str(exc)) or type(exc).__name__
+    said = show_text(str(exc)) or type(exc).__name__
     if isinstance(exc, httpx.ProxyError):
         return Transient(
             RegistryError(

@@ -1,0 +1,5 @@
+"""``python -m trio_supermachine``: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,38 @@
+"""A nursery that does not wrap a lone exception in a group."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+
+@asynccontextmanager
+async def open_flat_nursery() -> AsyncIterator[trio.Nursery]:
+    """Open a nursery that raises a lone error as itself.
+
+    The only error of its tasks comes out bare. So does the body's own exception when no task
+    failed beside it: if that is a group, it comes out as the body raised it. Only when several
+    tasks, or a task and the body, failed is there a group of the nursery's own.
+    """
+    body_error: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                yield nursery
+            except BaseException as exc:
+                body_error = exc
+                raise
+    except BaseExceptionGroup as group:
+        failures = [exc for exc in group.exceptions if not isinstance(exc, trio.Cancelled)]
+        if len(failures) > 1:
+            raise
+        lone = failures[0] if failures else body_error or group.exceptions[0]
+        context = lone.__context__
+        try:
+            raise lone
+        finally:
+            # Restore the context, in the place of which "raise" has put the nursery's group.
+            lone.__context__ = context
+            del lone, context, body_error, failures

@@ -1,6 +1,0 @@
-/* The host's connections to what listens in this machine. */
-#pragma once
-
-#include "session.h"
-
-extern const struct action connect_action;

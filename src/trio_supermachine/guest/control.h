@@ -1,6 +1,0 @@
-/* The small actions, those that one frame asks for and one answers. */
-#pragma once
-
-#include "session.h"
-
-extern const struct action control_action;

@@ -1,6 +1,0 @@
-/* The actions READ_FILE and WRITE_FILE. */
-#pragma once
-
-#include "session.h"
-
-extern const struct action read_file_action, write_file_action;

@@ -1,8 +1,0 @@
-/* Datagrams on a connection with the host: each is a frame of DATA. */
-#pragma once
-
-#include "session.h"
-
-/* Go on with a connected UDP socket, which is the session's from now on. What the socket refuses is
- * lost, as datagrams are. */
-void udp_start(struct session *session, int socket_fd);
