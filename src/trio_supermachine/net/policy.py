@@ -104,6 +104,7 @@ class EgressPolicy:
     own range. The host's loopback is reached only by :meth:`allow` with the host
     ``host.supermachine.internal``.
 
+    :ivar kind: the kind; its value is the word that the policy's text begins with.
     :ivar hosts: names, or ``*.name`` for all names below one.
     :ivar cidrs: networks.
     :ivar ports: ports of TCP and UDP; none means all of them.
