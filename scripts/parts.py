@@ -71,27 +71,30 @@ class Ended:
 
 def plan(*, ci: bool, everything: bool) -> list[Part]:
     """What is run; the longest first."""
+    pytest = "pytest -n 2 --dist loadfile --no-loadscope-reorder"
     parts = [
         Part("lab", "scripts/test-kvm" + " --all" * everything),
         Part(
             "tests",
-            "pytest -n 2 --dist loadfile --no-loadscope-reorder",
+            pytest,
             environment={"TRIO_SUPERMACHINE_TEST_KERNEL": "1"} if everything else {},
         ),
         Part("documentation", "sphinx-build -q -W --keep-going -b html docs docs/_build/html"),
         Part("types", "mypy"),
         Part("style", "ruff check . && ruff format --check ."),
     ]
-    if ci:
+    if ci or everything:
         # The other parts shall run on the stock kernel.
         home = {"TRIO_SUPERMACHINE_HOME": str(RESULTS / "small-kernel-home")}
         parts += [
             Part("kernel", "trio-supermachine kernel build", nice=19, environment=home),
-            Part("small-kernel", "pytest -m small_kernel", needs="kernel", environment=home),
+            Part("small-kernel", f"{pytest} -m small_kernel", needs="kernel", environment=home),
         ]
-    if (ci or everything) and (ROOT / "scripts/test-debian13").exists():
-        command = "scripts/test-debian13" + " --subset" * (not everything)
-        parts.append(Part("debian13", command, after="lab"))  # fewer at a time
+        debian13 = "scripts/test-debian13" + " --subset" * (not everything)
+        parts.append(Part("debian13", debian13, after="lab"))  # fewer at a time
+    if everything:
+        fuzz = "python -m tests.support.fuzz_virtio --seconds 600"
+        parts.append(Part("fuzz", fuzz, nice=19))
     return parts
 
 
