@@ -166,10 +166,10 @@ class BakeBuilder:
 
         Without a trigger an image with a TCP port (exposed, or :meth:`with_guest_port`) is
         captured when something in its guest listens; one with another workload when that
-        listens or has ended, or a second after the boot, whichever is first; and one without a
-        workload at once. ``after_ms`` counts from the moment when the guest's agent has
-        answered, ``at_heartbeat`` counts answers of the agent, ten in a second. The warm-up
-        follows the trigger.
+        listens or has ended, or a second after its start, whichever is first; and one without a
+        workload at once. ``after_ms`` counts from the start of the workload, ``at_heartbeat``
+        counts answers of the agent from then on, ten in a second. The warm-up follows the
+        trigger.
         """
         if not isinstance(resources, SnapshotResources):
             raise ConfigError(f"this must be a SnapshotResources, not {resources!r}")
