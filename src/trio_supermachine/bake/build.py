@@ -31,9 +31,7 @@ from ..snapshots import Snapshot, layer_refs
 from ..snapshots.metadata import FORMAT
 from ..vm.plan import Plan, plan_boot, plan_going_on
 from ..vm.running import RunningVm
-from .baking import bake
 from .builder import BakeSettings
-from .extra import extra_layer
 from .fingerprint import BakeInputs, warmup_identity
 from .store import BakeStore, Moment
 
@@ -100,6 +98,8 @@ async def _prepare(settings: BakeSettings, progress: ProgressCallback | None) ->
     )
     layers = image.layers
     if settings.files:
+        from .extra import extra_layer  # few images have such files
+
         digests = [ref.sha256 for ref in await layer_refs(layers)]
         layers = (*layers, await extra_layer(store, layers, digests, settings.files))
     return attrs.evolve(
@@ -141,6 +141,8 @@ class _Bake:
 
         The later moment goes on from the snapshot of the earlier one, if there is one.
         """
+        from .baking import bake  # each image comes here once
+
         if self._is_idle:
             steps = [Moment.READY]
             source = None
