@@ -32,9 +32,7 @@ from ..snapshots import Snapshot, layer_refs
 from ..snapshots.metadata import FORMAT
 from ..vm.plan import Plan, plan_boot, plan_going_on
 from ..vm.running import RunningVm
-from .baking import bake
 from .builder import BakeSettings
-from .extra import extra_layer
 from .fingerprint import BakeInputs, warmup_identity
 from .store import BakeStore, Moment
 
@@ -109,6 +107,8 @@ async def _prepare(settings: BakeSettings, progress: ProgressCallback | None) ->
     )
     layers = image.layers
     if settings.files:
+        from .extra import extra_layer  # few images have such files
+
         digests = [ref.sha256 for ref in await layer_refs(layers)]
         layers = (*layers, await extra_layer(store, layers, digests, settings.files))
     return attrs.evolve(
@@ -160,6 +160,8 @@ class _Bake:
         return await self._make(moment, None)
 
     async def _make(self, moment: Moment, source: Snapshot | None) -> Snapshot:
+        from .baking import bake  # each image comes here once
+
         steps = [moment]
         if source is None and moment is Moment.READY and not self._is_idle:
             steps.insert(0, Moment.BOOTED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
 
@@ -14,8 +14,10 @@ from ..config.vm import MAX_VCPUS, MIN_MEMORY_MIB
 from ..errors import ConfigError
 from ..images.policy import PullPolicy
 from ..images.prepare import check_request
-from .extra import ExtraFile
 from .store import check_name
+
+if TYPE_CHECKING:
+    from .extra import ExtraFile
 
 #: The default bound on the wait for a trigger, in seconds.
 TRIGGER_TIMEOUT: Final = 60.0
@@ -130,6 +132,8 @@ class BakeBuilder:
 
         Directories that the image lacks are made; links on the way are followed.
         """
+        from .extra import ExtraFile  # few images have such files
+
         file = ExtraFile(path, data, mode)
         others = tuple(other for other in self._settings.files if other.path != file.path)
         return self._with(files=(*others, file))
