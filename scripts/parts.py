@@ -37,10 +37,13 @@ REPORT_EVERY = 60
 
 @attrs.frozen
 class Part:
-    """A command, run beside the others as soon as the part ``after`` has ended well."""
+    """A command, run beside the others: once the part ``after`` has ended, if that is said, and
+    only if the part that it ``needs`` has ended well.
+    """
 
     name: str
     command: str
+    needs: str | None = None
     after: str | None = None
     nice: int = 0
     environment: Mapping[str, str] = attrs.field(factory=dict)
@@ -68,26 +71,30 @@ class Ended:
 
 def plan(*, ci: bool, everything: bool) -> list[Part]:
     """What is run; the longest first."""
+    pytest = "pytest -n 2 --dist loadfile --no-loadscope-reorder"
     parts = [
         Part("lab", "scripts/test-kvm" + " --all" * everything),
         Part(
             "tests",
-            "pytest -n 2 --dist loadfile --no-loadscope-reorder",
+            pytest,
             environment={"TRIO_SUPERMACHINE_TEST_KERNEL": "1"} if everything else {},
         ),
         Part("documentation", "sphinx-build -q -W --keep-going -b html docs docs/_build/html"),
         Part("types", "mypy"),
         Part("style", "ruff check . && ruff format --check ."),
     ]
-    if ci:
+    if ci or everything:
         # The other parts shall run on the stock kernel.
         home = {"TRIO_SUPERMACHINE_HOME": str(RESULTS / "small-kernel-home")}
         parts += [
             Part("kernel", "trio-supermachine kernel build", nice=19, environment=home),
-            Part("small-kernel", "pytest -m small_kernel", after="kernel", environment=home),
+            Part("small-kernel", f"{pytest} -m small_kernel", needs="kernel", environment=home),
         ]
-    if (ci or everything) and (ROOT / "scripts/test-debian13").exists():
-        parts.append(Part("debian13", "scripts/test-debian13" + " --subset" * (not everything)))
+        debian13 = "scripts/test-debian13" + " --subset" * (not everything)
+        parts.append(Part("debian13", debian13, after="lab"))  # fewer at a time
+    if everything:
+        fuzz = "python -m tests.support.fuzz_virtio --seconds 600"
+        parts.append(Part("fuzz", fuzz, nice=19))
     return parts
 
 
@@ -153,14 +160,17 @@ def progress(name: str) -> str:
 async def run_all(parts: list[Part]) -> list[Ended]:
     running: set[str] = set()
     done: list[Ended] = []
-    well = {part.name: trio.Event() for part in parts}
+    statuses: dict[str, int] = {}
     over = {part.name: trio.Event() for part in parts}
 
     async def one(part: Part) -> None:
         if part.after is not None:
             await over[part.after].wait()
-            if not well[part.after].is_set():
-                say(f"{part.name} does not run: {part.after} failed")
+        if part.needs is not None:
+            await over[part.needs].wait()
+            if statuses[part.needs] != 0:
+                say(f"{part.name} does not run: {part.needs} failed")
+                statuses[part.name] = 1
                 over[part.name].set()
                 return
         running.add(part.name)
@@ -172,8 +182,7 @@ async def run_all(parts: list[Part]) -> list[Ended]:
             file.write(json.dumps(row) + "\n")
         print(f"\n===== {part.name}: {ended.wall:.0f} s, status {ended.status} =====")
         print(ended.log, end="", flush=True)
-        if ended.status == 0:
-            well[part.name].set()
+        statuses[part.name] = ended.status
         over[part.name].set()
 
     async def tell() -> None:

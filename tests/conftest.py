@@ -16,12 +16,12 @@ import pytest
 import trio
 from hypothesis import HealthCheck, settings
 
-from trio_supermachine import EngineUnavailable, Image, Vm
+from trio_supermachine import EngineUnavailable, Image, Vm, VmConfig
 from trio_supermachine.api import unbaked_image
 from trio_supermachine.hv.kvm.probe import probe_kvm
 from trio_supermachine.hv.select import VARIABLE, choose_engine
 
-from .support.guests import VCPUS
+from .support.guests import PATIENCE, VCPUS
 from .support.processes import child_processes, open_files, own_threads
 
 pytest_plugins = ["tests.support.durations"]
@@ -82,6 +82,17 @@ def nothing_is_left() -> Iterator[None]:
     assert not new_files
     assert not after[1].keys() - before[1].keys(), after[1]
     assert not after[2] - before[2]
+
+
+@pytest.fixture(autouse=True)
+def guests_have_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy host, or in the lab, guests may take longer to start than users let them by
+    default, and that is no reason for a test to fail.
+    """
+    if request.node.get_closest_marker("vm") or request.node.get_closest_marker("kvm"):
+        defaults: dict[str, object] = vars(VmConfig)["__init__"].__kwdefaults__
+        monkeypatch.setitem(defaults, "start_timeout", PATIENCE)
+        monkeypatch.setitem(defaults, "restore_timeout", PATIENCE)
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """What the documentation shows is what happens."""
-# ruff: noqa: F811 (fixtures that are imported)
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ import trio
 import trio_supermachine
 
 from ..support.doc_blocks import Block, blocks_of
-from ..support.doc_images import Surroundings, _place, network_layout, registry, surroundings  # noqa: F401
+from ..support.doc_images import Surroundings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -20,13 +20,13 @@ from pathlib import Path
 parts.GRACE = 0.5
 parts.RESULTS = Path("results")
 commands = [argument.split("|") for argument in sys.argv[1:]]
-chosen = [parts.Part(name, command, *after) for name, command, *after in commands]
+chosen = [parts.Part(*(word or None for word in words)) for words in commands]
 sys.exit(trio.run(parts.main, chosen))
 """
 
 
 def start(where: Path, *commands: str) -> subprocess.Popen[str]:
-    """Run commands, each ``name|command`` or ``name|command|the part that it comes after``."""
+    """Run commands, each ``name|command|part that it needs|part that it comes after``."""
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *commands],
         cwd=where,
@@ -42,8 +42,9 @@ def test_the_last_line_sums_up_and_all_well_is_status_0(tmp_path: Path) -> None:
     process = start(
         tmp_path,
         f"one|echo there >{meeting}; echo '=== 3 passed, 1 skipped in 0.10s ==='",
-        f"two|cat {meeting}; echo '1 passed in 12.00s'; echo '== 2 passed in 99.1s (0:01:39) =='",
-        "three|echo after 1 failed thing",
+        f"two|cat {meeting}; echo '1 passed in 12.00s'; echo '== 2 passed in 99.1s (0:01:39) =='"
+        f"; touch {meeting}.over",
+        f"three|test -e {meeting}.over && echo after 1 failed thing||two",
     )
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out

@@ -4,7 +4,7 @@ A round makes one device on a bus, lets a driver with a seeded generator do a fe
 to it, right ones and wrong ones, and then wants the device back: reset, set up, saved and
 loaded. Whatever the driver does may cost it the device until it resets it, and nothing else.
 
-Run it for longer by hand: ``python -m tests.fuzz_virtio --seconds 60``.
+Run it for longer by hand: ``python -m tests.support.fuzz_virtio --seconds 60``.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class ExecOutcome:
 
 @attrs.frozen(kw_only=True)
 class _Spec:
-    """What a builder has been told so far."""
+    """The settings of a builder."""
 
     chain: tuple[tuple[StrOrBytes, ...], ...] = ()
     environment: tuple[StrOrBytes, ...] = ()
@@ -72,6 +72,7 @@ class _Spec:
     files: tuple[StagedFile, ...] = ()
 
     def request(self, flags: ExecFlags) -> ExecRequest:
+        """Make the request. :raises ConfigError: there is nothing to run."""
         if not self.chain:
             raise ConfigError("nothing to run; call argv() first")
         return exec_request(

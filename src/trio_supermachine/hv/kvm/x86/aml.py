@@ -1,8 +1,8 @@
 """ACPI machine language: the few terms that a table of plain names and resources needs.
 
-Every function gives the encoding of one term (ACPI 6.5, chapter 20) or of one resource
-descriptor (§6.4). The arguments are ours, never a guest's: what cannot be encoded is a
-:exc:`ValueError`.
+Each function encodes one term (ACPI 6.5, chapter 20) or one resource descriptor (§6.4), which its
+docstring names. Arguments come from this program, never from a guest; one that cannot be encoded
+raises :exc:`ValueError`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TYPE_BUS: Final = 2
 
 
 def integer(value: int) -> bytes:
-    """The shortest encoding of 0 to 2**64 - 1."""
+    """An integer of 0 to 2**64 - 1, in its shortest encoding."""
     if value in (0, 1):
         return bytes((value,))
     for prefix, size in ((0x0A, 1), (0x0B, 2), (0x0C, 4), (0x0E, 8)):
