@@ -81,7 +81,7 @@ def test_two_labs_at_once_run_their_commands_unchanged_or_end_by_the_limit(tmp_p
     assert (tmp_path / "kept" / "file").read_text() == "kept"
     assert not (tmp_path / "lost").exists()
     hung = limited.result()
-    assert (hung.returncode, hung.stdout) == (124, b"begun\n")
+    assert (hung.returncode, hung.stdout) == (124, b"begun\n"), hung.stderr
     assert hung.stderr == b"kvm-lab: ended after 60 seconds\n"
     assert left(tmp_path) == []
 

@@ -71,7 +71,7 @@ async def output(vm: Vm, script: str) -> str:
 async def count(vm: Vm) -> None:
     """A warm-up that leaves a program behind."""
     script = "(while :; do echo x >>/tmp/count; sleep 0.01; done) </dev/null >/dev/null 2>&1 &"
-    await vm.run_process(["setsid", "sh", "-c", script])
+    await vm.run_process(["setsid", "sh", "-c", f"{script} until [ -e /tmp/count ]; do :; done"])
     await vm.write_file("/tmp/warm", b"warm")
 
 

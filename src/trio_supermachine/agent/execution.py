@@ -162,12 +162,12 @@ class ExecProtocol:
         return chunk
 
     def has_output(self, stream: StreamId) -> bool:
-        """Whether :meth:`take` would give some."""
+        """Say whether :meth:`take` would give some."""
         output = self._outputs.get(stream)
         return output is not None and bool(output.chunks)
 
     def has_ended(self, stream: StreamId) -> bool:
-        """Whether :meth:`take` will give no more."""
+        """Say whether :meth:`take` will give no more."""
         output = self._outputs.get(stream)
         return output is None or output.closed or (output.ended and not output.chunks)
 

@@ -115,7 +115,7 @@ def unmapped_network(network: Network) -> Network:
 
 
 def contains(networks: Iterable[Network], address: Address) -> bool:
-    """Whether one of ``networks`` holds ``address``."""
+    """Say whether one of ``networks`` holds ``address``."""
     return any(address in network for network in networks)
 
 
@@ -137,22 +137,22 @@ def embedded(address: Address) -> tuple[IPv4Address, ...]:
 
 
 def is_host(address: Address) -> bool:
-    """Whether this is the guest's address for the host's loopback."""
+    """Say whether this is the guest's address for the host's loopback."""
     return address in _HOST
 
 
 def is_never(address: Address) -> bool:
-    """Whether no policy lets a guest send anything here."""
+    """Say whether no policy lets a guest send anything here."""
     return any(contains(_NEVER, each) for each in (address, *embedded(address)))
 
 
 def is_metadata(address: Address) -> bool:
-    """Whether this is link-local, or a cloud's metadata service may answer here."""
+    """Say whether this is link-local, or a cloud's metadata service may answer here."""
     return any(contains(_METADATA, each) for each in (address, *embedded(address)))
 
 
 def is_public(address: Address) -> bool:
-    """Whether this is an address of the public Internet, and so are those that it embeds."""
+    """Say whether this is an address of the public Internet, and so are those that it embeds."""
     inner = embedded(address)
     if inner:
         return all(is_public(each) for each in inner)
@@ -164,7 +164,7 @@ def is_public(address: Address) -> bool:
 
 
 def is_own(address: Address) -> bool:
-    """Whether the host itself has this address, by the kernel's routes of this moment.
+    """Say whether the host itself has this address, by the kernel's routes of this moment.
 
     A datagram socket tells without sending anything, in two ways. Connected to a local address, it
     has that address itself. And it can be bound to local addresses only, unless

@@ -29,11 +29,11 @@ _ANSWERS: Final = (dns.rcode.NOERROR, dns.rcode.NXDOMAIN)
 
 
 class LookupFailed(Exception):
-    """There is no answer for now."""
+    """Failure of a question: there is no answer for now."""
 
 
 class NoSuchName(Exception):
-    """There is no such name."""
+    """Answer to a question: there is no such name."""
 
 
 @final

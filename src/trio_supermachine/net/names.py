@@ -65,7 +65,7 @@ class ToldNames:
         return None if told is None else told.name
 
     def listed(self, address: Address, now: float) -> bool:
-        """Whether ``address`` was told for a name that the policy lists."""
+        """Say whether ``address`` was told for a name that the policy lists."""
         told = self._find(address, now)
         return told is not None and told.listed
 

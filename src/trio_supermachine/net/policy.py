@@ -39,7 +39,7 @@ _WITH_LIST: Final = (PolicyKind.ALLOW, PolicyKind.DENY)
 
 
 def is_host_name(name: str) -> bool:
-    """Whether this is a lower-case name of DNS that no program takes for an address."""
+    """Say whether this is a lower-case name of DNS that no program takes for an address."""
     labels = name.split(".")
     return (
         0 < len(name) <= 253
@@ -270,7 +270,7 @@ def _parse_list(text: str, kind: PolicyKind, rest: str) -> EgressPolicy:
 
 
 def _looks_numeric(item: str) -> bool:
-    """Whether an item is written like an address or a network."""
+    """Say whether an item is written like an address or a network."""
     if "/" in item or ":" in item or _is_address(item):
         return True
     return bool(_NUMBER.fullmatch(item.rpartition(".")[2]))

@@ -103,7 +103,7 @@ async def relay(
 
 
 def _was_reset(stream: object) -> bool:
-    """Whether the end of data that a stream has given was a reset.
+    """Say whether the end of data that a stream has given was a reset.
 
     It makes sense while nobody has ended sending on it.
     """
