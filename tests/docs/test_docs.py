@@ -195,6 +195,22 @@ def test_every_trace_category_is_documented() -> None:
         assert re.search(rf"^{category} +{re.escape(shows)}$", page, re.MULTILINE)
 
 
+def test_every_environment_variable_is_documented() -> None:
+    variable = re.compile(r"\bTRIO_SUPERMACHINE_[A-Z_]*[A-Z]\b")
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    sources += [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
+    used = {name for path in sources for name in variable.findall(path.read_text())}
+    page = (DOCS / "reference/environment.rst").read_text()
+    assert set(variable.findall(page)) == used
+
+
+def test_programs_that_run_by_name_are_there() -> None:
+    named = re.findall(r"``python -m (tests[\w.]+)", (DOCS / "contributing.rst").read_text())
+    assert named
+    for name in named:
+        assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+
+
 def test_every_public_name_is_in_the_reference_once() -> None:
     pages = [page for page in (DOCS / "reference").glob("*.rst") if page.stem != "devices"]
     documented = [
