@@ -41,6 +41,6 @@ python_maximum_signature_line_length = 88
 # Every reference leads somewhere, but for types that users meet and have no name for.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(.*\.)?(StrPath|StrOrBytes|StrOrBytesPath|HasFileno)"),
+    ("py:class", r"(.*\.)?(StrPath|StrOrBytes|StrOrBytesPath|HasFileno|EngineName|Snapshot)"),
     ("py:class", r"trio_supermachine\.[a-z_]+\..*"),
 ]

@@ -80,7 +80,7 @@ def plan(*, ci: bool, everything: bool) -> list[Part]:
             environment={"TRIO_SUPERMACHINE_TEST_KERNEL": "1"} if everything else {},
         ),
         Part("documentation", "sphinx-build -q -W --keep-going -b html docs docs/_build/html"),
-        Part("types", "mypy"),
+        Part("types", "scripts/check-types"),
         Part("style", "ruff check . && ruff format --check ."),
     ]
     if ci or everything:

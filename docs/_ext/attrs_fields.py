@@ -60,9 +60,9 @@ def _show_defaults(app: Sphinx, function: Any, bound: bool) -> None:
 def _keep_fields(
     app: Sphinx, what: str, name: str, member: object, skip: bool, options: object
 ) -> bool | None:
-    # A field of a frozen class is a slot. Sphinx lists one that has a comment, and has a sentinel
-    # for it whose place differs between versions.
-    is_slot = repr(member) in ("SLOTS_ATTR", "SLOTSATTR")
+    # A field of a frozen class is a slot. Sphinx lists one that has a comment, and stands a
+    # sentinel in for it, whose place differs between versions; an inherited one is itself.
+    is_slot = repr(member) in ("SLOTS_ATTR", "SLOTSATTR") or inspect.ismemberdescriptor(member)
     if (is_slot or isinstance(member, Enum)) and not name.startswith("_"):
         return False
     return None
@@ -100,9 +100,11 @@ def _place_texts(
     elif what == "attribute" and not any(lines):
         owner, _, attribute = name.rpartition(".")
         cls = _find_class(owner)
-        if cls is not None:
-            texts, _ = _described(inspect.cleandoc(cls.__doc__ or "").splitlines())
-            lines[:] = texts.get(attribute, [])
+        for base in () if cls is None else cls.__mro__:
+            texts, _ = _described(inspect.cleandoc(base.__doc__ or "").splitlines())
+            if attribute in texts:
+                lines[:] = texts[attribute]
+                return
 
 
 def _find_class(name: str) -> type | None:

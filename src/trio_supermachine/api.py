@@ -34,6 +34,7 @@ from .pool.builder import PoolOptions, check_bounds
 from .pool.core import PoolCore, PoolSettings, PoolStats, open_pool
 from .snapshots import Snapshot, open_snapshot
 from .vm.files import GuestFiles
+from .vm.life import GuestLife
 from .vm.network import GuestNetwork
 from .vm.plan import plan_start
 from .vm.programs import GuestPrograms
@@ -234,7 +235,7 @@ async def _warm_up(warmup: Callable[[Vm], Awaitable[object]], running: RunningVm
 
 
 @public
-class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor):
+class Vm(GuestPrograms, GuestFiles, GuestNetwork, GuestLife, metaclass=NoPublicConstructor):
     """A running virtual machine. :meth:`Vm.start` makes it.
 
     Every call that needs the guest waits while the VM is paused, raises :exc:`VmExited` once it
@@ -291,22 +292,6 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
         """
         return _start(_checked_image(image), config or VmConfig(), workload)
 
-    async def ping(self) -> None:
-        """Return when the guest's agent has answered."""
-        await self._running.ping()
-
-    async def pause(self) -> None:
-        """Stop the guest's CPUs. Idempotent. Calls to the guest wait until :meth:`resume`.
-
-        A call that is made after this and cancelled before the resume does nothing in the guest.
-        A capture that is under way is waited for: it has to thaw the guest's programs.
-        """
-        await self._running.pause()
-
-    async def resume(self) -> None:
-        """Let the guest's CPUs run again, and set its clock. Idempotent."""
-        await self._running.resume()
-
     async def snapshot(self, dest: StrPath) -> Image:
         """Write the VM as it is at this moment to the directory ``dest``; it goes on running.
 
@@ -354,17 +339,6 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, metaclass=NoPublicConstructor)
             memory_mib=snapshot.metadata.memory_mib,
             vcpus=snapshot.metadata.vcpus,
         )
-
-    async def stop(self, grace: float = 5.0) -> None:
-        """Shut the guest down in order: stop signals, at most ``grace`` seconds, sync, the end.
-
-        A guest that has not got as far by then is killed, and so is one whose agent does not
-        answer. When this returns the machine has ended. The block goes on, but calls to the
-        guest raise :exc:`VmExited`. Cancelled, it kills the machine.
-        """
-        if not 0 <= grace <= 3600:
-            raise ValueError("grace must be 0 to 3600 seconds")
-        await self._running.stop(grace)
 
 
 @asynccontextmanager

@@ -226,7 +226,7 @@ class EngineUnavailable(SupermachineError):
     def __init__(self, tried: Mapping[str, str]) -> None:
         said = "; ".join(f"{name}: {reason}" for name, reason in tried.items())
         super().__init__(f"no engine can start a VM here ({said})")
-        self.tried = dict(tried)
+        self.tried: dict[str, str] = dict(tried)
 
 
 @public

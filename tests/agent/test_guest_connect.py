@@ -34,16 +34,16 @@ pytestmark = pytest.mark.long
 
 
 async def test_it_does_what_a_stream_does() -> None:
-    async with connecting() as (machine, connect):
-        before = machine.open_fds()
+    async with connecting() as (agent, connect):
+        before = agent.open_fds()
         with trio.fail_after(PATIENCE):
             await trio.testing.check_half_closeable_stream(connect, None)
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 async def test_a_program_that_does_not_read_holds_the_host_back_and_its_leaving_frees_it() -> None:
-    async with connecting() as (machine, connect):
-        before = machine.open_fds()
+    async with connecting() as (agent, connect):
+        before = agent.open_fds()
         stream, program = await connect()
         with trio.fail_after(PATIENCE), pytest.raises(trio.BrokenResourceError):
             with trio.move_on_after(0.3):
@@ -52,15 +52,15 @@ async def test_a_program_that_does_not_read_holds_the_host_back_and_its_leaving_
             while True:
                 await stream.send_all(BIG)
         await stream.aclose()
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 # --- what is under way at an end ---
 
 
 async def test_what_was_accepted_is_handed_on_after_the_host_has_left() -> None:
-    async with connecting() as (machine, connect):
-        before = machine.open_fds()
+    async with connecting() as (agent, connect):
+        before = agent.open_fds()
         stream, program = await connect()
         with trio.move_on_after(0.3):
             await stream.send_all(BIG * 4)  # and the program does not read
@@ -70,12 +70,12 @@ async def test_what_was_accepted_is_handed_on_after_the_host_has_left() -> None:
         assert len(got) > 65536
         assert (BIG * 4).startswith(got)
         await program.aclose()
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 async def test_what_was_accepted_is_handed_on_when_both_have_ended() -> None:
-    async with connecting() as (machine, connect):
-        before = machine.open_fds()
+    async with connecting() as (agent, connect):
+        before = agent.open_fds()
         stream, program = await connect()
         data = bytes(300_000)
         program.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -87,7 +87,7 @@ async def test_what_was_accepted_is_handed_on_when_both_have_ended() -> None:
         with trio.fail_after(PATIENCE):
             assert await read_all(program) == data
         await program.aclose()
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 async def test_a_program_that_writes_to_a_host_that_has_left_is_reset() -> None:
@@ -117,9 +117,9 @@ async def test_an_answer_that_was_given_without_hearing_the_question_arrives() -
 
 
 async def test_the_end_of_the_machine_breaks_the_stream() -> None:
-    async with connecting() as (machine, connect):
+    async with connecting() as (agent, connect):
         stream, program = await connect()
-        machine.kill()
+        agent.kill()
         with trio.fail_after(PATIENCE), pytest.raises(trio.BrokenResourceError):
             await stream.receive_some()
         await stream.aclose()
@@ -164,8 +164,8 @@ async def test_it_leads_to_whatever_address_listens(host: str) -> None:
 
 
 async def test_a_port_that_nobody_listens_on_refuses() -> None:
-    async with open_agent() as (client, machine):
-        before = machine.open_fds()
+    async with open_agent() as (client, agent):
+        before = agent.open_fds()
         listener, port = await listen()
         await listener.aclose()
         for connect in (client.connect, client.connect_udp):
@@ -173,7 +173,7 @@ async def test_a_port_that_nobody_listens_on_refuses() -> None:
                 await connect(port)
         with pytest.raises(ValueError, match="65536"):
             await client.connect(65536)
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 async def test_bytes_and_an_end_right_behind_the_request_are_the_programs() -> None:
@@ -193,8 +193,8 @@ async def test_bytes_and_an_end_right_behind_the_request_are_the_programs() -> N
 
 
 async def test_a_cancelled_attempt_leaves_nothing() -> None:
-    async with open_agent() as (client, machine):
-        before = machine.open_fds()
+    async with open_agent() as (client, agent):
+        before = agent.open_fds()
         listener, port = await listen()
         listener.socket.listen(0)
         held: list[trio.abc.Stream] = [await trio.open_tcp_stream("127.0.0.1", port)]
@@ -209,15 +209,15 @@ async def test_a_cancelled_attempt_leaves_nothing() -> None:
             assert tried < 10
         for stream in held:
             await stream.aclose()
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 # --- datagrams ---
 
 
 async def test_datagrams_keep_their_bounds() -> None:
-    async with open_agent() as (client, machine):
-        before = machine.open_fds()
+    async with open_agent() as (client, agent):
+        before = agent.open_fds()
         program = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         with program:
             program.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -234,7 +234,7 @@ async def test_datagrams_keep_their_bounds() -> None:
                     assert frame is not None
                     assert frame == (FrameType.DATA, 0, data[::-1])
             flow.leave(complete=False)
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 async def test_a_datagram_that_nobody_takes_any_more_harms_nothing() -> None:
@@ -264,8 +264,8 @@ async def test_a_datagram_that_nobody_takes_any_more_harms_nothing() -> None:
     ],
 )
 async def test_what_is_no_datagram_ends_the_flow(wrong: bytes) -> None:
-    async with open_agent() as (client, machine):
-        before = machine.open_fds()
+    async with open_agent() as (client, agent):
+        before = agent.open_fds()
         program = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         with program:
             await program.bind(("127.0.0.1", 0))
@@ -274,7 +274,7 @@ async def test_what_is_no_datagram_ends_the_flow(wrong: bytes) -> None:
             with trio.fail_after(PATIENCE), pytest.raises(trio.BrokenResourceError):
                 await flow.receive()
             flow.leave(complete=False)
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 # --- waiting for a port ---
@@ -318,8 +318,8 @@ def many_files() -> Iterator[None]:
 
 @pytest.mark.usefixtures("many_files")
 async def test_two_thousand_connections_at_once() -> None:
-    async with connecting() as (machine, connect):
-        before, resident = machine.open_fds(), machine.resident_kib()
+    async with connecting() as (agent, connect):
+        before, resident = agent.open_fds(), agent.resident_kib()
         with trio.fail_after(PATIENCE * 3):
             pairs = [await connect() for _ in range(2000)]
             for n, (stream, _) in enumerate(pairs):
@@ -329,11 +329,11 @@ async def test_two_thousand_connections_at_once() -> None:
                 await program.send_all(b"%d back" % n)
             for n, (stream, _) in enumerate(pairs):
                 assert await stream.receive_some() == b"%d back" % n
-            assert machine.resident_kib() - resident < 4096
+            assert agent.resident_kib() - resident < 4096
             for stream, program in pairs:
                 await stream.aclose()
                 await program.aclose()
-            await until_fds(machine, before)
+            await until_fds(agent, before)
 
 
 async def test_connections_that_are_never_idle_starve_nobody() -> None:

@@ -97,12 +97,12 @@ rude = st.builds(Part, st.lists(sizes, max_size=4), st.just(65536), st.just(True
 @given(host=orderly, program=orderly)
 async def test_what_both_send_arrives_as_by_tcp(host: Part, program: Part) -> None:
     parts = (host, program)
-    async with plain_tcp() as tcp, connecting() as (machine, connect):
-        before = machine.open_fds()
+    async with plain_tcp() as tcp, connecting() as (agent, connect):
+        before = agent.open_fds()
         model = await conversation(tcp, parts)
         assert await conversation(connect, parts) == model
         assert model == [Seen(sent_by(program), "eof"), Seen(sent_by(host), "eof")]
-        await until_fds(machine, before)
+        await until_fds(agent, before)
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,11 +112,11 @@ async def test_a_reset_reaches_the_other_side_as_by_tcp(
 ) -> None:
     parts = (first, second) if host_is_rude else (second, first)
     other = 1 if host_is_rude else 0
-    async with plain_tcp() as tcp, connecting() as (machine, connect):
-        before = machine.open_fds()
+    async with plain_tcp() as tcp, connecting() as (agent, connect):
+        before = agent.open_fds()
         for maker in (tcp, connect):
             seen = (await conversation(maker, parts))[other]
             assert seen is not None
             assert seen.end == "reset"
             assert sent_by(first).startswith(seen.data)
-        await until_fds(machine, before)
+        await until_fds(agent, before)

@@ -1,5 +1,4 @@
 """What the documentation shows is what happens."""
-# ruff: noqa: F811 (fixtures that are imported)
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections import Counter
 from operator import attrgetter
@@ -22,7 +22,7 @@ import trio
 import trio_supermachine
 
 from ..support.doc_blocks import Block, blocks_of
-from ..support.doc_images import Surroundings, _place, network_layout, registry, surroundings  # noqa: F401
+from ..support.doc_images import Surroundings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -102,6 +102,38 @@ def test_all_code_of_the_page_runs(
             run_python(block)
         else:
             run_shell(block, tmp_path)
+
+
+def _examples() -> dict[str, str]:
+    """The examples in the docstrings of public names, by the name."""
+    found = {}
+    for name in trio_supermachine.__all__:
+        value = getattr(trio_supermachine, name)
+        members = _public_members(value) if inspect.isclass(value) else ()
+        for path in [name, *(f"{name}.{member}" for member in members)]:
+            # A field of a frozen class has no docstring of its own.
+            documented = getattr(value, path.partition(".")[2] or "__doc__", None)
+            text = inspect.getdoc(value if path == name else documented) or ""
+            if example := re.search(r"^Example::\n\n((?: {4}.*\n|\n)+)", text + "\n", re.M):
+                found[path] = textwrap.dedent(example[1])
+    return found
+
+
+@pytest.mark.vm
+async def test_the_examples_of_docstrings_run(
+    surroundings: Surroundings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surroundings.enter(tmp_path, monkeypatch)
+    examples = _examples()
+    assert len(examples) >= 8
+    image = await trio_supermachine.Image.from_oci("oci:webapp")  # serves port 8000
+    async with trio_supermachine.Vm.start(image) as vm:
+        for name, example in examples.items():
+            flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+            code = compile(example, f"<example of {name}>", "exec", flags, dont_inherit=True)
+            names: dict[str, Any] = {"image": image, "vm": vm}
+            exec(_IMPORTS, names)
+            await eval(code, names)
 
 
 def test_what_is_not_run_has_one_of_these_reasons() -> None:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
-import trio_supermachine
 from trio_supermachine import (
-    EgressEvent,
     EgressPolicy,
     ExecBuilder,
     ExecChild,
     ExecSignaler,
     Image,
     ImageConfig,
-    MountSpec,
     TcpForwarder,
     UdpForwarder,
     Vm,
-    VmConfig,
-    VolumeSpec,
 )
 
 IMAGE = Image(reference="none", config=ImageConfig(), layers=(), digest="sha256:0")
@@ -58,23 +51,6 @@ def test_nothing_internal_is_on_the_objects() -> None:
     fields = {"kind", "hosts", "cidrs", "ports", "connections", "bytes_per_second"}
     ways = {"allow", "deny", "allow_all", "deny_all", "deny_private", "parse", "with_limits"}
     assert members(type(policy)) == fields | ways
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        EgressPolicy.allow(hosts=["example.org"], ports=[443]),
-        EgressEvent(allowed=True, protocol="dns", address=None, port=53, host="a", reason="any"),
-        MountSpec(Path("/srv"), "srv", "/srv"),
-        VmConfig(memory_mib=64, egress="deny_all"),
-        VolumeSpec(Path("/v"), "/w"),
-    ],
-)
-def test_values_say_the_name_that_users_know_and_can_be_pickled(value: object) -> None:
-    cls = type(value)
-    assert cls.__module__ == "trio_supermachine"
-    assert getattr(trio_supermachine, cls.__name__) is cls
-    assert pickle.loads(pickle.dumps(value)) == value
 
 
 async def from_oci() -> None:

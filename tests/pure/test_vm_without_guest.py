@@ -33,7 +33,8 @@ from trio_supermachine.vm.plan import KernelFacts, Plan, plan_start
 from trio_supermachine.vm.running import RunningVm, open_vm
 from trio_supermachine.vsock.stream import VsockStream
 
-from ..support.fake_agent import PlayedAgent, run_agent
+from ..support.agent_process import AgentProcess
+from ..support.fake_agent import PlayedAgent
 from .test_fake_machine import StepCanceller
 
 IMAGE = ImageSpec(reference="played", config=ImageConfig(), layers=(), digest="sha256:" + "0" * 64)
@@ -290,7 +291,7 @@ async def test_a_guest_without_a_freezer_cannot_be_captured(tmp_path: Path) -> N
 
 
 async def test_programs_run_in_the_real_agent_without_a_machine() -> None:
-    engine = FakeEngine(run_agent, raw_channel=True)
+    engine = FakeEngine(AgentProcess(), raw_channel=True)
     async with open_vm(boot(engine)) as running:
         await running.ping()
         request = exec_request([["sh", "-c", "read line; echo got $line"]], wire.ExecFlags.STDIN)

@@ -1,4 +1,4 @@
-"""Streams over two muxers, back to back on a socket pair, keep Trio's promises."""
+"""Streams over two muxers, back to back on a socket pair or in memory, keep Trio's promises."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import trio
 import trio.testing
 
-from trio_supermachine.vsock.carrier import SocketCarrier
+from trio_supermachine.vsock.carrier import Carrier, SocketCarrier
 from trio_supermachine.vsock.connection import OPENING, WINDOW
+from trio_supermachine.vsock.memory import Line
 from trio_supermachine.vsock.packet import Op, Packet, VsockProtocolError
 from trio_supermachine.vsock.stream import VsockListener, VsockMux, VsockStream
 
@@ -40,11 +41,14 @@ class Ends:
         return pair
 
 
-@pytest.fixture
-async def ends(nursery: trio.Nursery) -> AsyncIterator[Ends]:
-    left, right = socket.socketpair()
-    host = VsockMux(SocketCarrier(left))
-    guest = VsockMux(SocketCarrier(right), local_cid=3, peer_cid=2, max_payload=32724)
+@pytest.fixture(params=["socket", "memory"])
+async def ends(request: pytest.FixtureRequest, nursery: trio.Nursery) -> AsyncIterator[Ends]:
+    carriers: tuple[Carrier, Carrier] = Line().ends
+    if request.param == "socket":
+        left, right = socket.socketpair()
+        carriers = SocketCarrier(left), SocketCarrier(right)
+    host = VsockMux(carriers[0])
+    guest = VsockMux(carriers[1], local_cid=3, peer_cid=2, max_payload=32724)
     nursery.start_soon(host.run)
     nursery.start_soon(guest.run)
     yield Ends(host, guest, guest.listen(PORT))

@@ -1,5 +1,5 @@
 """``pull``, ``inspect``, ``save``, ``load``, ``rmi``, ``login`` on the command line, really."""
-# ruff: noqa: ASYNC110, ASYNC240, F811 (files, and fixtures that are imported)
+# ruff: noqa: ASYNC110, ASYNC240 (files)
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import pexpect
 import pytest
 import trio
 
-from ..support.fault_proxy import Stall, fault_proxy
-from ..support.image_files import Layout, make_tar, member
+from ..support.fault_proxy import Stall, fault_proxy, through
+from ..support.image_files import Layout, layer, make_tar, member
 from ..support.registry_server import PASSWORD, USER, RegistryServer
-from .test_pull_registry import home, layer, layout, push, through  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("home")
 
 PROGRAM = [sys.executable, "-m", "trio_supermachine.cli"]
 
@@ -275,4 +276,4 @@ def test_a_pull_for_another_platform_is_kept_to_be_looked_at(push: Callable[...,
     assert answer("inspect", "--platform", "windows/amd64", foreign)["digest"] == digest
     absent = cli("pull", foreign)
     assert absent.returncode == 125
-    assert "none for linux/amd64, but windows/amd64" in absent.stderr
+    assert "it has windows/amd64, but nothing for linux/amd64" in absent.stderr

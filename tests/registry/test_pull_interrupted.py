@@ -1,5 +1,5 @@
 """A pull that is killed, cancelled, or has no room: what it leaves is of use or is nothing."""
-# ruff: noqa: ASYNC220, ASYNC240, F811 (programs, files, and fixtures that are imported)
+# ruff: noqa: ASYNC220, ASYNC240 (programs and files)
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from trio_supermachine import DiskFull, PullPolicy
 from trio_supermachine.images.content import ContentStore
 from trio_supermachine.images.prepare import prepare_image
 
-from ..support.fault_proxy import fault_proxy
-from ..support.registry_server import RegistryServer, _place, registry  # noqa: F401
-from .test_pull_registry import home, layer, layout, push, through, verify  # noqa: F401
+from ..support.fault_proxy import fault_proxy, through
+from ..support.image_files import layer, verify
+from ..support.registry_server import RegistryServer
+
+pytestmark = pytest.mark.usefixtures("home")
 
 PULL = """
 import sys, trio
@@ -33,10 +36,9 @@ trio.run(lambda: prepare_image(sys.argv[1], progress=tell))
 
 
 @pytest.fixture
-def image(push, registry: RegistryServer) -> str:  # type: ignore[no-untyped-def]
+def image(push: Callable[..., str]) -> str:
     """An image with layers that take a moment; its reference."""
-    reference: str = push(layer("a", 3_000_000), layer("b", 200_000), layer("c", 3_000_000))
-    return reference
+    return push(layer("a", 3_000_000), layer("b", 200_000), layer("c", 3_000_000))
 
 
 async def test_a_killed_pull_goes_on_where_it_was(

@@ -1,5 +1,4 @@
 """Images from a real registry: what is asked of it, what is kept, and what a fault leaves."""
-# ruff: noqa: ASYNC240, F811 (files are what these tests look at; fixtures are imported)
 
 from __future__ import annotations
 
@@ -29,56 +28,23 @@ from trio_supermachine.images.spec import ImageSpec
 from trio_supermachine.oci.platform import Platform
 from trio_supermachine.oci.reference import Reference
 
-from ..support.fault_proxy import Drop, FaultProxy, Flip, Trickle, fault_proxy
+from ..support.fault_proxy import Drop, Flip, Trickle, fault_proxy, through
 from ..support.hostile_server import Request, hostile_server, reply
-from ..support.image_files import Layout, digest_of, make_tar, member, store_files, tree, unpack
-from ..support.registry_server import RegistryServer, _place, registry  # noqa: F401
+from ..support.image_files import (
+    Layout,
+    digest_of,
+    layer,
+    store_files,
+    tree,
+    unpack,
+    verify,
+)
+from ..support.registry_server import RegistryServer
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of the test's own, and no credentials or settings of whoever runs the tests."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("TRIO_SUPERMACHINE_HOME", str(home))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
-    monkeypatch.delenv("TRIO_SUPERMACHINE_OFFLINE", raising=False)
-    return home
-
-
-def layer(seed: str, size: int = 300_000) -> bytes:
-    """A layer with a file that does not compress."""
-    data = b"".join(os.urandom(1 << 16) for _ in range(size >> 16)) or seed.encode()
-    return make_tar([member(f"file-{seed}", data=data), member("same", data=seed.encode())])
-
-
-@pytest.fixture
-def layout(tmp_path: Path) -> Layout:
-    return Layout(tmp_path / "layout")
-
-
-@pytest.fixture
-def push(registry: RegistryServer, layout: Layout, tmp_path: Path) -> Callable[..., str]:
-    """Push layers as an image of a new name; its reference."""
-
-    def push(*tars: bytes, name: str | None = None, **options: object) -> str:
-        name = name or f"test/{os.urandom(6).hex()}:latest"
-        layout.write(layout.manifest(list(tars), **options))  # type: ignore[arg-type]
-        return registry.push(f"oci:{layout.path}", name)
-
-    return push
-
-
-async def verify(home: Path) -> None:
-    """All that is in the store is what its name says, and there is nothing else."""
-    store = ContentStore()
-    for blob in (home / "content/blobs/sha256").glob("*"):
-        assert await store.verify(f"sha256:{blob.name}")
-    assert not list((home / "content/leases").glob("*"))
-    assert not list((home / "content/locks").glob("*"))
-    assert not list(home.rglob(".tmp-*"))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def facts(image: ImageSpec) -> object:
@@ -88,11 +54,6 @@ def facts(image: ImageSpec) -> object:
 
 def partials(home: Path) -> list[Path]:
     return list((home / "content/partial").glob("*"))
-
-
-def through(proxy: FaultProxy, reference: str) -> str:
-    """The same image, asked for by way of a proxy."""
-    return f"docker://{proxy.host}/" + reference.removeprefix("docker://").partition("/")[2]
 
 
 async def test_a_pulled_image_is_what_its_layers_say(
@@ -228,7 +189,9 @@ async def test_the_variant_for_a_platform_is_taken_and_a_foreign_one_not_run(
         with pytest.raises(NotSupported, match="guests here are linux/amd64, not linux/arm64"):
             await prepare_image(proxied, platform="linux/arm64")
         assert proxy.count("/blobs/") == blobs + 1  # the configuration, and no layer
-        with pytest.raises(ImageNotFound, match="linux/s390x, but linux/amd64, linux/arm64"):
+        with pytest.raises(
+            ImageNotFound, match="has linux/amd64, linux/arm64, but nothing for linux/s390x"
+        ):
             await prepare_image(proxied, platform="linux/s390x")
         parsed, wanted = Reference.parse(proxied), Platform.parse("linux/arm64")
         async with pulled(parsed, wanted, PullPolicy.MISSING, to_run=False) as foreign:

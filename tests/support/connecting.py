@@ -11,7 +11,7 @@ import trio
 
 from trio_supermachine.vsock.stream import VsockStream
 
-from .agent_process import AgentMachine, open_agent
+from .agent_process import AgentProcess, open_agent
 
 PATIENCE = 120
 RESET = struct.pack("ii", 1, 0)
@@ -33,8 +33,8 @@ async def listen(host: str = "127.0.0.1", port: int = 0) -> tuple[trio.SocketLis
 
 
 @asynccontextmanager
-async def connecting() -> AsyncIterator[tuple[AgentMachine, Maker]]:
-    async with open_agent() as (client, machine):
+async def connecting() -> AsyncIterator[tuple[AgentProcess, Maker]]:
+    async with open_agent() as (client, agent):
         listener, port = await listen()
 
         async def connect() -> Pair:
@@ -43,7 +43,7 @@ async def connecting() -> AsyncIterator[tuple[AgentMachine, Maker]]:
             return stream, await listener.accept()
 
         async with listener:
-            yield machine, connect
+            yield agent, connect
 
 
 @asynccontextmanager
@@ -67,10 +67,10 @@ def reset(stream: trio.abc.AsyncResource) -> None:
         stream.socket.close()
 
 
-async def until_fds(machine: AgentMachine, count: int) -> None:
+async def until_fds(agent: AgentProcess, count: int) -> None:
     """Until the agent has so many descriptors: it closes a moment after it has said so."""
     with trio.fail_after(PATIENCE):
-        while machine.open_fds() != count:  # noqa: ASYNC110
+        while agent.open_fds() != count:  # noqa: ASYNC110
             await trio.sleep(0.001)
 
 

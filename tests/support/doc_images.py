@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -21,10 +22,7 @@ import pytest
 from trio_supermachine.host import files as hostfiles
 
 from .image_files import Layout, digest_of, make_tar, member
-from .network_images import network_layout
-from .registry_server import RegistryServer, _place, registry
-
-__all__ = ["Surroundings", "_place", "network_layout", "registry", "surroundings"]
+from .registry_server import RegistryPlace
 
 _POSTGRES = """\
 #!/bin/bash
@@ -138,8 +136,8 @@ def _make_layouts(directory: Path, debian: Path) -> None:
 
 @pytest.fixture(scope="session")
 def surroundings(
-    registry: RegistryServer, network_layout: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Surroundings:
+    network_layout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Surroundings]:
     """A data directory that is kept from run to run as long as the images are the same."""
     kept = hostfiles.home() / "test-docs"
     layouts = kept / "layouts"
@@ -156,8 +154,9 @@ def surroundings(
     if not home.exists():
         home.mkdir()
         (home / "kernels").symlink_to(hostfiles.home() / "kernels")
-    for stored, name in _IN_THE_REGISTRY.items():
-        registry.push(f"oci:{layouts / stored}:latest", name)
     conf = tmp_path_factory.mktemp("containers") / "registries.conf"
-    conf.write_text(_REGISTRIES.format(host=registry.host))
-    return Surroundings(layouts, home, conf)
+    with RegistryPlace.new(tmp_path_factory.mktemp("registry")).plain() as registry:
+        for stored, name in _IN_THE_REGISTRY.items():
+            registry.push(f"oci:{layouts / stored}:latest", name)
+        conf.write_text(_REGISTRIES.format(host=registry.host))
+        yield Surroundings(layouts, home, conf)

@@ -1,9 +1,8 @@
-"""Guests of fake machines: an agent played in Python, and the real one as an ordinary process."""
+"""The guest's agent as Python plays it, for machines that need no hypervisor."""
 
 from __future__ import annotations
 
 import struct
-import subprocess
 from collections.abc import Awaitable, Callable
 
 import attrs
@@ -14,8 +13,6 @@ from trio_supermachine.agent.greeting import HelloKind
 from trio_supermachine.agent.wire import Frame, FrameDecoder, FrameType
 from trio_supermachine.hv.fake import FakeGuest
 from trio_supermachine.vsock.stream import VsockStream
-
-from .guest_client import agent_program
 
 OK = wire.frame(FrameType.OK)
 
@@ -75,23 +72,3 @@ class PlayedAgent:
             if not data:
                 raise trio.BrokenResourceError("the host has left")
             decoder.feed(data)
-
-
-async def run_agent(guest: FakeGuest) -> None:
-    """Run the real agent on this host as the guest of a machine with a raw channel.
-
-    Execs and files are those of an ordinary process. The machine's end kills it.
-    """
-    with guest.channel as channel:
-        process = await trio.lowlevel.open_process(
-            [str(agent_program()), "--agent-on-fd", str(channel.fileno())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[channel.fileno()],
-        )
-    try:
-        await process.wait()
-        guest.end("shutdown")
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()

@@ -159,6 +159,11 @@ class _Connection:
                 raise trio.ClosedResourceError
 
 
+def through(proxy: FaultProxy, reference: str) -> str:
+    """The same image, asked for by way of a proxy."""
+    return f"docker://{proxy.host}/" + reference.removeprefix("docker://").partition("/")[2]
+
+
 @asynccontextmanager
 async def fault_proxy(
     target: tuple[str, int], plan: Iterable[Fault] = ()

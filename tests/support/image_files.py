@@ -1,4 +1,5 @@
 """What tests of images share: layers and layouts of any content, and a way to read them back."""
+# ruff: noqa: ASYNC240 (files are what is looked at)
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+
+from trio_supermachine.images.content import ContentStore
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -36,6 +39,12 @@ def make_tar(members: Iterable[Any], format: int = tarfile.PAX_FORMAT) -> bytes:
         for info, data in members:
             archive.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def layer(seed: str, size: int = 300_000) -> bytes:
+    """A layer with a file of this size that does not compress, and one that ``seed`` is in."""
+    data = b"".join(os.urandom(1 << 16) for _ in range(size >> 16)) or seed.encode()
+    return make_tar([member(f"file-{seed}", data=data), member("same", data=seed.encode())])
 
 
 def digest_of(data: bytes) -> str:
@@ -114,6 +123,16 @@ def store_files(home: Path) -> set[str]:
         for path in home.rglob("*")
         if path.is_file() and path.name != "lock"
     }
+
+
+async def verify(home: Path) -> None:
+    """Check that all that is in the store is what its name says, and that nothing else is."""
+    store = ContentStore(home)
+    for blob in (home / "content/blobs/sha256").glob("*"):
+        assert await store.verify(f"sha256:{blob.name}")
+    assert not list((home / "content/leases").glob("*"))
+    assert not list((home / "content/locks").glob("*"))
+    assert not list(home.rglob(".tmp-*"))
 
 
 def tree(root: Path) -> dict[str, tuple[object, ...]]:

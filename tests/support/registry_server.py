@@ -1,11 +1,6 @@
 """Debian's ``docker-registry`` on loopback, in four forms that serve the same images.
 
-The fixtures last a session; what one of them has been pushed, all of them serve:
-
-- ``registry``: plain HTTP, for anybody; :meth:`RegistryServer.push` puts an image into it;
-- ``tls_registry``: HTTPS by a private CA, whose certificate is :attr:`RegistryServer.ca`;
-- ``basic_registry``: HTTPS, and a name and password (:data:`USER`, :data:`PASSWORD`);
-- ``token_registry``: HTTPS, and tokens of a separate server that knows the same user.
+All registries of one :class:`RegistryPlace` serve what one of them has been pushed.
 """
 
 from __future__ import annotations
@@ -23,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import pytest
 import trustme
 
 USER, PASSWORD = "reader", "secret"
@@ -46,7 +40,7 @@ class RegistryServer:
         return name, int(port)
 
     def push(self, source: str, name: str) -> str:
-        """Copy an image, such as ``oci:DIR:TAG``, to ``NAME:TAG`` here; its full reference."""
+        """Copy an image, such as ``oci:DIR:TAG``, to ``NAME:TAG`` here; give its reference."""
         assert self.ca is None, "push to the plain registry: they share their images"
         command = ["skopeo", "--insecure-policy", "copy", "--quiet", "--all", "--preserve-digests"]
         target = f"docker://{self.host}/{name}"
@@ -97,14 +91,14 @@ def serving(command: list[str], port: int, log: Path) -> Iterator[None]:
 
 
 @attrs.frozen
-class _Place:
+class RegistryPlace:
     """A directory that registries share, and the CA that vouches for them."""
 
     path: Path
     authority: trustme.CA
 
     @classmethod
-    def new(cls, path: Path) -> _Place:
+    def new(cls, path: Path) -> RegistryPlace:
         place = cls(path, trustme.CA())
         place.authority.cert_pem.write_to_path(str(place.ca))
         issued = place.authority.issue_cert("127.0.0.1", "localhost")
@@ -117,7 +111,46 @@ class _Place:
         return self.path / "ca.pem"
 
     @contextmanager
-    def run(self, name: str, *, tls: bool, auth: Any = None) -> Iterator[RegistryServer]:
+    def plain(self) -> Iterator[RegistryServer]:
+        """Serve plain HTTP, to anybody. :meth:`RegistryServer.push` puts an image there."""
+        with self._run("plain", tls=False) as server:
+            yield server
+
+    @contextmanager
+    def tls(self) -> Iterator[RegistryServer]:
+        """Serve HTTPS by a private CA, whose certificate is :attr:`RegistryServer.ca`."""
+        with self._run("tls", tls=True) as server:
+            yield server
+
+    @contextmanager
+    def basic(self) -> Iterator[RegistryServer]:
+        """Serve HTTPS to who knows :data:`USER` and :data:`PASSWORD`."""
+        file = self.path / "htpasswd"
+        file.write_text(f"{USER}:{_HTPASSWD}\n")
+        auth = {"htpasswd": {"realm": "tests", "path": str(file)}}
+        with self._run("basic", tls=True, auth=auth) as server:
+            yield server
+
+    @contextmanager
+    def token(self) -> Iterator[RegistryServer]:
+        """Serve HTTPS to who has a token of a separate server, which knows the same user."""
+        port = free_port()
+        program = Path(__file__).with_name("token_server.py")
+        command = [sys.executable, os.fspath(program), str(port), os.fspath(self.path)]
+        auth = {
+            "realm": f"https://127.0.0.1:{port}/token",
+            "service": "tests",
+            "issuer": "token_server",
+            "rootcertbundle": str(self.ca),
+        }
+        with (
+            serving(command, port, self.path / "tokens.log"),
+            self._run("token", tls=True, auth={"token": auth}) as server,
+        ):
+            yield server
+
+    @contextmanager
+    def _run(self, name: str, *, tls: bool, auth: Any = None) -> Iterator[RegistryServer]:
         port = free_port()
         http: dict[str, Any] = {"addr": f"127.0.0.1:{port}", "secret": "shared"}
         if tls:
@@ -137,64 +170,3 @@ class _Place:
         command = ["docker-registry", "serve", str(file)]
         with serving(command, port, self.path / f"{name}.log"):
             yield RegistryServer(f"127.0.0.1:{port}", storage, self.ca if tls else None)
-
-
-@pytest.fixture(scope="session")
-def _place(tmp_path_factory: pytest.TempPathFactory) -> _Place:
-    return _Place.new(tmp_path_factory.mktemp("registry"))
-
-
-@pytest.fixture(scope="session")
-def registry(_place: _Place) -> Iterator[RegistryServer]:
-    with _place.run("plain", tls=False) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def tls_registry(_place: _Place) -> Iterator[RegistryServer]:
-    with _place.run("tls", tls=True) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def basic_registry(_place: _Place) -> Iterator[RegistryServer]:
-    file = _place.path / "htpasswd"
-    file.write_text(f"{USER}:{_HTPASSWD}\n")
-    with _place.run(
-        "basic", tls=True, auth={"htpasswd": {"realm": "tests", "path": str(file)}}
-    ) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def token_registry(_place: _Place) -> Iterator[RegistryServer]:
-    port = free_port()
-    program = Path(__file__).with_name("token_server.py")
-    command = [sys.executable, os.fspath(program), str(port), os.fspath(_place.path)]
-    auth = {
-        "realm": f"https://127.0.0.1:{port}/token",
-        "service": "tests",
-        "issuer": "token_server",
-        "rootcertbundle": str(_place.ca),
-    }
-    with (
-        serving(command, port, _place.path / "tokens.log"),
-        _place.run("token", tls=True, auth={"token": auth}) as server,
-    ):
-        yield server
-
-
-@pytest.fixture(scope="session")
-def registries(
-    registry: RegistryServer,
-    tls_registry: RegistryServer,
-    basic_registry: RegistryServer,
-    token_registry: RegistryServer,
-) -> dict[str, RegistryServer]:
-    """All forms, by name; for tests that go through them."""
-    return {
-        "plain": registry,
-        "tls": tls_registry,
-        "basic": basic_registry,
-        "token": token_registry,
-    }

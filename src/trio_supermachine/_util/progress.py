@@ -1,4 +1,4 @@
-"""What a long operation on an image tells its caller while it runs."""
+"""Progress of long operations on images and kernels, told to a callback."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from .._public import public
 @public
 @attrs.frozen
 class Progress:
-    """One step of progress, of a download, a conversion or a bake."""
+    """One step of progress, of a download, a conversion or a bake.
+
+    It is the argument of every ``progress`` callback, an async function.
+    """
 
     #: ``"download"``, ``"load"`` (from an archive), ``"convert"`` or ``"verify"``; in a bake
     #: ``"boot"``, ``"wait"``, ``"warmup"``, ``"capture"`` or ``"publish"``; for a kernel
-    #: ``"unpack"`` or ``"build"``.
+    #: ``"download"``, ``"unpack"`` or ``"build"``.
     phase: str
     #: The thing that is worked on, for people.
     item: str
-    #: How much is done: bytes, or steps in the phase ``"build"``.
+    #: The bytes that are done; in the phase ``"build"`` the steps.
     done: int
-    #: Of how much, or ``None`` if that is not known.
+    #: The bytes, or steps, altogether; ``None`` if they are not known.
     total: int | None
 
 
@@ -32,6 +35,6 @@ ProgressCallback = Callable[[Progress], Awaitable[None]]
 async def report(
     callback: ProgressCallback | None, phase: str, item: str, done: int, total: int | None
 ) -> None:
-    """Tell ``callback``, if there is one."""
+    """Await ``callback`` with a step of progress, if there is a callback."""
     if callback is not None:
         await callback(Progress(phase, item, done, total))

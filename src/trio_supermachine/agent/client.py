@@ -1,4 +1,26 @@
-"""Talks to the agent in one guest: the lifeline, one-shot calls, and file streams."""
+"""The host's side of the agent protocol: the lifeline, one-shot calls, and file streams.
+
+The *lifeline* is the connection that ties a guest to its host. :class:`AgentClient` listens for it
+before the machine runs, so that the guest, which dials as soon as it has booted or goes on as a
+copy, finds it. One greeting (:mod:`.greeting`) makes the guest what it is to be, and from then on
+neither side says anything on it. The host's end is closed with the client: a guest that can still
+do anything then powers off, whatever else goes wrong. A client takes one lifeline and then stops
+listening. A guest that comes a second time, as no sane one does, is refused.
+
+Everything else is a connection of its own to the agent's port, and its first frame says what for.
+The request travels with the vsock REQUEST itself, so that a call costs one round trip, and the host
+never waits for the agent to accept. An agent that refuses shows as a connection that ends early.
+
+While a VM is paused, requests are *held*: :meth:`AgentClient.ask` waits before it sends anything,
+so that a call that is given up before the resume does nothing in the guest. Nothing else is held:
+CONNECT, and what is sent on connections that are open, waits in the machine. At a machine's end
+held requests are released, and fail.
+
+A broken connection means either that the machine has ended, or that this one call has failed. The
+two arrive in any order, so :meth:`AgentClient.failure` waits up to 1 s for the machine's end, and
+gives :exc:`VmExited` or else :exc:`ExecEof`. What a guest answers is checked frame by frame: one
+that does not fit is a broken connection, too, and an ERROR becomes the :exc:`OSError` of its errno.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +29,12 @@ import errno as errno_names
 import os
 import time
 from collections.abc import Callable
-from typing import NoReturn, final
+from typing import Final, NoReturn, final
 
 import attrs
 import trio
 
+from .._util.run import require_trio
 from ..errors import ExecEof, FileTooLarge, VmExited
 from ..hv.base import Machine, MachineExit
 from ..vsock.stream import VsockStream
@@ -19,16 +42,18 @@ from . import wire
 from .greeting import Hello, HelloKind, Restore, Setup
 from .wire import Frame, FrameType, GuestError, Protocol, WireError
 
-_RECEIVE = 65536
-_EXIT_GRACE = 1.0  # seconds to learn that a broken connection was the machine's end
+_RECEIVE: Final = 65536
+_EXIT_GRACE: Final = 1.0  # seconds to learn that a broken connection was the machine's end
 
 
 @attrs.define
 class FrameStream:
-    """Frames over one connection to the agent."""
+    """Frames over one connection to the agent.
+
+    :ivar exactly: take nothing of what follows a frame, and give DATA in whole frames.
+    """
 
     stream: VsockStream
-    #: Take nothing of what follows a frame, and give DATA in whole frames.
     exactly: bool = False
     _decoder: wire.FrameDecoder = attrs.field(
         default=attrs.Factory(
@@ -38,17 +63,21 @@ class FrameStream:
     )
 
     async def send(self, data: bytes) -> None:
+        """Send frames."""
         await self.stream.send_all(data)
 
     def leave(self, *, complete: bool) -> None:
-        """Close: ``complete`` says that the guest has said all, and closes too."""
+        """Close the connection, by a reset unless it is complete.
+
+        :param complete: the guest has said all, and closes too.
+        """
         if complete:
             self.stream.leave()
         else:
             self.stream.abort()
 
     async def receive(self) -> Frame | None:
-        """The next frame, or ``None`` at the end. A cancellation loses nothing.
+        """Wait for the next frame; ``None`` is the end. A cancellation loses nothing.
 
         :raises WireError: the guest broke the protocol, or the connection ends within a frame.
         """
@@ -66,7 +95,10 @@ class FrameStream:
 
 @final
 class AgentClient:
-    """The host's side of the agent protocol for one :class:`~.hv.base.Machine`."""
+    """The host's side of the agent protocol for one :class:`~.hv.base.Machine`.
+
+    It listens for the lifeline from the moment that it is made; :meth:`aclose` ends it.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -76,16 +108,17 @@ class AgentClient:
 
     @property
     def machine(self) -> Machine:
+        """The machine whose guest it talks to."""
         return self._machine
 
     async def aclose(self) -> None:
-        """Close the lifeline: the guest powers off, if it still can."""
+        """Close the lifeline, upon which the guest powers off, if it still can."""
         await trio.aclose_forcefully(self._lifeline_listener)
         if self._lifeline is not None:
             await trio.aclose_forcefully(self._lifeline.stream)
 
     async def set_up(self, setup: Setup) -> Hello:
-        """Wait until the guest has booted, tell it what to be, and wait until it is.
+        """Wait until the guest has booted, tell it what to be, and wait until it is that.
 
         :raises VmExited: the machine ended first.
         :raises OSError: the guest could not do something; the message says what.
@@ -93,11 +126,12 @@ class AgentClient:
         return await self._greeted(HelloKind.BOOT, setup.encode, "setting up the guest")
 
     async def restored(self, restore: Restore) -> Hello:
-        """Wait until the restored guest asks, tell it what to be, and wait until it is.
+        """Wait until the restored guest dials, tell it what to be, and wait until it is that.
 
-        Before it is, none of its programs runs.
+        None of its programs runs before.
 
         :raises VmExited: the machine ended first.
+        :raises OSError: the guest could not do something; the message says what.
         """
         return await self._greeted(HelloKind.RESTORE, restore.encode, "waking the restored guest")
 
@@ -119,31 +153,31 @@ class AgentClient:
         return hello
 
     async def dial(self) -> VsockStream:
-        """A new connection to the agent."""
+        """Connect to the agent, and say nothing. Not held while requests are."""
         return await self._machine.dial(wire.AGENT_PORT)
 
     async def ask(self, request: bytes) -> VsockStream:
-        """A new connection that begins with ``request``.
+        """Connect to the agent, and send ``request`` along.
 
-        Does not wait for the guest, whose refusal is the stream's early end; but waits while
-        requests are held, so that the guest never hears of one that is given up meanwhile.
+        Wait while requests are held, but not for the guest: a refusal is the stream's early end.
         """
+        require_trio()
         while self._held is not None:
             await self._held.wait()
         return await self._machine.dial(wire.AGENT_PORT, request)
 
     @property
     def holding(self) -> bool:
-        """Whether requests wait."""
+        """Whether requests are held."""
         return self._held is not None
 
     def hold(self) -> None:
-        """Let requests wait until :meth:`release`. Idempotent."""
+        """Hold requests until :meth:`release`. Idempotent."""
         if self._held is None:
             self._held = trio.Event()
 
     def release(self) -> None:
-        """Let requests go again. Idempotent."""
+        """Let held requests go. Idempotent."""
         if self._held is not None:
             self._held.set()
             self._held = None
@@ -170,11 +204,12 @@ class AgentClient:
         return frame
 
     async def connect(self, port: int = 0) -> tuple[VsockStream, int]:
-        """Connect to a TCP port in the guest, or with 0 to the one that was listened on first.
+        """Connect to a TCP port in the guest, and give the stream and the port.
 
-        Gives the stream and the port. The stream ends as :meth:`~.VsockStream.end_like_tcp` says.
-        Cancelled, nothing is left of it.
+        The stream ends as :meth:`~.VsockStream.end_like_tcp` says. Cancelled, nothing is left of
+        it.
 
+        :param port: the port; 0 is the one that was listened on first.
         :raises ConnectionRefusedError: nothing listens there, or the guest has no room.
         :raises VmExited: the machine is gone.
         """
@@ -182,9 +217,7 @@ class AgentClient:
         return connection.stream, port
 
     async def connect_udp(self, port: int) -> FrameStream:
-        """Exchange datagrams with a UDP port in the guest: each frame of DATA is one.
-
-        The stream is at the first frame that follows the guest's answer.
+        """Connect to a UDP port in the guest. Each DATA frame is a datagram from here on.
 
         :raises ConnectionRefusedError: no socket is bound there, or the guest has no room.
         :raises VmExited: the machine is gone.
@@ -227,9 +260,11 @@ class AgentClient:
     async def failure(
         self, cause: Exception | None, what: str, *, setup: bool = False
     ) -> Exception:
-        """Say what a broken connection means: the end of the machine, or of ``what`` alone.
+        """Find out what a broken connection means: the end of the machine, or of ``what`` alone.
 
-        ``setup`` says that nothing had been started in the guest yet.
+        :param cause: how it broke, if that is known.
+        :param what: the call, for people.
+        :param setup: nothing had been started in the guest yet.
         """
         if isinstance(cause, VmExited):
             return cause
@@ -239,26 +274,30 @@ class AgentClient:
         return ExecEof(reason, is_setup_failure=setup)
 
     async def raise_failure(self, cause: Exception | None, what: str) -> NoReturn:
-        """Raise :meth:`failure`."""
+        """Raise what :meth:`failure` gives."""
         raise await self.failure(cause, what) from cause
 
-    # Files
-
     async def open_read(self, path: str | bytes, max_bytes: int = wire.NO_CAP) -> FileReceiveStream:
-        """Open a guest file for reading. :raises OSError: with the guest's errno.
+        """Open a guest file for reading.
 
+        :raises OSError: with the guest's errno.
         :raises FileTooLarge: it is larger than ``max_bytes``.
         """
         connection, answer = await self._open_file(wire.read_file(path, max_bytes), path, max_bytes)
         return FileReceiveStream(self, connection, path, max_bytes, wire.decode_u64(answer.payload))
 
     async def open_write(self, path: str | bytes, mode: int) -> FileSendStream:
-        """Open a temporary sibling of a guest file. :raises OSError: with the guest's errno."""
+        """Open a temporary sibling of a guest file, for :meth:`FileSendStream.publish` to rename.
+
+        :raises OSError: with the guest's errno.
+        """
         connection, _ = await self._open_file(wire.write_file(path, mode), path)
         return FileSendStream(self, connection, path)
 
     async def write_small(self, path: str | bytes, mode: int, data: bytes | memoryview) -> None:
-        """Write a guest file of up to `wire.MAX_DATA` bytes in one go, as :meth:`open_write` would.
+        """Write a guest file of up to :data:`.wire.MAX_DATA` bytes, in one round trip.
+
+        It is renamed into place, as by :meth:`open_write` and :meth:`FileSendStream.publish`.
 
         :raises OSError: with the guest's errno.
         """
@@ -297,7 +336,7 @@ class AgentClient:
     async def file_answer(
         self, connection: FrameStream, path: str | bytes, max_bytes: int = 0
     ) -> Frame:
-        """The guest's OK on a file connection, its ERROR raised."""
+        """Wait for the guest's OK on a file connection. :raises OSError: it was an ERROR."""
         frame = await connection.receive()
         if frame is not None and frame.type == FrameType.ERROR:
             raise file_error(GuestError.decode(frame.payload), path, max_bytes)
@@ -308,9 +347,9 @@ class AgentClient:
 
 @final
 class FileReceiveStream(trio.abc.ReceiveStream):
-    """The content of a guest file. Its factory is :meth:`AgentClient.open_read`.
+    """The content of a guest file; :meth:`AgentClient.open_read` makes it.
 
-    :attr:`size` is what ``stat`` said when it was opened; a file that grows gives more.
+    :ivar size: its bytes by ``stat`` as it was opened; a file that grows gives more.
     """
 
     def __init__(
@@ -364,7 +403,7 @@ class FileReceiveStream(trio.abc.ReceiveStream):
 
 @final
 class FileSendStream(trio.abc.SendStream):
-    """The new content of a guest file. Its factory is :meth:`AgentClient.open_write`.
+    """The new content of a guest file; :meth:`AgentClient.open_write` makes it.
 
     :meth:`publish` renames it into place; :meth:`aclose` without that discards it.
     """
@@ -406,18 +445,18 @@ class FileSendStream(trio.abc.SendStream):
 
 
 def guest_os_error(error: GuestError, path: str | bytes | None) -> OSError:
-    """A guest's ERROR as the :class:`OSError` subclass of its errno."""
+    """Make an :class:`OSError` of a guest's ERROR, of the subclass that belongs to its errno."""
     errno = error.errno or errno_names.EIO
     return OSError(errno, error.message or os.strerror(errno), path)
 
 
 def file_error(error: GuestError, path: str | bytes, max_bytes: int) -> Exception:
-    """The same for a file call with a cap, where ``EFBIG`` means the cap."""
+    """Make an exception of the ERROR of a file call, where ``EFBIG`` means the cap, if any."""
     if error.errno == errno_names.EFBIG and max_bytes:
         return FileTooLarge(os.fsdecode(path), max_bytes, error.value or None)
     return guest_os_error(error, path)
 
 
 def exited(exit_: MachineExit, machine: Machine) -> VmExited:
-    """A machine's end as an exception."""
+    """Make an exception of a machine's end."""
     return VmExited(exit_.reason, exit_.detail, console=machine.console.text_tail())

@@ -1,7 +1,31 @@
-"""One exec as the host sees it: a sans-io state machine over agent frames.
+"""One exec as the host sees it: a state machine over agent frames, without I/O.
 
-Bytes of the agent's connection go into :meth:`ExecProtocol.receive`; what has to be sent comes out
-of :meth:`ExecProtocol.outgoing`. All it holds is bounded by the windows it granted.
+Bytes of the agent's connection go into :meth:`ExecProtocol.receive`. Frames to be sent come out of
+:meth:`ExecProtocol.outgoing`, and stdin out of :meth:`ExecProtocol.stdin_data`. Three attributes
+say in which state an exec is::
+
+    asked ──── STARTED ───▶ running ──── EXIT ───▶ exited ──── END of each output ───▶ finished
+    │                       pid                    exit, pid
+    └── ERROR ──▶ failed
+                  error
+
+- *asked*: the request is on its way, and so may be the END of an empty stdin. STARTED or ERROR
+  comes next.
+- *running*: output comes on stdout and stderr, each until its END. Credit for stdin comes as WINDOW
+  of stream 0; CLOSE of it says that nobody reads stdin any more.
+- *exited*: the program has ended, but output may still come, from descendants that hold its pipes
+  open. There is no stdin any more, and signals are answered by ``ESRCH``.
+- *finished*, or *failed*: the guest has said all and closes. Any connection that ends before is
+  broken, which the user of this module tells.
+
+ACK may come in any state; only those are kept for which a task waits. A frame that does not fit
+the state is a :exc:`~.wire.WireError`. So is output beyond its window, and so is credit for stdin
+beyond 2 GiB.
+
+Memory is bounded, whatever the guest sends: each output holds its window at most (256 KiB unless
+the request says otherwise), and a window grows only as output is taken, by half of it at a time so
+that few WINDOW frames go out. What waits to be sent is bounded, too: a signal that has not gone yet
+is not sent twice, and of several sizes of the terminal the newest counts.
 """
 
 from __future__ import annotations
@@ -21,7 +45,7 @@ _MAX_CREDIT: Final = 1 << 31
 
 @attrs.define
 class _Output:
-    """What the guest sent on stdout or stderr and nobody has taken yet."""
+    """Output on stdout or stderr that the guest has sent and nobody has taken yet."""
 
     window: int
     chunks: deque[bytes] = attrs.field(factory=deque)
@@ -37,30 +61,33 @@ class ExecProtocol:
     :param window: the ``window`` of the request, in bytes.
     :param outputs: the streams that the guest sends (a terminal has no stderr); others are empty.
     :param stdin: whether the request opened stdin.
+
+    :ivar pid: the process id in the guest, when it has started.
+    :ivar error: why it has not started.
+    :ivar exit: its end, when it has ended.
+    :ivar stdin_credit: bytes of stdin that the guest is ready to take.
+    :ivar stdin_closed: nobody reads stdin any more, or it was never open.
+    :ivar acks: the errno of each signal that :meth:`awaited_ack` waits for, by its number.
     """
 
     def __init__(self, window: int, *, outputs: tuple[StreamId, ...], stdin: bool) -> None:
         self.pid: int | None = None
         self.error: GuestError | None = None
         self.exit: Exit | None = None
-        #: Bytes of stdin that the guest is ready to take.
-        self.stdin_credit = 0
-        #: Nobody reads stdin any more, or it was never open.
-        self.stdin_closed = not stdin
+        self.stdin_credit: int = 0
+        self.stdin_closed: bool = not stdin
         self.acks: dict[int, int] = {}
         self._decoder = wire.FrameDecoder()
         self._window = window
-        # By number: frames have no more than that.
+        # By number, as frames name them.
         self._outputs = {int(stream): _Output(window) for stream in outputs}
         self._control: list[bytes] = []
         self._signals: dict[tuple[int, bool], int] = {}
         self._resize: bytes | None = None
         self._sequence = 0
-        #: How many tasks wait for the ACK of a signal.
+        # The number of tasks that wait for the ACK of each signal.
         self._awaited: dict[int, int] = {}
         self._stdin_ended = not stdin
-
-    # What comes from the guest
 
     def receive(self, data: bytes | bytearray) -> None:
         """Take in received bytes. :raises WireError: the guest broke the protocol."""
@@ -70,7 +97,7 @@ class ExecProtocol:
 
     @property
     def finished(self) -> bool:
-        """Whether the guest has nothing more to say: the program is gone and its output ended."""
+        """Whether the guest has said all: the program has ended, and all its output."""
         if self.exit is None:
             return False
         return all(output.ended or output.closed for output in self._outputs.values())
@@ -117,10 +144,8 @@ class ExecProtocol:
         if payload:
             output.chunks.append(payload)
 
-    # What the program's user does
-
     def take(self, stream: StreamId, max_bytes: int | None = None) -> bytes | None:
-        """Up to ``max_bytes`` of output, ``b""`` at its end, ``None`` if there is none yet."""
+        """Take up to ``max_bytes`` of output: ``b""`` at its end, ``None`` if there is none yet."""
         output = self._outputs.get(stream)
         if output is None or not output.chunks:
             return b"" if output is None or output.ended else None
@@ -137,12 +162,12 @@ class ExecProtocol:
         return chunk
 
     def has_output(self, stream: StreamId) -> bool:
-        """Whether :meth:`take` would give some."""
+        """Say whether :meth:`take` would give some."""
         output = self._outputs.get(stream)
         return output is not None and bool(output.chunks)
 
     def has_ended(self, stream: StreamId) -> bool:
-        """Whether :meth:`take` will give no more."""
+        """Say whether :meth:`take` will give no more."""
         output = self._outputs.get(stream)
         return output is None or output.closed or (output.ended and not output.chunks)
 
@@ -154,7 +179,7 @@ class ExecProtocol:
             output.freed = 0
 
     def discard(self, stream: StreamId) -> None:
-        """Throw away what is buffered, keeping the program going."""
+        """Throw away the output that is here, so that the program goes on."""
         while self.take(stream):
             pass
 
@@ -168,7 +193,10 @@ class ExecProtocol:
                 self._control.append(wire.close(stream))
 
     def stdin_data(self, data: bytes | bytearray | memoryview) -> bytes:
-        """``data`` as a frame to be sent now; it fits the credit, which it uses up."""
+        """Encode ``data`` as a frame to be sent now, and use up credit for it.
+
+        :raises ValueError: it is more than the credit, or than a frame holds.
+        """
         if not 0 < len(data) <= min(self.stdin_credit, wire.MAX_DATA):
             raise ValueError("stdin data beyond its credit")
         self.stdin_credit -= len(data)
@@ -176,16 +204,17 @@ class ExecProtocol:
         return frame
 
     def end_stdin(self) -> None:
-        """Close the program's stdin after what was sent. Idempotent."""
+        """Close the program's stdin, behind what was sent. Idempotent."""
         if not self._stdin_ended:
             self._stdin_ended = True
             if not self.stdin_closed:
                 self._control.append(wire.end(StreamId.STDIN))
 
     def signal(self, signum: int, *, group: bool = False) -> int:
-        """Send a signal; gives the number under which :attr:`acks` will tell the errno.
+        """Send a signal, and give its number: :attr:`acks` will have the errno under it.
 
-        A signal that still waits to be sent is not sent twice, as signals go.
+        A signal that still waits to be sent is not sent twice: the kernel, too, merges signals
+        that are pending.
         """
         key = (signum, group)
         if key not in self._signals:
@@ -195,7 +224,7 @@ class ExecProtocol:
 
     @contextmanager
     def awaited_ack(self, sequence: int) -> Iterator[None]:
-        """Within the block, :attr:`acks` gets the errno of this signal when it comes."""
+        """Let :attr:`acks` have the errno of this signal when it comes, for a block's length."""
         self._awaited[sequence] = self._awaited.get(sequence, 0) + 1
         try:
             yield
@@ -215,7 +244,7 @@ class ExecProtocol:
         return bool(self._control or self._signals) or self._resize is not None
 
     def outgoing(self) -> bytes:
-        """The frames to send now, and forget; ``b""`` if there are none."""
+        """Give the frames to send now, and forget them; ``b""`` if there are none."""
         frames = self._control
         self._control = []
         for (signum, group), sequence in self._signals.items():

@@ -1,6 +1,8 @@
-"""What the host and a guest say on the lifeline, when the guest boots or goes on as a copy.
+"""The greeting on the lifeline, when a guest boots or goes on as a copy.
 
-See the sections "Set-up" and "Restore" of the "Wire formats" page of the docs.
+The guest sends :class:`Hello`, which says which of the two. The host answers :class:`Setup` or
+:class:`Restore`: who the guest is now. The guest carries it out and answers READY, or ERROR. See
+the sections "Set-up" and "Restore" of the "Wire formats" page of the docs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ class HelloKind(IntEnum):
 
 @attrs.frozen
 class Hello:
-    """The guest's first words."""
+    """The guest's first frame.
+
+    :ivar version: of the wire format that it speaks.
+    :ivar kernel: its kernel's release.
+    """
 
     version: int
     kind: HelloKind
@@ -32,6 +38,7 @@ class Hello:
 
     @classmethod
     def decode(cls, payload: bytes) -> Hello:
+        """Read a payload. :raises WireError: it makes no sense."""
         reader = Reader(payload)
         version, kind, kernel = reader.u32(), reader.u32(), reader.string()
         reader.end()
@@ -47,7 +54,14 @@ def _new_machine_id() -> str:
 
 @attrs.frozen(kw_only=True)
 class Setup:
-    """What a freshly booted guest is told."""
+    """The identity and the tasks that a guest gets when it has booted.
+
+    :ivar seed: 32 to 512 bytes of entropy.
+    :ivar layers: the number of disks that hold the image's layers, the lowest first.
+    :ivar workload: the argument vector of the image's workload; empty for none.
+    :ivar stop_signal: the signal that ends the workload.
+    :ivar machine_id: 32 hexadecimal digits, for an image without a machine id of its own.
+    """
 
     seed: bytes = attrs.field(repr=False)
     hostname: str
@@ -57,11 +71,13 @@ class Setup:
     user: str = ""
     workload: Sequence[str] = ()
     stop_signal: int = 15
-    #: 32 hexadecimal digits, for an image without a machine id of its own.
     machine_id: str = attrs.field(factory=_new_machine_id)
 
     def encode(self, realtime_ns: int) -> bytes:
-        """As a SETUP frame, with the time of now."""
+        """Encode it as a SETUP frame.
+
+        :param realtime_ns: the time of now, in nanoseconds since 1970.
+        """
         return frame(
             FrameType.SETUP,
             b"".join(
@@ -83,22 +99,26 @@ class Setup:
 
 @attrs.frozen(kw_only=True)
 class Restore:
-    """What a restored guest is told, to be a machine of its own.
+    """The new identity of a restored guest, by which it is a machine of its own.
 
-    ``seed`` is 32 to 512 bytes of entropy; an empty ``hostname`` keeps the one it has. With
-    ``ends_programs`` the programs that ran at the capture are killed before they run again.
+    :ivar seed: 32 to 512 bytes of entropy.
+    :ivar hostname: its new host name; empty keeps the one of the capture.
+    :ivar machine_id: 32 hexadecimal digits.
+    :ivar boot_id: a UUID with its dashes.
+    :ivar ends_programs: kill the programs that ran at the capture before they run again.
     """
 
     seed: bytes = attrs.field(repr=False)
     hostname: str = ""
-    #: 32 hexadecimal digits.
     machine_id: str = attrs.field(factory=_new_machine_id)
-    #: A UUID with its dashes.
     boot_id: str = attrs.field(factory=lambda: str(uuid.uuid4()))
     ends_programs: bool = False
 
     def encode(self, realtime_ns: int) -> bytes:
-        """As a RESTORE frame, with the time of now."""
+        """Encode it as a RESTORE frame.
+
+        :param realtime_ns: the time of now, in nanoseconds since 1970.
+        """
         return frame(
             FrameType.RESTORE,
             b"".join(

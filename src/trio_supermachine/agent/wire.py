@@ -1,8 +1,21 @@
-"""Agent frames as bytes: a sans-io codec for the format on the "Wire formats" page of the docs.
+"""Messages between the host and a guest's agent: a codec without I/O.
 
-Encoders are plain functions from values to ``bytes``. :class:`FrameDecoder` takes bytes in any
-chunking and gives :class:`Frame`; :class:`Reader` takes payloads apart. The guest is not trusted:
-whatever breaks a bound raises :exc:`WireError`.
+The "Wire formats" page of the docs has the format. :mod:`.frames` has the frames themselves.
+
+Frames travel on connections, each of which is a stream of vsock packets. There are three kinds:
+
+- To port 1028, the *agent*. The host connects, and its first frame says what for: EXEC, a file,
+  CONNECT, or a one-shot call such as PING. Every frame after that belongs to the same exec, file
+  or call, so that one that is slow, broken or hostile stops no other.
+- To port 1029, the *lifeline*. The guest connects, once when it boots and once when it goes on as a
+  copy (:mod:`.greeting`), and its connection stays open as long as the machine runs.
+- To port 1030, the *way out*. The guest connects, once for each connection of its programs, and
+  sends OPEN. After the answer no more frames follow, but the program's own bytes.
+
+Encoders are plain functions from values to ``bytes``; what comes is read by functions and class
+methods named ``decode``. The guest is not trusted: whatever breaks a bound raises
+:exc:`WireError`, which ends that connection and nothing else. Which frames may come when is decided
+above: for execs by :mod:`.execution`, for all others by :mod:`.client`.
 """
 
 from __future__ import annotations
@@ -11,77 +24,46 @@ import struct
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
 from ipaddress import IPv4Address, IPv6Address
-from typing import Final, NamedTuple
+from typing import Final
 
 import attrs
+
+from .frames import MAX_DATA as MAX_DATA
+from .frames import MAX_ITEMS as MAX_ITEMS
+from .frames import MAX_PAYLOAD as MAX_PAYLOAD
+from .frames import Frame as Frame
+from .frames import FrameDecoder as FrameDecoder
+from .frames import FrameType as FrameType
+from .frames import Reader as Reader
+from .frames import WireError as WireError
+from .frames import blob as blob
+from .frames import data_frames as data_frames
+from .frames import frame as frame
+from .frames import string as string
+from .frames import strings as strings
 
 VERSION: Final = 3
 AGENT_PORT: Final = 1028
 LIFELINE_PORT: Final = 1029
 EGRESS_PORT: Final = 1030
 
-#: The largest payload of a DATA frame that this side sends, and of one that it accepts.
-MAX_DATA: Final = 65536
 #: The largest payload of a UDP datagram.
 MAX_DATAGRAM: Final = 65507
-MAX_PAYLOAD: Final = 2 << 20
-MAX_ITEMS: Final = 65536
+#: The ``max_bytes`` of READ_FILE that caps nothing.
 NO_CAP: Final = (1 << 64) - 1
 
-_HEADER: Final = struct.Struct("<IBBH")
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 _ACK: Final = struct.Struct("<Ii")
 _EXIT: Final = struct.Struct("<iIQQ")
 _CONNECT: Final = struct.Struct("<II")
 _OPEN: Final = struct.Struct("<II16s")
-_MAPPED: Final = bytes(10) + b"\xff\xff"  # what an IPv4 address follows among those of IPv6
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2: an IPv4 address follows
 _MAX_PORT: Final = 65535
 
 
-class WireError(Exception):
-    """The peer broke the protocol, or a request does not fit into it."""
-
-
-class FrameType(IntEnum):
-    """Frame types; the names are those of the docs page."""
-
-    HELLO = 1
-    SETUP = 2
-    READY = 3
-    ERROR = 4
-    OK = 5
-    RESTORE = 6
-    EXEC = 8
-    STARTED = 9
-    DATA = 10
-    END = 11
-    WINDOW = 12
-    CLOSE = 13
-    SIGNAL = 14
-    ACK = 15
-    RESIZE = 16
-    EXIT = 17
-    READ_FILE = 24
-    WRITE_FILE = 25
-    PING = 32
-    SHUTDOWN = 33
-    WORKLOAD_SIGNAL = 34
-    WORKLOAD_WAIT = 35
-    SET_CLOCK = 36
-    FREEZE = 37
-    THAW = 38
-    AWAIT_LISTENER = 39
-    CONNECT = 40
-    WORKLOAD_START = 41
-    OPEN = 48
-
-
-_DATA: Final = int(FrameType.DATA)
-
-
 class StreamId(IntEnum):
-    """The ``stream`` of DATA, END, WINDOW and CLOSE frames."""
+    """Values of ``stream`` in DATA, END, WINDOW and CLOSE frames."""
 
     STDIN = 0
     STDOUT = 1
@@ -93,7 +75,7 @@ class StreamId(IntEnum):
 
 
 class Protocol(IntEnum):
-    """What a connection through the agent is, by the numbers of IP."""
+    """Transport protocols, by IANA's protocol numbers."""
 
     TCP = 6
     UDP = 17
@@ -120,184 +102,29 @@ EXIT_TIMED_OUT: Final = 1
 FAILED_AT_CWD: Final = 1
 
 
-class Frame(NamedTuple):
-    """One frame, or a piece of a DATA frame.
-
-    ``type`` is a plain int so that an unknown one can be reported.
-    """
-
-    type: int
-    stream: int
-    payload: bytes
-
-
-class FrameDecoder:
-    """Bytes in any chunking in, frames out: whole ones, but DATA in pieces, as it comes.
-
-    With ``datagrams`` DATA comes in whole frames, too.
-    """
-
-    def __init__(self, *, datagrams: bool = False) -> None:
-        self._datagrams = datagrams
-        self._buffer: bytes | bytearray = b""
-        self._offset = 0
-        # Of the DATA frame that has begun: what is still to come, and its stream.
-        self._data_left = 0
-        self._data_stream = 0
-
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Add what was received; :meth:`frames` gives what it completed."""
-        buffer, offset = self._buffer, self._offset
-        self._offset = 0
-        if offset == len(buffer):
-            self._buffer = bytes(data)
-            return
-        if isinstance(buffer, bytearray):
-            del buffer[:offset]
-        else:
-            self._buffer = buffer = bytearray(buffer[offset:])
-        buffer += data
-
-    def frames(self) -> Iterator[Frame]:
-        """Iterate over what has come. :raises WireError: a header breaks a bound."""
-        buffer = self._buffer
-        size = len(buffer)
-        while True:
-            start = self._offset
-            if self._data_left:
-                end = min(start + self._data_left, size)
-                if end == start:
-                    return
-                self._offset = end
-                self._data_left -= end - start
-                yield Frame(_DATA, self._data_stream, bytes(buffer[start:end]))
-                continue
-            if size - start < _HEADER.size:
-                return
-            length, type_, stream, zero = _HEADER.unpack_from(buffer, start)
-            most = MAX_DATA if type_ == _DATA or self._datagrams else MAX_PAYLOAD
-            if length > most or zero:
-                raise WireError(f"bad frame header: type {type_}, length {length}")
-            start += _HEADER.size
-            if type_ == _DATA and length and not self._datagrams:
-                self._offset = start
-                self._data_left, self._data_stream = length, stream
-                continue
-            end = start + length
-            if end > size:
-                return
-            self._offset = end
-            yield Frame(type_, stream, bytes(buffer[start:end]))
-
-    @property
-    def wanted(self) -> int:
-        """How many bytes the frame under way needs, as far as is known, when :attr:`partial`.
-
-        Else those of a header. With ``datagrams`` only, and when :meth:`frames` has given all.
-        """
-        held = len(self._buffer) - self._offset
-        if held < _HEADER.size:
-            return _HEADER.size - held
-        length, *_ = _HEADER.unpack_from(self._buffer, self._offset)
-        assert isinstance(length, int)
-        return _HEADER.size + length - held
-
-    @property
-    def partial(self) -> bool:
-        """Whether a frame has begun and is not complete."""
-        return self._data_left > 0 or len(self._buffer) > self._offset
-
-
-@attrs.define
-class Reader:
-    """Takes a payload apart, field by field. Every method raises :exc:`WireError` at its end."""
-
-    payload: bytes
-    offset: int = 0
-
-    def _struct(self, layout: str) -> int:
-        size = struct.calcsize(layout)
-        if len(self.payload) - self.offset < size:
-            raise WireError("payload too short")
-        (value,) = struct.unpack_from(layout, self.payload, self.offset)
-        self.offset += size
-        assert isinstance(value, int)
-        return value
-
-    def u32(self) -> int:
-        return self._struct("<I")
-
-    def i32(self) -> int:
-        return self._struct("<i")
-
-    def u64(self) -> int:
-        return self._struct("<Q")
-
-    def string(self) -> str:
-        length = self.u32()
-        if len(self.payload) - self.offset < length:
-            raise WireError("payload too short")
-        raw = self.payload[self.offset : self.offset + length]
-        self.offset += length
-        return raw.decode("utf-8", "surrogateescape")
-
-    def end(self) -> None:
-        if self.offset != len(self.payload):
-            raise WireError("payload too long")
-
-
-def frame(type_: FrameType, payload: bytes = b"", stream: int = 0) -> bytes:
-    """A frame as bytes. :raises WireError: the payload is larger than a frame can be."""
-    if len(payload) > MAX_PAYLOAD:
-        raise WireError(f"{type_.name} of {len(payload)} bytes; the most is {MAX_PAYLOAD}")
-    return _HEADER.pack(len(payload), type_, stream, 0) + payload
-
-
-def data_frames(stream: int, data: bytes | bytearray | memoryview) -> Iterator[bytes]:
-    """``data`` as DATA frames."""
-    view = memoryview(data).cast("B")
-    for start in range(0, len(view), MAX_DATA):
-        part = view[start : start + MAX_DATA]
-        yield b"".join((_HEADER.pack(len(part), FrameType.DATA, stream, 0), part))
-
-
 def end(stream: int) -> bytes:
+    """Encode END: no more data comes on ``stream``."""
     return frame(FrameType.END, stream=stream)
 
 
 def close(stream: int) -> bytes:
+    """Encode CLOSE: the reader of ``stream`` has gone."""
     return frame(FrameType.CLOSE, stream=stream)
 
 
 def window(stream: int, credit: int) -> bytes:
+    """Encode WINDOW: ``credit`` more bytes may be sent on ``stream``."""
     return frame(FrameType.WINDOW, _U32.pack(credit), stream)
 
 
 def signal(sequence: int, signum: int, *, group: bool) -> bytes:
+    """Encode SIGNAL to a process, or to its group. ACK answers with the same ``sequence``."""
     return frame(FrameType.SIGNAL, struct.pack("<IiI", sequence, signum, group))
 
 
 def resize(columns: int, rows: int) -> bytes:
+    """Encode RESIZE: the terminal's new size, in characters."""
     return frame(FrameType.RESIZE, struct.pack("<HH", columns, rows))
-
-
-def string(value: str | bytes) -> bytes:
-    """A string field. :raises ValueError: it holds NUL, which no path, argument or name can."""
-    raw = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
-    if b"\0" in raw:
-        raise ValueError(f"embedded null byte in {value!r}")
-    return blob(raw)
-
-
-def blob(raw: bytes) -> bytes:
-    """A string field that may hold any byte."""
-    return _U32.pack(len(raw)) + raw
-
-
-def strings(values: Sequence[str | bytes]) -> bytes:
-    if len(values) > MAX_ITEMS:
-        raise WireError(f"a list of {len(values)} strings; the most is {MAX_ITEMS}")
-    return _U32.pack(len(values)) + b"".join(map(string, values))
 
 
 @attrs.frozen(kw_only=True)
@@ -311,7 +138,14 @@ class StagedFile:
 
 @attrs.frozen(kw_only=True)
 class ExecRequest:
-    """What to run. ``timeout`` in seconds; ``window`` in bytes for stdout and for stderr."""
+    """The fields of EXEC: programs to run, and how.
+
+    :ivar chain: argument vectors, each run after the success of the one before.
+    :ivar timeout: seconds after which the guest kills the process group.
+    :ivar columns: the width of a terminal in characters; 0 is the guest's default, as for rows.
+    :ivar window: the bytes of stdout, and of stderr, that the guest may send ahead.
+    :ivar empty_stdin: there is no input: the END of stdin follows at once.
+    """
 
     chain: Sequence[Sequence[str | bytes]]
     flags: ExecFlags = ExecFlags.NONE
@@ -323,11 +157,10 @@ class ExecRequest:
     user: str = ""
     environment: Sequence[str | bytes] = ()
     files: Sequence[StagedFile] = ()
-    #: There will be no input: the END of stdin follows at once.
     empty_stdin: bool = False
 
     def encode(self) -> Iterator[bytes]:
-        """As an EXEC frame, the staged files' DATA frames, and the END of an empty stdin.
+        """Encode it: an EXEC frame, the staged files' DATA frames, the END of an empty stdin.
 
         :raises ValueError: NUL in a string. :raises WireError: larger than the protocol allows.
         """
@@ -358,61 +191,72 @@ class ExecRequest:
 
 
 def read_file(path: str | bytes, max_bytes: int = NO_CAP) -> bytes:
+    """Encode READ_FILE. A file of more than ``max_bytes`` is refused."""
     return frame(FrameType.READ_FILE, string(path) + struct.pack("<Q", max_bytes))
 
 
 def write_file(path: str | bytes, mode: int) -> bytes:
+    """Encode WRITE_FILE: DATA and END follow, then the guest renames the file into place."""
     return frame(FrameType.WRITE_FILE, string(path) + _U32.pack(mode))
 
 
-#: What answers SHUTDOWN with OK: all has been written, and the machine may be ended at once.
+#: The payload of the OK that answers SHUTDOWN when all is written: the machine may be ended.
 ALL_IS_WRITTEN: Final = _U64.pack(1)
 
 
 def shutdown(grace_ms: int) -> bytes:
+    """Encode SHUTDOWN. Programs have ``grace_ms`` milliseconds to end."""
     return frame(FrameType.SHUTDOWN, _U32.pack(grace_ms))
 
 
 def workload_start(argv: Sequence[str]) -> bytes:
-    """Start the image's workload, which SETUP left out."""
+    """Encode WORKLOAD_START, for a workload that SETUP left out."""
     return frame(FrameType.WORKLOAD_START, strings(argv))
 
 
 def workload_signal(signum: int) -> bytes:
+    """Encode WORKLOAD_SIGNAL."""
     return frame(FrameType.WORKLOAD_SIGNAL, struct.pack("<i", signum))
 
 
 def set_clock(realtime_ns: int) -> bytes:
+    """Encode SET_CLOCK: the nanoseconds since 1970."""
     return frame(FrameType.SET_CLOCK, struct.pack("<Q", realtime_ns))
 
 
 def freeze() -> bytes:
-    """Answered by OK when no program in the guest runs, or by ERROR; see :func:`thaw`."""
+    """Encode FREEZE. OK answers when no program in the guest runs, else ERROR."""
     return frame(FrameType.FREEZE)
 
 
 def thaw() -> bytes:
+    """Encode THAW, which undoes FREEZE. OK answers, also when nothing is frozen."""
     return frame(FrameType.THAW)
 
 
 def await_listener(timeout_ms: int, port: int = 0) -> bytes:
-    """Answered by OK with ``port`` when it is listened on, or with 0 at the timeout.
+    """Encode AWAIT_LISTENER. OK answers with the port when it is listened on, or 0 at the timeout.
 
-    Port 0: any, the answer being the one that was listened on first.
+    :param port: the TCP port; 0 is any, and the answer is the one that was listened on first.
     """
     return frame(FrameType.AWAIT_LISTENER, _CONNECT.pack(timeout_ms, _port(port)))
 
 
 def connect(protocol: Protocol, port: int) -> bytes:
-    """Answered by OK with the port, or by ERROR. Port 0, of TCP: the first that is listened on."""
+    """Encode CONNECT. OK with the port answers, or ERROR.
+
+    :param port: the guest's port; 0, of TCP alone, is the one that was listened on first.
+    """
     return frame(FrameType.CONNECT, _CONNECT.pack(protocol, _port(port)))
 
 
 def ok(value: int = 0) -> bytes:
+    """Encode OK."""
     return frame(FrameType.OK, _U64.pack(value))
 
 
 def error(errno: int, message: str) -> bytes:
+    """Encode ERROR."""
     return frame(FrameType.ERROR, struct.pack("<i", errno) + string(message) + _U64.pack(0))
 
 
@@ -424,7 +268,7 @@ def _port(port: int) -> int:
 
 @attrs.frozen
 class Open:
-    """An OPEN frame: where a program of the guest wants to go."""
+    """An OPEN frame: the protocol, address and port that a program of the guest wants."""
 
     protocol: Protocol
     address: IPv4Address | IPv6Address
@@ -432,6 +276,7 @@ class Open:
 
     @classmethod
     def decode(cls, payload: bytes) -> Open:
+        """Read a payload. :raises WireError: it makes no sense."""
         if len(payload) != _OPEN.size:
             raise WireError(f"an OPEN of {len(payload)} bytes")
         protocol, port, raw = _OPEN.unpack(payload)
@@ -442,6 +287,7 @@ class Open:
         return cls(Protocol(protocol), address, port)
 
     def encode(self) -> bytes:
+        """Encode it as a frame."""
         raw = self.address.packed
         if isinstance(self.address, IPv4Address):
             raw = _MAPPED + raw
@@ -458,6 +304,7 @@ class GuestError:
 
     @classmethod
     def decode(cls, payload: bytes) -> GuestError:
+        """Read a payload. :raises WireError: it makes no sense."""
         reader = Reader(payload)
         error = cls(reader.i32(), reader.string(), reader.u64())
         reader.end()
@@ -466,7 +313,12 @@ class GuestError:
 
 @attrs.frozen
 class Exit:
-    """An EXIT frame; ``duration`` in seconds, ``peak_rss_kib`` as ``getrusage`` counts it."""
+    """An EXIT frame: a program's end.
+
+    :ivar returncode: its exit status, negative for a signal.
+    :ivar duration: seconds from its start to its end.
+    :ivar peak_rss_kib: its largest resident set in KiB, as ``getrusage`` counts it.
+    """
 
     returncode: int
     timed_out: bool
@@ -475,28 +327,31 @@ class Exit:
 
     @classmethod
     def decode(cls, payload: bytes) -> Exit:
+        """Read a payload. :raises WireError: it has the wrong size."""
         returncode, flags, microseconds, peak = _unpack(_EXIT, payload)
         return cls(returncode, bool(flags & EXIT_TIMED_OUT), microseconds / 1e6, peak)
 
 
 def decode_u32(payload: bytes) -> int:
+    """Read the payload of WINDOW or STARTED."""
     (value,) = _unpack(_U32, payload)
     return value
 
 
 def decode_u64(payload: bytes) -> int:
+    """Read the payload of OK."""
     (value,) = _unpack(_U64, payload)
     return value
 
 
 def decode_ack(payload: bytes) -> tuple[int, int]:
-    """The sequence number and the errno of an ACK frame."""
+    """Read the payload of ACK: a sequence number and an errno."""
     sequence, errno = _unpack(_ACK, payload)
     return sequence, errno
 
 
 def _unpack(layout: struct.Struct, payload: bytes) -> tuple[int, ...]:
-    """A payload of fixed size. :raises WireError: this one has another."""
+    """Read a payload of fixed size. :raises WireError: it has another."""
     if len(payload) != layout.size:
         raise WireError(f"a payload of {len(payload)} bytes in the place of {layout.size}")
     return layout.unpack(payload)

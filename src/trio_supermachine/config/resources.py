@@ -1,4 +1,4 @@
-"""The typed low-level description of a virtual machine.
+"""Low-level descriptions of virtual machines, as values with types.
 
 :class:`VmResources` says what one machine is made of, for programs that bring their own kernel
 and disks. Programs that start images want :class:`VmConfig` instead. Values are frozen; each
@@ -19,6 +19,7 @@ from .._public import public
 from .._util import validators as check
 from .._util.validators import StrPath
 from ..errors import ConfigError, ResourceError, ResourceErrorKind
+from .checks import boolean, instances, integer, optional_integer, optional_path
 from .defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS
 
 DEFAULT_CMDLINE: Final = "console=ttyAMA0 reboot=t panic=-1"
@@ -34,21 +35,31 @@ _MAX_PORT: Final = 2**32 - 2  # the highest vsock port; 2**32 - 1 means "any"
 
 
 def default_cmdline(machine: str | None = None) -> str:
-    """The default command line for ``machine``, as ``uname -m`` says it; ``None`` is this host."""
+    """Give the default command line of a machine.
+
+    :param machine: its architecture, as ``uname -m`` says it; ``None`` is this host's.
+    """
     arm = (machine or platform.machine()) in ("aarch64", "arm64")
     return DEFAULT_CMDLINE if arm else _X86_CMDLINE
 
 
 @public
 class VmProfile(Enum):
-    """What a machine is tuned for."""
+    """Profiles that a machine is tuned for.
+
+    ``LATENCY`` stands for one vCPU, ``THROUGHPUT`` for four.
+    """
 
     LATENCY = "latency"
     THROUGHPUT = "throughput"
 
     @classmethod
     def parse(cls, text: str) -> VmProfile | None:
-        """``"latency"`` or ``"low-latency"``, or ``"throughput"``; anything else is ``None``."""
+        """Read a profile's name.
+
+        :param text: ``"latency"``, ``"low-latency"`` or ``"throughput"``; anything else gives
+            ``None``.
+        """
         if text in ("latency", "low-latency"):
             return cls.LATENCY
         if text == "throughput":
@@ -61,134 +72,121 @@ class VmProfile(Enum):
         return 4 if self is VmProfile.THROUGHPUT else DEFAULT_VCPUS
 
 
-def _at_least(minimum: int, maximum: int | None = None) -> Any:
-    def validate(instance: object, field: attrs.Attribute[Any], value: object) -> None:
-        check.integer(field.name, value, minimum, maximum)
-
-    return validate
-
-
-def _flag(instance: object, field: attrs.Attribute[Any], value: object) -> None:
-    check.boolean(field.name, value)
-
-
 @public
 @attrs.frozen
 class VolumeSpec:
     """A writable disk that outlives its machines.
 
-    ``host_path`` is a sparse file of ``size_bytes``, made and given an ext4 file system on first
-    use and reused afterwards; the guest sees it mounted at ``guest_path``.
+    :ivar host_path: a sparse file of the host. The first use makes it, with an ext4 file system;
+        later ones find what was written.
+    :ivar guest_path: the absolute path at which the guest sees it mounted.
+    :ivar size_bytes: its size in bytes, at least 1.
     """
 
     host_path: Path = attrs.field(converter=check.host_path)
     guest_path: str = attrs.field(converter=check.guest_path)
-    size_bytes: int = attrs.field(default=1 << 30, validator=_at_least(1))
+    size_bytes: int = attrs.field(default=1 << 30, validator=integer(1))
 
     def with_size_bytes(self, size_bytes: int) -> VolumeSpec:
-        """A copy of another size, in bytes."""
+        """Give a copy of another size, in bytes."""
         return attrs.evolve(self, size_bytes=size_bytes)
 
 
 def volume_tuple(values: Iterable[VolumeSpec]) -> tuple[VolumeSpec, ...]:
-    """Check that ``values`` are volumes."""
-    volumes = tuple(values)
-    for volume in volumes:
-        if not isinstance(volume, VolumeSpec):
-            raise ConfigError(f"a volume must be a VolumeSpec, not {volume!r}")
-    return volumes
+    """Convert volumes to a tuple. :raises ConfigError: a value is no volume."""
+    return instances(values, VolumeSpec, "a volume", "a VolumeSpec")
 
 
 @public
 @attrs.frozen(kw_only=True)
 class SnapshotResources:
-    """When to capture a machine, and where to. Any trigger needs :attr:`out_path`."""
+    """Triggers of a machine's capture, and its place. Any trigger needs :attr:`out_path`.
 
-    #: Milliseconds after the start.
-    after_ms: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(_at_least(0))
-    )
-    #: At this heartbeat of the guest, counted from 1.
-    at_heartbeat: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(_at_least(0))
-    )
-    #: When the workload listens on a TCP port.
-    on_listener: bool = attrs.field(default=False, validator=_flag)
-    #: Milliseconds of quiet between a trigger and the capture.
-    quiesce_ms: int = attrs.field(default=0, validator=_at_least(0))
-    #: The directory that the snapshot becomes.
-    out_path: Path | None = attrs.field(
-        default=None, converter=attrs.converters.optional(check.host_path)
-    )
+    :ivar after_ms: milliseconds after the start.
+    :ivar at_heartbeat: the number of a heartbeat of the guest, counted from 1.
+    :ivar on_listener: capture when the workload listens on a TCP port.
+    :ivar quiesce_ms: milliseconds between a trigger and the capture.
+    :ivar out_path: the directory that the snapshot becomes.
+    """
+
+    after_ms: int | None = attrs.field(default=None, validator=optional_integer(0))
+    at_heartbeat: int | None = attrs.field(default=None, validator=optional_integer(0))
+    on_listener: bool = attrs.field(default=False, validator=boolean)
+    quiesce_ms: int = attrs.field(default=0, validator=integer(0))
+    out_path: Path | None = attrs.field(default=None, converter=optional_path)
 
     @property
     def has_trigger(self) -> bool:
-        """Whether anything asks for a capture."""
+        """Whether any trigger is set."""
         return self.after_ms is not None or self.at_heartbeat is not None or self.on_listener
 
 
 @public
 @attrs.frozen(kw_only=True)
 class EndpointResources:
-    """The host's unix sockets and ports that lead into a machine."""
+    """Unix sockets and ports of the host that lead into a machine.
 
-    #: Unix socket to the guest's TCP listeners.
-    vsock_mux: Path | None = attrs.field(
-        default=None, converter=attrs.converters.optional(check.host_path)
-    )
-    #: TCP port of the host that leads to the guest's first listener.
-    http_port: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(_at_least(0, 65535))
-    )
-    #: Unix socket on which accepted connections are handed over.
-    vsock_mux_handoff: Path | None = attrs.field(
-        default=None, converter=attrs.converters.optional(check.host_path)
-    )
-    #: Unix socket to the guest's agent.
-    vsock_exec: Path | None = attrs.field(
-        default=None, converter=attrs.converters.optional(check.host_path)
-    )
-    #: The agent's vsock port.
+    :ivar vsock_mux: the unix socket to the guest's TCP listeners.
+    :ivar http_port: the TCP port of the host that leads to the guest's first listener.
+    :ivar vsock_mux_handoff: the unix socket on which accepted connections are handed over.
+    :ivar vsock_exec: the unix socket to the guest's agent.
+    :ivar vsock_exec_guest_port: the agent's vsock port.
+    """
+
+    vsock_mux: Path | None = attrs.field(default=None, converter=optional_path)
+    http_port: int | None = attrs.field(default=None, validator=optional_integer(0, 65535))
+    vsock_mux_handoff: Path | None = attrs.field(default=None, converter=optional_path)
+    vsock_exec: Path | None = attrs.field(default=None, converter=optional_path)
     vsock_exec_guest_port: int = attrs.field(
-        default=DEFAULT_EXEC_GUEST_PORT, validator=_at_least(1, _MAX_PORT)
+        default=DEFAULT_EXEC_GUEST_PORT, validator=integer(1, _MAX_PORT)
     )
 
 
 @public
 @attrs.frozen(kw_only=True)
 class VmResources:
-    """What one virtual machine is made of.
+    """The parts of one virtual machine.
 
-    Values are checked for type where they are written; whether they make a machine that can run
-    is what :meth:`validate_for_run` tells.
+    Each value is checked by itself where it is written; :meth:`validate_for_run` checks that
+    together they make a machine that can run.
+
+    :ivar kernel_path: the kernel to boot.
+    :ivar initrd_path: the initial file system.
+    :ivar cmdline: the kernel's command line; the default names the console of this host's
+        architecture.
+    :ivar memory_mib: the guest's memory in MiB.
+    :ivar vcpus: the number of virtual CPUs.
+    :ivar profile: a profile for :meth:`apply_profile_defaults`.
+    :ivar block_devices: read-only disks, in the order in which the guest sees them.
+    :ivar volumes: writable disks.
+    :ivar restore_from: the snapshot to start from instead of booting.
+    :ivar cow_restore: map the snapshot's memory copy-on-write instead of reading it.
+    :ivar snapshot: the triggers and the place of a capture.
+    :ivar endpoints: unix sockets and ports of the host that lead into the machine.
+    :ivar balloon_target_pages: pages of 4 KiB that a balloon takes from the guest.
+    :raises ConfigError: a value makes no sense by itself.
+
+    Example::
+
+        from trio_supermachine import VmResources
+
+        resources = VmResources.for_kernel("vmlinuz", "initrd.img").with_memory_mib(512)
+        resources.validate_for_run()
     """
 
-    kernel_path: Path | None = attrs.field(
-        default=None, converter=attrs.converters.optional(check.host_path)
-    )
-    initrd_path: Path | None = attrs.field(
-        default=None, converter=attrs.converters.optional(check.host_path)
-    )
-    #: The kernel's command line; the default names the console of the host's architecture.
+    kernel_path: Path | None = attrs.field(default=None, converter=optional_path)
+    initrd_path: Path | None = attrs.field(default=None, converter=optional_path)
     cmdline: str = attrs.field(factory=default_cmdline, validator=attrs.validators.instance_of(str))
-    memory_mib: int = attrs.field(default=DEFAULT_MEMORY_MIB, validator=_at_least(0))
-    vcpus: int = attrs.field(default=DEFAULT_VCPUS, validator=_at_least(0))
+    memory_mib: int = attrs.field(default=DEFAULT_MEMORY_MIB, validator=integer(0))
+    vcpus: int = attrs.field(default=DEFAULT_VCPUS, validator=integer(0))
     profile: VmProfile | None = attrs.field(default=None)
-    #: Read-only disks, in the order in which the guest sees them.
     block_devices: tuple[Path, ...] = attrs.field(default=(), converter=check.host_paths)
     volumes: tuple[VolumeSpec, ...] = attrs.field(default=(), converter=volume_tuple)
-    #: The snapshot to start from instead of booting.
-    restore_from: Path | None = attrs.field(
-        default=None, converter=attrs.converters.optional(check.host_path)
-    )
-    #: Whether a restore maps the snapshot's memory copy-on-write rather than reading it.
-    cow_restore: bool = attrs.field(default=False, validator=_flag)
+    restore_from: Path | None = attrs.field(default=None, converter=optional_path)
+    cow_restore: bool = attrs.field(default=False, validator=boolean)
     snapshot: SnapshotResources = attrs.field(factory=SnapshotResources)
     endpoints: EndpointResources = attrs.field(factory=EndpointResources)
-    #: Pages of 4 KiB that a balloon takes from the guest.
-    balloon_target_pages: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(_at_least(0))
-    )
+    balloon_target_pages: int | None = attrs.field(default=None, validator=optional_integer(0))
 
     @profile.validator
     def _check_profile(self, field: object, value: object) -> None:
@@ -197,93 +195,99 @@ class VmResources:
 
     @classmethod
     def for_kernel(cls, kernel: StrPath, initrd: StrPath | None = None) -> VmResources:
-        """The resources of a machine that boots ``kernel``."""
+        """Describe a machine that boots ``kernel``."""
         return cls(kernel_path=kernel, initrd_path=initrd)
 
     @classmethod
     def from_snapshot(cls, path: StrPath) -> VmResources:
-        """The resources of a machine restored from the snapshot at ``path``."""
+        """Describe a machine that is restored from the snapshot at ``path``."""
         return cls(restore_from=path)
 
     def with_kernel_path(self, path: StrPath) -> VmResources:
-        """A copy that boots the kernel at ``path``."""
+        """Give a copy that boots the kernel at ``path``."""
         return attrs.evolve(self, kernel_path=path)
 
     def with_initramfs(self, path: StrPath) -> VmResources:
-        """A copy with this initial file system."""
+        """Give a copy with this initial file system."""
         return attrs.evolve(self, initrd_path=path)
 
     def with_cmdline(self, cmdline: str) -> VmResources:
-        """A copy with this kernel command line, in place of the default."""
+        """Give a copy with this kernel command line, in place of the default."""
         return attrs.evolve(self, cmdline=cmdline)
 
     def with_memory_mib(self, memory_mib: int) -> VmResources:
-        """A copy with this much memory."""
+        """Give a copy with this much memory, in MiB."""
         return attrs.evolve(self, memory_mib=memory_mib)
 
     def with_profile(self, profile: VmProfile) -> VmResources:
-        """A copy with this profile; :meth:`apply_profile_defaults` makes it count."""
+        """Give a copy with this profile, which :meth:`apply_profile_defaults` applies."""
         return attrs.evolve(self, profile=profile)
 
     def with_vcpus(self, vcpus: int) -> VmResources:
-        """A copy with this many vCPUs."""
+        """Give a copy with this many vCPUs."""
         return attrs.evolve(self, vcpus=vcpus)
 
     def with_block_device(self, path: StrPath) -> VmResources:
-        """A copy with one more read-only disk."""
+        """Give a copy with one more read-only disk."""
         return attrs.evolve(self, block_devices=(*self.block_devices, path))
 
     def with_volume(self, volume: VolumeSpec) -> VmResources:
-        """A copy with one more volume."""
+        """Give a copy with one more volume."""
         return attrs.evolve(self, volumes=(*self.volumes, volume))
 
     def with_restore(self, path: StrPath) -> VmResources:
-        """A copy that starts from the snapshot at ``path``."""
+        """Give a copy that starts from the snapshot at ``path``."""
         return attrs.evolve(self, restore_from=path)
 
     def with_cow_restore(self, enabled: bool = True) -> VmResources:
-        """A copy whose restore is copy-on-write, or not."""
+        """Give a copy whose restore is copy-on-write, or not."""
         return attrs.evolve(self, cow_restore=enabled)
 
     def with_snapshot_after_ms(self, ms: int, out_path: StrPath | None = None) -> VmResources:
-        """A copy captured ``ms`` milliseconds after its start.
+        """Give a copy that is captured ``ms`` milliseconds after its start.
 
-        ``out_path`` is the snapshot's directory here and below; without it the one set before.
+        :param out_path: the snapshot's directory; ``None`` leaves it as it is.
         """
         return self._with_trigger(out_path, after_ms=ms)
 
     def with_snapshot_at_heartbeat(
         self, heartbeat: int, out_path: StrPath | None = None
     ) -> VmResources:
-        """A copy captured at this heartbeat of the guest."""
+        """Give a copy that is captured at this heartbeat of the guest, counted from 1.
+
+        :param out_path: the snapshot's directory; ``None`` leaves it as it is.
+        """
         return self._with_trigger(out_path, at_heartbeat=heartbeat)
 
     def with_snapshot_on_listener(self, out_path: StrPath | None = None) -> VmResources:
-        """A copy captured when its workload listens."""
+        """Give a copy that is captured when its workload listens on a TCP port.
+
+        :param out_path: the snapshot's directory; ``None`` leaves it as it is.
+        """
         return self._with_trigger(out_path, on_listener=True)
 
     def with_quiesce_ms(self, ms: int) -> VmResources:
-        """A copy that waits this many milliseconds between a trigger and the capture."""
+        """Give a copy that waits this many milliseconds between a trigger and the capture."""
         return attrs.evolve(self, snapshot=attrs.evolve(self.snapshot, quiesce_ms=ms))
 
     def with_vsock_mux(self, path: StrPath) -> VmResources:
-        """A copy with a unix socket to the guest's listeners at ``path``."""
+        """Give a copy with a unix socket to the guest's listeners at ``path``."""
         return self._with_endpoint(vsock_mux=path)
 
     def with_http_port(self, port: int) -> VmResources:
-        """A copy with this host port leading to the guest's first listener."""
+        """Give a copy with this host port, which leads to the guest's first listener."""
         return self._with_endpoint(http_port=port)
 
     def with_vsock_mux_handoff(self, path: StrPath) -> VmResources:
-        """A copy with a unix socket at ``path`` on which connections are handed over."""
+        """Give a copy with a unix socket at ``path`` on which connections are handed over."""
         return self._with_endpoint(vsock_mux_handoff=path)
 
     def with_vsock_exec(self, path: StrPath) -> VmResources:
-        """A copy with a unix socket to the guest's agent at ``path``."""
+        """Give a copy with a unix socket to the guest's agent at ``path``."""
         return self._with_endpoint(vsock_exec=path)
 
     def with_vsock_exec_guest_port(self, port: int) -> VmResources:
-        """A copy whose agent listens on this vsock port."""
+        """Give a copy whose agent listens on this vsock port."""
         return self._with_endpoint(vsock_exec_guest_port=port)
 
     @property
@@ -297,7 +301,7 @@ class VmResources:
         return self.restore_from is not None
 
     def apply_profile_defaults(self) -> VmResources:
-        """A copy with the profile's number of vCPUs, unless another than the default was given."""
+        """Give a copy with the profile's number of vCPUs, if the number is still the default."""
         if self.profile is None or self.vcpus != DEFAULT_VCPUS:
             return self
         return attrs.evolve(self, vcpus=self.profile.default_vcpus)

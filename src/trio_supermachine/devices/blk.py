@@ -1,8 +1,12 @@
 """The block device (virtio 1.2 §5.2): a file or block device of the host as a disk.
 
 Data moves between the file and guest memory by ``preadv`` and ``pwritev``, without a copy in
-between. Reads that the page cache can answer are done at once; all else of a batch goes to one
-worker thread, so that a slow disk holds up nothing but itself.
+between. The device reads at once what the page cache has. All other requests of a batch go to one
+worker thread, so that a slow disk holds up nothing but itself. A batch is bounded in requests and
+bytes, as a cancellation waits for it.
+
+A hostile driver chooses every field of a request. Each is copied out of guest memory and checked
+before it is used; the data itself goes to and from views that are inside guest memory.
 """
 
 from __future__ import annotations
@@ -31,18 +35,18 @@ F_DISCARD: Final = 1 << 13
 F_WRITE_ZEROES: Final = 1 << 14
 
 _QUEUE_SIZE: Final = 256
-#: A chain has a header and a status besides its segments of data.
+#: Segments of data that a chain may have, beside its header and its status.
 _SEG_MAX: Final = _QUEUE_SIZE - 2
-#: As QEMU's: 2 GiB, of which no more than a hint is asked.
+#: 2 GiB, as on QEMU: a discard is only a hint.
 _MAX_DISCARD_SECTORS: Final = 0x3F_FFFF
-#: 32 MiB: a file system without holes makes this device write them.
+#: 32 MiB, which the device itself writes on a file system without holes.
 _MAX_ZERO_SECTORS: Final = 0x1_0000
-#: Bytes of one read or write. Linux asks for 1280 KiB at most, unless root there says otherwise.
+#: Bytes of one read or write. Linux asks for 1280 KiB at most, unless its root says otherwise.
 _MAX_TRANSFER: Final = 32 << 20
-#: A read beyond this is not copied in the Trio thread, though it might be at once.
+#: Bytes up to which a read may be done in the Trio thread.
 _MAX_INLINE: Final = 1 << 20
 
-# One batch: requests, and bytes that a cancellation may have to wait for.
+# Requests of one batch, and bytes that a cancellation may have to wait for.
 _TURN: Final = 64
 _TURN_BYTES: Final = 32 << 20
 
@@ -58,7 +62,7 @@ _CONFIG: Final = struct.Struct("<QII4xI8xB1xHIIIIIB3x")
 
 
 class RequestType(IntEnum):
-    """What a request asks for (§5.2.6)."""
+    """Type of a request (§5.2.6)."""
 
     IN = 0
     OUT = 1
@@ -69,7 +73,7 @@ class RequestType(IntEnum):
 
 
 class Status(IntEnum):
-    """How a request ended (§5.2.6)."""
+    """Status of a request that has ended (§5.2.6)."""
 
     OK = 0
     IOERR = 1
@@ -94,20 +98,23 @@ class _Request:
 class BlkDevice(VirtioDevice):
     """A virtio-blk disk with one queue.
 
-    A guest sees the disk that QEMU's virtio-blk would show, but for: no GEOMETRY, TOPOLOGY and
-    CONFIG_WCE (the cache is always write-back for a driver that can flush, and write-through for
-    one that cannot); no DISCARD and WRITE_ZEROES on a read-only disk; at most 32 MiB in one
-    WRITE_ZEROES; and an incomplete last sector is no part of the disk.
+    A guest sees the disk that QEMU's virtio-blk would show, except that
+
+    - there are no GEOMETRY, TOPOLOGY and CONFIG_WCE: the cache is write-back for a driver that can
+      flush, and write-through for one that cannot;
+    - a read-only disk has no DISCARD and WRITE_ZEROES;
+    - one WRITE_ZEROES is of 32 MiB at most;
+    - an incomplete last sector is no part of the disk.
 
     :param fd: the open disk, which the caller closes when :meth:`run` has ended for good. Its
-        size is taken now.
-    :param readonly: refuse what would change it.
-    :param serial: what the guest finds as the disk's serial number; 20 bytes count.
+        size is that of this moment.
+    :param readonly: refuse requests that would change it.
+    :param serial: the disk's serial number; 20 bytes of it count.
     :raises OSError: ``fd`` has no size.
     """
 
     device_id: ClassVar[int] = ID_BLOCK
-    queue_sizes = (_QUEUE_SIZE,)
+    queue_sizes: tuple[int, ...] = (_QUEUE_SIZE,)
 
     def __init__(self, fd: int, *, readonly: bool, serial: str = "") -> None:
         self._fd = fd
@@ -116,7 +123,7 @@ class BlkDevice(VirtioDevice):
         self._sectors = os.lseek(fd, 0, os.SEEK_END) // SECTOR
         self._nowait = True
         self._limiter = trio.CapacityLimiter(1)
-        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH
+        self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH
         self.features |= F_RO if readonly else F_DISCARD | F_WRITE_ZEROES
         limits = (
             (0, 0, 0, 0, 0, 0)
@@ -129,7 +136,7 @@ class BlkDevice(VirtioDevice):
         return self._config[offset : offset + length].ljust(length, b"\0")
 
     async def run(self, queues: Sequence[Queue]) -> None:
-        """Serve requests until cancelled; those that a worker thread has begun are finished."""
+        """Serve requests until cancelled, and finish those that the worker thread has begun."""
         (queue,) = queues
         while True:
             await queue.wait()
@@ -151,9 +158,9 @@ class BlkDevice(VirtioDevice):
     # --- in the Trio thread ---
 
     def _begin(self, queue: Queue, slow: list[_Request]) -> bool:
-        """Take a batch and end what can be at once; the rest goes to ``slow``.
+        """Take a batch and tell whether there was one.
 
-        Gives whether there was anything.
+        Requests that can be are ended at once; the others go to ``slow``.
         """
         waiting = 0
         for count in range(_TURN):
@@ -173,7 +180,7 @@ class BlkDevice(VirtioDevice):
         return True
 
     def _parse(self, request: _Request) -> Status | None:
-        """Fill the request in; gives its status if that ends it."""
+        """Fill the request in; give its status if that ends it."""
         header, data = _split(request.chain.readable, _HEADER.size)
         if len(header) < _HEADER.size:
             return Status.IOERR
@@ -232,7 +239,7 @@ class BlkDevice(VirtioDevice):
         return Status.OK if at else Status.IOERR
 
     def _read_cached(self, request: _Request) -> Status | None:
-        """Read if no disk has to be waited for."""
+        """Read from the page cache; ``None`` if the disk has to be waited for."""
         if not self._nowait or request.size > _MAX_INLINE:
             return None
         try:
@@ -279,7 +286,7 @@ def _end(queue: Queue, request: _Request, status: Status) -> None:
 
 
 def _split(views: Sequence[memoryview], size: int) -> tuple[bytes, Sequence[memoryview]]:
-    """A copy of the first ``size`` bytes, fewer if there are fewer, and what follows."""
+    """Copy the first ``size`` bytes, or all if there are fewer; give the rest, too."""
     if views and len(views[0]) == size:
         return bytes(views[0]), views[1:]
     head = b""
@@ -294,7 +301,7 @@ def _split(views: Sequence[memoryview], size: int) -> tuple[bytes, Sequence[memo
 
 
 def _without_status(chain: Chain) -> Sequence[memoryview]:
-    """What a request has for data that the device writes: all but the last byte."""
+    """Give the part of a request that the device writes data to: all but the last byte."""
     *data, last = chain.writable
     if len(last) > 1:
         data.append(last[:-1])

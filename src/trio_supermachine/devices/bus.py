@@ -1,7 +1,7 @@
-"""Address ranges and who answers for them: I/O ports, or memory-mapped registers.
+"""A bus: ranges of addresses and their handlers, for I/O ports or memory-mapped registers.
 
-The guest chooses every address, size and value that comes in here. Handlers see accesses that
-lie wholly inside their range, and nothing else.
+A hostile guest chooses every address, size and value that comes in here. Handlers only see accesses
+that lie wholly inside their range.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _MASKS: Final = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
 
 
 class Handler(Protocol):
-    """Registers. Offsets are from the range's start; ``offset + size`` is at most its length."""
+    """Registers of one range. ``offset`` is from its start; ``offset + size`` is within it."""
 
     def read(self, offset: int, size: int, /) -> int:
-        """The little-endian value of ``size`` (1 to 8) bytes; bits beyond them are ignored."""
+        """Give the little-endian value of ``size`` (1 to 8) bytes; bits beyond them are ignored."""
 
     def write(self, offset: int, size: int, value: int, /) -> None:
         """Store ``size`` bytes."""
@@ -36,10 +36,10 @@ class Range:
 
 @final
 class Bus:
-    """Routes accesses to handlers, in the caller's thread.
+    """Router of accesses to handlers, in the caller's thread.
 
-    Where nobody answers, reads give all ones and writes are ignored. An access that begins in
-    one range and ends outside of it falls apart into bytes, each with an answer of its own.
+    Where there is no handler, reads give all ones and writes are ignored. An access that crosses an
+    end of a range is split into bytes, each of which is routed by itself.
 
     :raises ValueError: two ranges overlap, or one is empty.
     """
@@ -55,7 +55,7 @@ class Bus:
         self._ranges = [(item.start, item.start + item.length, item.handler) for item in ordered]
 
     def read(self, address: int, size: int) -> int:
-        """The value of ``size`` (1 to 8) bytes at ``address``."""
+        """Give the value of ``size`` (1 to 8) bytes at ``address``."""
         index = bisect_right(self._starts, address) - 1
         if index >= 0:
             start, end, handler = self._ranges[index]

@@ -1,4 +1,4 @@
-"""A disk's file: whole reads and writes, and ranges that are given back. Blocking calls."""
+"""The file of a disk: complete reads and writes, and ranges given back. All calls block."""
 
 from __future__ import annotations
 
@@ -20,25 +20,32 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def read_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
-    """Fill ``views`` with the bytes from ``offset`` on. :raises OSError: or the file ends."""
+    """Fill ``views`` with the bytes from ``offset`` on.
+
+    :raises OSError: the file cannot be read, or it ends before.
+    """
     _move_all(os.preadv, fd, views, offset)
 
 
 def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
-    """Write ``views`` from ``offset`` on. :raises OSError:"""
+    """Write ``views`` from ``offset`` on. :raises OSError: the file cannot be written."""
     _move_all(os.pwritev, fd, views, offset)
 
 
 def discard(fd: int, offset: int, size: int) -> None:
-    """Give the range (bytes) back if the file system can; its contents are lost, or not.
+    """Give a range (in bytes) back, if the file system can; its contents may be lost.
 
-    :raises OSError: it can, and failed.
+    :raises OSError: the file system can, and failed.
     """
     _try_fallocate(fd, _PUNCH_HOLE, offset, size)
 
 
 def write_zeroes(fd: int, offset: int, size: int, *, unmap: bool) -> None:
-    """Make the range (bytes) zero; with ``unmap`` it may be given back. :raises OSError:"""
+    """Make a range (in bytes) zero.
+
+    :param unmap: it may be given back for that.
+    :raises OSError: the file cannot be written.
+    """
     if _try_fallocate(fd, _PUNCH_HOLE if unmap else _ZERO_RANGE, offset, size):
         return
     end = offset + size
@@ -68,7 +75,10 @@ def _move_all(
 
 
 def _try_fallocate(fd: int, mode: int, offset: int, size: int) -> bool:
-    """Whether the file system can do this at all. :raises OSError: it can, and failed."""
+    """Call ``fallocate``; tell whether the file system can do this at all.
+
+    :raises OSError: it can, and failed.
+    """
     while _libc.fallocate(fd, mode | _KEEP_SIZE, offset, size):
         number = ctypes.get_errno()
         if number in (errno.EOPNOTSUPP, errno.ENOSYS):

@@ -1,7 +1,7 @@
-"""The guest's physical memory as devices see it.
+"""The guest's physical memory, for devices.
 
-Every address that a guest gives to a device goes through :meth:`GuestMemory.view`: it is here
-that an access outside the guest's memory is refused.
+A hostile guest chooses every address that a device gets. All of them go through
+:meth:`GuestMemory.view`, which refuses those outside of the guest's memory.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from typing import final
 
 
 class GuestMemoryError(Exception):
-    """An address range that is not wholly inside the guest's memory."""
+    """Range of addresses that is not wholly inside the guest's memory."""
 
 
 @final
 class GuestMemory:
     """Ranges of guest-physical memory, each backed by writable bytes of this process.
 
-    The views that it hands out are plain memory: the guest may change them at any time, so
-    what is checked has to be copied first, and they have to be gone before whoever made the
-    mapping removes it.
+    Views are plain memory. The guest may change them at any time, so copy before a check. All views
+    must be gone before the mapping is removed.
 
-    :param ranges: (guest-physical start, its bytes); they must not overlap.
+    :param ranges: (guest-physical start, its bytes) of each; they must not overlap.
     """
 
     __slots__ = ("_ranges",)
@@ -51,7 +50,7 @@ class GuestMemory:
         return sum(end - start for start, end, _ in self._ranges)
 
     def view(self, address: int, length: int) -> memoryview:
-        """The ``length`` bytes at ``address``, writable.
+        """Give a writable view of the ``length`` bytes at ``address``.
 
         :raises GuestMemoryError: they are not wholly inside one range.
         """
@@ -62,17 +61,17 @@ class GuestMemory:
         raise GuestMemoryError(f"no guest memory at {address:#x}, {length:#x} bytes")
 
     def read(self, address: int, length: int) -> bytes:
-        """A copy of the ``length`` bytes at ``address``. :raises GuestMemoryError: as `view`."""
+        """Copy the ``length`` bytes at ``address``. :raises GuestMemoryError: as :meth:`view`."""
         return bytes(self.view(address, length))
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy ``data`` (bytes) to ``address``. :raises GuestMemoryError: as `view`."""
+        """Copy ``data``, of bytes, to ``address``. :raises GuestMemoryError: as :meth:`view`."""
         self.view(address, len(data))[:] = data
 
     def close(self) -> None:
         """Let go of the memory; every access fails from now on. Idempotent.
 
-        Views that were handed out stay what they are.
+        Views that were given before stay valid.
         """
         ranges, self._ranges = self._ranges, ()
         for _, _, view in ranges:

@@ -16,14 +16,15 @@ CONTROL_FUNCTION_MASK: Final = 0x4000
 #: The bits of message control that can be written.
 CONTROL_WRITABLE: Final = CONTROL_ENABLE | CONTROL_FUNCTION_MASK
 
-# What can be written of an entry: not the last bits of the address, and only the mask bit.
+# The bits of an entry that can be written: of the address all but the last two, of vector control
+# only the mask bit.
 _ENTRY_MASK: Final = (1 << 128) - 1 - 3 - (0xFFFF_FFFE << 96)
 _ENTRY_MASKED: Final = 1 << 96
 
 
 @attrs.frozen
 class MsixMessage:
-    """What an interrupt writes, and where."""
+    """Write that an interrupt makes: ``data`` to ``address``."""
 
     address: int
     data: int
@@ -31,7 +32,7 @@ class MsixMessage:
 
 @final
 class Msix:
-    """The vectors of one function, all masked at first."""
+    """Vectors of one function, all masked at first."""
 
     def __init__(self, vectors: int) -> None:
         if not 0 < vectors <= MAX_VECTORS:
@@ -42,28 +43,28 @@ class Msix:
 
     @property
     def vectors(self) -> int:
-        """How many there are."""
+        """Number of vectors."""
         return len(self._entries)
 
     @property
     def enabled(self) -> bool:
-        """The driver uses MSI-X."""
+        """Whether the driver uses MSI-X."""
         return bool(self._control & CONTROL_ENABLE)
 
     @property
     def control(self) -> int:
-        """Message control, the 16 bits of the capability."""
+        """Message control: the 16 bits of the capability."""
         return self._control | (len(self._entries) - 1)
 
     def message(self, vector: int) -> MsixMessage | None:
-        """What ``vector`` sends now; None while it is masked or MSI-X is not enabled."""
+        """Give the message of ``vector``; ``None`` while it is masked or MSI-X is not enabled."""
         entry = self._entries[vector]
         if self._control & CONTROL_WRITABLE != CONTROL_ENABLE or entry & _ENTRY_MASKED:
             return None
         return MsixMessage(entry & (1 << 64) - 1, entry >> 64 & 0xFFFF_FFFF)
 
     def trigger(self, vector: int) -> bool:
-        """Whether to send ``vector``'s message; if it is masked, it becomes pending instead."""
+        """Tell whether to send the message of ``vector``. If it is masked, make it pending."""
         if not self.enabled:
             return False
         if self.message(vector) is not None:
@@ -72,7 +73,7 @@ class Msix:
         return False
 
     def take_pending(self, vector: int) -> bool:
-        """Whether ``vector`` was pending; it is not any more."""
+        """Tell whether ``vector`` was pending, and make it not pending."""
         bit = 1 << vector
         pending = bool(self._pending & bit)
         self._pending &= ~bit
@@ -83,7 +84,7 @@ class Msix:
         self._pending = 0
 
     def set_control(self, value: int) -> list[int]:
-        """Write message control; gives the vectors whose message changed."""
+        """Write message control; give the vectors whose message changed."""
         before = [self.message(vector) for vector in range(self.vectors)]
         self._control = value & CONTROL_WRITABLE
         if not self.enabled:
@@ -91,14 +92,14 @@ class Msix:
         return [v for v, message in enumerate(before) if message != self.message(v)]
 
     def read_table(self, offset: int, size: int) -> int:
-        """``size`` (bytes) at ``offset`` of the table; zeros beyond its end."""
+        """Read ``size`` bytes at ``offset`` of the table; zeros beyond its end."""
         value = 0
         for at, vector, shift in _pieces(offset, size, self.vectors):
             value |= (self._entries[vector] >> shift & 0xFF) << at
         return value
 
     def write_table(self, offset: int, size: int, value: int) -> list[int]:
-        """Write to the table; gives the vectors whose message changed."""
+        """Write to the table; give the vectors whose message changed."""
         first, last = offset // ENTRY_SIZE, (offset + size - 1) // ENTRY_SIZE
         vectors = range(first, min(last + 1, self.vectors))
         before = [self.message(vector) for vector in vectors]
@@ -113,11 +114,11 @@ class Msix:
         ]
 
     def read_pending(self, offset: int, size: int) -> int:
-        """``size`` (bytes) at ``offset`` of the pending bit array; zeros beyond its end."""
+        """Read ``size`` bytes at ``offset`` of the pending bit array; zeros beyond its end."""
         return self._pending >> 8 * offset & (1 << 8 * size) - 1
 
     def save(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Give the state, as JSON has it."""
         return {
             "control": self._control,
             "pending": f"{self._pending:x}",
@@ -125,7 +126,7 @@ class Msix:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `save` gave.
+        """Take over the state that :meth:`save` gave.
 
         :raises ValueError, KeyError, TypeError: it is no such state, or of other vectors.
         """
@@ -143,7 +144,7 @@ class Msix:
 
 
 def _pieces(offset: int, size: int, vectors: int) -> list[tuple[int, int, int]]:
-    """The bytes of an access: (bit in the value, vector, bit in its entry)."""
+    """Divide an access into bytes: (bit in the value, vector, bit in its entry) of each."""
     end = min(offset + size, ENTRY_SIZE * vectors)
     return [
         (8 * (byte - offset), byte // ENTRY_SIZE, 8 * (byte % ENTRY_SIZE))

@@ -1,8 +1,10 @@
 """A PCI bus behind an ECAM window: configuration space, capabilities and memory BARs.
 
-One bus, 32 devices of up to 8 functions, each with at most one 64-bit memory BAR. Every read and
-write takes any offset and any size from 1 to 8 bytes, whatever the guest makes of it. Calls come
-from vCPU threads; the caller holds the machine's lock.
+One bus, 32 devices of up to 8 functions, each with at most one 64-bit memory BAR. Calls come from
+vCPU threads; the caller holds the machine's lock.
+
+A hostile guest chooses every offset, and every size from 1 to 8 bytes. It may move a BAR, but only
+within the bus's window and not over another: elsewhere the BAR answers nowhere.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final, final
 
 CONFIG_SIZE: Final = 256
-#: Bytes of the window that each function has.
+#: Bytes of the window for each function.
 ECAM_FUNCTION_SIZE: Final = 4096
 #: Bytes of the window for the one bus.
 ECAM_SIZE: Final = 256 * ECAM_FUNCTION_SIZE
@@ -46,7 +48,7 @@ _LAST_REGISTER: Final = CONFIG_SIZE - 1
 
 
 class PciFunction:
-    """A function's configuration space: bytes, and which of their bits can be written.
+    """A function: its configuration space, and the mask of the bits that can be written.
 
     :param class_code: 24 bits: class, subclass, interface.
     :param bar_size: bytes of its memory BAR, a power of 2 and at least 4096; 0 for none.
@@ -77,7 +79,7 @@ class PciFunction:
         self._set(REG_SUBSYSTEM_ID, 2, subsystem_id)
         self._set(REG_INTERRUPT_LINE, 1, 0, 0xFF)
         if bar_size:
-            # What is written of the address is all but its lowest bits: so is its size found.
+            # The lowest bits cannot be written: by that a driver finds the size.
             self._set(REG_BAR0, 8, BAR_MEMORY_64, (1 << 64) - bar_size)
 
     def _set(self, register: int, size: int, value: int, mask: int = 0) -> None:
@@ -88,7 +90,7 @@ class PciFunction:
         return int.from_bytes(self._config[register : register + size], "little")
 
     def _add_capability(self, kind: int, body: bytes, mask: bytes = b"") -> int:
-        """Append a capability; gives its register. ``body`` is what follows kind and link."""
+        """Append a capability; give its register. ``body`` follows its kind and link."""
         at = self._next_capability
         self._next_capability = (at + 2 + len(body) + 3) & ~3
         if self._next_capability > CONFIG_SIZE:
@@ -103,7 +105,7 @@ class PciFunction:
 
     @property
     def bar(self) -> int | None:
-        """Where the driver wants the BAR; None while memory decoding is off."""
+        """Address that the driver wants for the BAR; ``None`` while memory decoding is off."""
         if not self.bar_size or not self._config[REG_COMMAND] & COMMAND_MEMORY:
             return None
         return self._get(REG_BAR0, 8) & -self.bar_size
@@ -117,12 +119,12 @@ class PciFunction:
         self._config[REG_HEADER_TYPE] |= HEADER_MULTIFUNCTION
 
     def read_config(self, register: int, size: int) -> int:
-        """``size`` bytes at ``register``; ones beyond the configuration space."""
+        """Read ``size`` bytes at ``register``; ones beyond the configuration space."""
         found = bytes(self._config[register : register + size])
         return int.from_bytes(found.ljust(size, b"\xff"), "little")
 
     def write_config(self, register: int, size: int, value: int) -> bool:
-        """Write to what can be written; True if the BAR may have moved."""
+        """Write to the bits that can be written; tell whether the BAR may have moved."""
         for at in range(register, min(register + size, CONFIG_SIZE)):
             mask = self._mask[at]
             self._config[at] = self._config[at] & ~mask | value & mask
@@ -137,17 +139,17 @@ class PciFunction:
         """Write ``size`` bytes at ``offset`` of the BAR."""
 
     def bar_moved(self, address: int | None) -> None:
-        """The BAR answers at ``address`` now, or nowhere. Called by the bus."""
+        """Let the BAR answer at ``address``, or with ``None`` nowhere. Called by the bus."""
 
     def loaded(self) -> None:
-        """Every function has its state and every BAR its place. Called by the bus."""
+        """Go on: all functions have their state and BARs their places. Called by the bus."""
 
     def save(self) -> dict[str, Any]:
-        """All of its state, as JSON has it."""
+        """Give the state, as JSON has it."""
         return {"config": self._config.hex()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `save` gave; the bus sees to the BAR afterwards.
+        """Take over the state that :meth:`save` gave; the bus places the BAR afterwards.
 
         :raises ValueError, KeyError, TypeError: it is no such state, or of another function.
         """
@@ -162,11 +164,10 @@ class PciFunction:
 
 @final
 class PciBus:
-    """Bus 0: a host bridge at 00:00.0 and what is added.
+    """Bus 0: a host bridge at 00:00.0 and the functions that are added.
 
-    :param window: guest-physical start of the window that BARs lie in.
-    :param window_size: its bytes. A BAR that the driver puts elsewhere, or over another one,
-        answers nowhere: a guest cannot move a device over what is not PCI.
+    :param window: guest-physical start of the window for BARs.
+    :param window_size: its bytes.
     """
 
     def __init__(self, window: int, window_size: int) -> None:
@@ -174,7 +175,7 @@ class PciBus:
         self._window_end = window + window_size
         self._next_bar = window
         self._functions: dict[int, PciFunction] = {}
-        # Where BARs answer: ascending, and by function.
+        # The addresses at which BARs answer: ascending, and by function.
         self._starts: list[int] = []
         self._decoded: list[tuple[int, PciFunction]] = []
         self._placed: dict[PciFunction, int] = {}
@@ -184,8 +185,8 @@ class PciBus:
     def add(self, function: PciFunction, *, device: int, number: int = 0) -> None:
         """Plug ``function`` in as ``device`` (0 to 31), function ``number`` (0 to 7).
 
-        Its BAR gets the next free address of the window. Before the guest runs, and in the
-        same order for a restored machine as for the one that was saved.
+        Its BAR gets the next free address of the window. Call it before the guest runs, and in the
+        same order for a restored machine as for the captured one.
 
         :raises ValueError: the slot is taken or does not exist, or the window is full.
         """
@@ -218,7 +219,7 @@ class PciBus:
             self._decode()
 
     def find(self, address: int) -> tuple[PciFunction, int] | None:
-        """The function whose BAR answers at ``address``, and the offset in it."""
+        """Find the function whose BAR answers at ``address``, and the offset in the BAR."""
         at = bisect_right(self._starts, address) - 1
         if at >= 0:
             start, function = self._decoded[at]
@@ -227,7 +228,7 @@ class PciBus:
         return None
 
     def _decode(self) -> None:
-        """Find out which BARs answer, and tell those for which that changed."""
+        """Find out where BARs answer, and tell the functions for which that has changed."""
         placed: dict[PciFunction, int] = {}
         for function in self._functions.values():
             start = function.bar
@@ -242,7 +243,7 @@ class PciBus:
         before, self._placed = self._placed, placed
         self._decoded = sorted(((at, function) for function, at in placed.items()), key=_start)
         self._starts = [start for start, _ in self._decoded]
-        # All that leave go before any that comes: two never have one address.
+        # BARs that leave a place go first: two never have one address.
         moved = [f for f in self._functions.values() if before.get(f) != placed.get(f)]
         for function in moved:
             if function in before:
@@ -252,13 +253,14 @@ class PciBus:
                 function.bar_moved(placed[function])
 
     def save(self) -> dict[str, Any]:
-        """The state of all functions, as JSON has it; their devices stand still."""
+        """Give the state of all functions, as JSON has it. Their devices stand still."""
         return {f"{slot:02x}": function.save() for slot, function in self._functions.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `save` gave, before the guest runs, with the same functions added.
+        """Take over the state that :meth:`save` gave, before the guest runs.
 
-        BARs, vectors and devices come up with the same calls as when a driver sets them up.
+        The same functions have been added. BARs, vectors and devices come up by the same calls as
+        when a driver sets them up.
 
         :raises ValueError: it is no such state, or of other functions.
         """

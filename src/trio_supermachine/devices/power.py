@@ -1,4 +1,4 @@
-"""How a guest says that it wants to end: ACPI's registers, and a PC's keyboard controller."""
+"""Registers by which a guest ends itself: ACPI's, and those of a PC's keyboard controller."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final, Literal, final
 
 PowerEvent = Literal["shutdown", "reset"]
 
-# The registers of AcpiPower, and what the tables (FADT, \_S5) say of them.
+# The registers of AcpiPower and their values, as the tables (FADT, \_S5) name them.
 SLEEP_CONTROL: Final = 0
 SLEEP_STATUS: Final = 1
 RESET: Final = 2
@@ -25,13 +25,16 @@ _PULSE_RESET: Final = 0xFE
 
 @final
 class AcpiPower:
-    """The sleep control, sleep status and reset registers (ACPI 6.5 §4.8.3.6, .7), a byte each.
+    """Sleep control, sleep status and reset registers (ACPI 6.5 §4.8.3.6, .7), a byte each.
 
-    Reads give zeros: nothing has woken up.
+    Reads give zeros: nothing has woken the machine.
     """
 
     def __init__(self, notify: Callable[[PowerEvent], None]) -> None:
-        """:param notify: called in the thread of whoever writes, as often as it does."""
+        """Make the registers.
+
+        :param notify: called for each request, in the thread of whoever writes.
+        """
         self._notify = notify
 
     def read(self, offset: int, size: int) -> int:
@@ -52,13 +55,16 @@ class AcpiPower:
 
 @final
 class KeyboardReset:
-    """Of an i8042 on ports 0x60 to 0x64: the command that pulses the reset line.
+    """Keyboard controller (i8042) on ports 0x60 to 0x64, with its reset command alone.
 
-    It says that it is never busy, which a kernel waits for before a command, and has no keys.
+    It has no keys, and is never busy, which a kernel waits for before a command.
     """
 
     def __init__(self, notify: Callable[[PowerEvent], None]) -> None:
-        """:param notify: called in the thread of whoever writes, as often as it does."""
+        """Make the controller.
+
+        :param notify: called for each request, in the thread of whoever writes.
+        """
         self._notify = notify
 
     def read(self, offset: int, size: int) -> int:

@@ -11,7 +11,7 @@ import trio
 from .virtio import ID_ENTROPY, Queue, VirtioDevice
 from .virtqueue import QueueFault
 
-#: What one chain gets at most, in bytes; the driver asks again for more (§5.4.6.2).
+#: Bytes that one chain gets at most; the driver asks again for more (§5.4.6.2).
 _LARGEST: Final = 4096
 #: Chains served before other tasks get a turn.
 _TURN: Final = 16
@@ -25,7 +25,7 @@ class RngDevice(VirtioDevice):
     """
 
     device_id: ClassVar[int] = ID_ENTROPY
-    queue_sizes = (8,)
+    queue_sizes: tuple[int, ...] = (8,)
 
     async def run(self, queues: Sequence[Queue]) -> None:
         (queue,) = queues

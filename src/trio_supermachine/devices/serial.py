@@ -1,8 +1,8 @@
 """A 16550A UART that only sends: the guest's console.
 
-What a driver can find out is as with the chip (National Semiconductor PC16550D): the divisor
-latch, FIFOs, loopback, scratch register and the interrupt "transmitter empty". Bytes leave at
-once, so the transmitter is always empty, and nothing is ever received.
+To a driver it is the chip (National Semiconductor PC16550D), with its divisor latch, FIFOs,
+loopback, scratch register and the interrupt "transmitter empty". Bytes leave at once, so the
+transmitter is always empty. Nothing is ever received.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ _REGISTERS: Final = ("ier", "fifos", "lcr", "mcr", "scratch", "divisor_low", "di
 
 @final
 class Serial:
-    """The UART's eight registers, for a :class:`.Bus`.
+    """Eight registers of a UART, for a :class:`.Bus`.
 
-    With the FIFOs on, bytes go out together when the FIFO is full, a line ends, or the guest
-    looks at another register, as a driver does after each burst; with them off, one by one.
+    With the FIFOs on, bytes go out together: when the FIFO is full, when a line ends, or when the
+    guest looks at another register, as a driver does after each burst. With the FIFOs off they go
+    out one by one.
     """
 
     def __init__(self, output: Callable[[bytes], None], interrupt: Callable[[], None]) -> None:
-        """Both are called in the thread of whoever accesses a register.
+        """Make the UART. Both callbacks are called in the thread of whoever accesses a register.
 
-        :param output: gets what was sent, at most :data:`FIFO_SIZE` bytes at a time.
+        :param output: gets the bytes sent, at most :data:`FIFO_SIZE` at a time.
         :param interrupt: called when the interrupt line goes up; the line is edge-triggered.
         """
         self._output = output
@@ -62,7 +63,7 @@ class Serial:
         self._scratch = 0
         self._divisor_low = 1
         self._divisor_high = 0
-        # "THR empty" has not been acknowledged, and was enabled: the one cause of interrupts.
+        # Whether "THR empty", the one cause of interrupts, is enabled and not acknowledged.
         self._pending = False
 
     def read(self, offset: int, size: int) -> int:
@@ -112,21 +113,21 @@ class Serial:
             self._scratch = value
 
     def flush(self) -> None:
-        """Send what the FIFO holds; for the machine's end, when no driver does it any more."""
+        """Send the bytes of the FIFO, also at the machine's end, when no driver does it."""
         if self._fifo:
             data = bytes(self._fifo)
             self._fifo.clear()
             self._output(data)
 
     def save(self) -> dict[str, int]:
-        """All state, as JSON can hold it. What is in the FIFO goes out first."""
+        """Send the bytes of the FIFO, then give the state, as JSON has it."""
         self.flush()
         state = {name: int(getattr(self, f"_{name}")) for name in _REGISTERS}
         state["pending"] = int(self._pending)
         return state
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Take over what :meth:`save` gave. :raises ValueError: it is nothing of the kind."""
+        """Take over the state that :meth:`save` gave. :raises ValueError: it is no such state."""
         if set(state) != {*_REGISTERS, "pending"} or not all(
             type(value) is int and 0 <= value <= 0xFF for value in state.values()
         ):
@@ -143,7 +144,7 @@ class Serial:
             self._fifo.append(value)
             if not self._fifos or value == 0x0A or len(self._fifo) >= FIFO_SIZE:
                 self.flush()
-        # The byte has left, so THR is empty again.
+        # The byte has left: THR is empty again.
         if self._ier & _IER_THRE:
             self._raise_pending()
 

@@ -1,6 +1,7 @@
-"""What a virtio device is, whatever bus it sits on (virtio 1.2 §2).
+"""The interface of virtio devices, whatever bus they sit on (virtio 1.2 §2).
 
-A device is one class below :class:`VirtioDevice`; its queues are given to it as it starts.
+To add a device: derive one class from :class:`VirtioDevice`, in a file of its own. It gets its
+queues as it starts, works on the chains that it takes from them, and never sees the transport.
 """
 
 from __future__ import annotations
@@ -36,36 +37,36 @@ ID_FS: Final = 26
 
 
 class Queue(Protocol):
-    """A virtqueue as :meth:`VirtioDevice.run` gets it."""
+    """Virtqueue, as :meth:`VirtioDevice.run` gets it."""
 
     async def wait(self) -> None:
         """Wait until the driver may have made chains available.
 
-        The first call after a start returns at once. After a return :meth:`pop` until it gives
-        None. A cancellation loses no notification.
+        The first call after a start returns at once. After a return, call :meth:`pop` until it
+        gives ``None``. A cancellation loses no notification.
         """
 
     def pop(self) -> Chain | None:
         """Take the next chain, if there is one.
 
-        :raises QueueFault: the driver broke the rules; let it out of :meth:`VirtioDevice.run`.
-        :raises GuestMemoryError: likewise.
+        :raises QueueFault, GuestMemoryError: the driver broke the rules. Let the error out of
+            :meth:`VirtioDevice.run`.
         """
 
     def push(self, chain: Chain, written: int = 0) -> None:
-        """Give a chain back after ``written`` bytes from the start of its writable part."""
+        """Give a chain back. ``written`` bytes from the start of its writable part are new."""
 
     def interrupt(self) -> None:
-        """Tell the driver about what was pushed, if it wants to know. Once per batch."""
+        """Tell the driver about the chains pushed, if it wants to know. Call it once per batch."""
 
 
 class VirtioDevice(ABC):
     """A virtio device without its bus.
 
-    :cvar device_id: its number (§5).
+    :cvar device_id: the device's number (§5).
     :ivar queue_sizes: the largest size of each of its queues; powers of 2.
-    :ivar features: the features of its own that it offers, as a mask.
-    :ivar driver_features: what was negotiated of all that was offered; set by the transport
+    :ivar features: the features that the device itself offers, as a mask.
+    :ivar driver_features: the features that were negotiated, those of the transport too; set
         before :meth:`run` begins.
     """
 
@@ -75,41 +76,41 @@ class VirtioDevice(ABC):
     driver_features: int = 0
 
     def read_config(self, offset: int, length: int) -> bytes:
-        """``length`` (1, 2, 4 or 8) bytes of the configuration space, zeros beyond its end.
+        """Read ``length`` (1, 2, 4 or 8) bytes of the configuration space, zeros beyond its end.
 
-        Called from vCPU threads with the machine's lock held, as is `write_config`.
+        Called from vCPU threads with the machine's lock held; so is :meth:`write_config`.
         """
         return bytes(length)
 
     def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - optional
-        """The driver wrote ``data`` to the configuration space at ``offset``; any offset."""
+        """Write ``data`` to the configuration space at ``offset``, which may be any."""
 
     @abstractmethod
     async def run(self, queues: Sequence[Queue]) -> None:
-        """Serve the queues until cancelled; begins when the driver says DRIVER_OK.
+        """Serve the queues until cancelled. Called when the driver says DRIVER_OK.
 
-        Cancelled for a reset and also for a pause, after which it is called again. When it has
-        ended, every chain that was popped has been pushed and nothing touches guest memory.
+        A reset cancels it, and so does a pause, after which it is called again. When it has ended,
+        every chain that was popped must have been pushed, and nothing may touch guest memory.
 
-        :param queues: one for each of ``queue_sizes``. One that the driver has not enabled
+        :param queues: one for each of ``queue_sizes``. A queue that the driver has not enabled
             never has a chain.
         :raises QueueFault, GuestMemoryError: the driver is at fault, and the device stands still
-            until the driver resets it. Groups of these are as good, so a nursery with a task for
-            each queue will do.
+            until the driver resets it. An exception group of these is as good, so a nursery with a
+            task for each queue will do.
         """
 
     def reset(self) -> None:  # noqa: B027 - optional
-        """Forget what the driver did; :meth:`run` has ended or has not begun.
+        """Forget all that the driver did. :meth:`run` has ended or has not begun.
 
-        Called with the machine's lock held, from the Trio thread or a vCPU's.
+        Called with the machine's lock held, in the Trio thread or a vCPU's.
         """
 
     def save(self) -> bytes:
-        """The device's own state, for :meth:`load`; :meth:`run` has ended."""
+        """Give the device's own state, for :meth:`load`. :meth:`run` has ended."""
         return b""
 
     def load(self, state: bytes) -> None:  # noqa: B027 - optional
-        """Go on from what :meth:`save` gave; called before the first :meth:`run`.
+        """Take over the state that :meth:`save` gave. Called before the first :meth:`run`.
 
         :raises ValueError: it is no such state.
         """

@@ -1,7 +1,7 @@
 """The common configuration of a virtio device on PCI (virtio 1.2 §4.1.4.3), without I/O.
 
-These are the registers through which a driver negotiates features, sets up queues and starts
-the device; a write that asks the transport to act says so.
+Through these registers a driver negotiates features, sets up queues and starts the device. A write
+that asks the transport to act gives a :class:`Demand`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _LOW: Final = 0xFFFF_FFFF
 
 
 class Demand(Enum):
-    """What a write asks of the transport."""
+    """Act that a write asks of the transport."""
 
     RESET = "reset"
     START = "start"
@@ -81,7 +81,7 @@ class Demand(Enum):
 @final
 @attrs.define(eq=False)
 class QueueConfig:
-    """What the driver has set of one queue; ``addresses``: descriptors, available, used."""
+    """Settings of one queue by its driver; ``addresses``: descriptors, available, used."""
 
     max_size: int
     size: int
@@ -96,17 +96,17 @@ class CommonConfig:
 
     :param offered: the features that are offered, as a mask.
     :param queue_sizes: the largest size of each queue.
-    :param vectors: how many MSI-X vectors there are.
-    :ivar locked: what is written is ignored, as while a reset is going on.
+    :param vectors: the number of MSI-X vectors.
+    :ivar locked: ignore writes, as during a reset.
     """
 
     def __init__(self, offered: int, queue_sizes: Sequence[int], vectors: int) -> None:
-        self.locked = False
-        self.status = 0
-        self.generation = 0
-        self.config_vector = NO_VECTOR
-        self.driver_features = 0
-        self.queues = [QueueConfig(size, size) for size in queue_sizes]
+        self.locked: bool = False
+        self.status: int = 0
+        self.generation: int = 0
+        self.config_vector: int = NO_VECTOR
+        self.driver_features: int = 0
+        self.queues: list[QueueConfig] = [QueueConfig(size, size) for size in queue_sizes]
         self._offered = offered
         self._vectors = vectors
         self._device_feature_select = 0
@@ -114,7 +114,7 @@ class CommonConfig:
         self._queue_select = 0
 
     def reset(self) -> None:
-        """As after power-on, but for the generation, which only ever counts on."""
+        """Restore the values of power-on, but for the generation, which only ever counts up."""
         self.locked = False
         self.status = 0
         self.config_vector = NO_VECTOR
@@ -125,10 +125,10 @@ class CommonConfig:
     def virtqueues(
         self, memory: GuestMemory, states: Sequence[QueueState | None] | None = None
     ) -> tuple[Virtqueue | None, ...]:
-        """The queues as the driver has set them up; None for those it has not enabled.
+        """Make the queues as the driver has set them up; ``None`` for those not enabled.
 
-        :param states: where each of them left off.
-        :raises QueueFault, GuestMemoryError: they cannot be.
+        :param states: the states to go on from.
+        :raises QueueFault, GuestMemoryError: a size or an address is not allowed.
         """
         return tuple(
             Virtqueue(
@@ -147,7 +147,7 @@ class CommonConfig:
         )
 
     def read(self, offset: int, size: int) -> int:
-        """``size`` bytes at ``offset``, whatever registers they are of; zeros beyond the end."""
+        """Read ``size`` bytes at ``offset``, of whatever registers; zeros beyond the end."""
         select = self._queue_select
         known = select < len(self.queues)
         queue = self.queues[select] if known else QueueConfig(0, 0)
@@ -170,7 +170,7 @@ class CommonConfig:
         return int.from_bytes(data[offset : offset + size], "little")
 
     def write(self, register: int, size: int, value: int) -> Demand | None:
-        """Write ``size`` bytes; what is no access to one register has no effect (§4.1.3.1)."""
+        """Write ``size`` bytes; an access that is not to one register has no effect (§4.1.3.1)."""
         if size == 8 and register in _ADDRESSES:
             self.write(register, 4, value)
             register, size, value = register + 4, 4, value >> 32
@@ -208,7 +208,7 @@ class CommonConfig:
         if register == QUEUE_MSIX_VECTOR:
             queue.vector = self._vector(value)
         elif queue.enabled or self.status & STATUS_DRIVER_OK:
-            pass  # it stays what it was when it was enabled (§4.1.4.3.2)
+            pass  # an enabled queue keeps its settings (§4.1.4.3.2)
         elif register == QUEUE_SIZE:
             if 0 < value <= queue.max_size and not value & (value - 1):
                 queue.size = value
@@ -235,7 +235,7 @@ class CommonConfig:
         return not features & ~self._offered and bool(features & F_VERSION_1)
 
     def save(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Give the state, as JSON has it."""
         return {
             "status": self.status,
             "generation": self.generation,
@@ -248,7 +248,7 @@ class CommonConfig:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `save` gave.
+        """Take over the state that :meth:`save` gave.
 
         :raises ValueError, KeyError, TypeError: it is no such state, or of other queues.
         """
@@ -276,7 +276,10 @@ class CommonConfig:
 
 
 def bounded(value: Any, bits: int) -> int:
-    """``value``, if it is an unsigned integer of so many bits. :raises ValueError: otherwise."""
+    """Check that ``value`` is an unsigned integer of so many bits, and give it.
+
+    :raises ValueError: it is not.
+    """
     if not isinstance(value, int) or value >> bits:
         raise ValueError(f"{value!r} in the place of {bits} bits")
     return value

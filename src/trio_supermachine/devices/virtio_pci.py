@@ -1,8 +1,32 @@
 """The virtio transport over PCI, modern devices only (virtio 1.2 §4.1), without I/O.
 
-Registers are read and written by vCPU threads with the machine's lock held; what has to be done
-about it goes to the engine through :class:`TransportEvents`. The data path passes here only to
-find out which vector interrupts.
+Theory of operation. A :class:`VirtioPciFunction` stands between a driver, which reads and writes
+its registers in a vCPU's thread, and a device, whose :meth:`~.virtio.VirtioDevice.run` is a task in
+the Trio thread. It never waits: what has to be done goes to the engine through
+:class:`TransportEvents`. The life of a device::
+
+    reset --driver sets up queues, DRIVER_OK--> running --driver breaks a rule--> NEEDS_RESET
+      ^                                            |                                 |
+      +--- finish_reset, once `run` has ended ---- resetting <---driver writes 0-----+
+
+- *running*: the virtqueues exist. They belong to ``run``, which uses them without the lock. A pause
+  ends ``run``, and a resume begins it anew, on the same virtqueues.
+- *NEEDS_RESET*: ``run`` has ended by a fault (§2.1.2), or the queues could not be made. Only a
+  reset helps.
+- *resetting*: registers are locked and the status reads as it was (§4.1.4.3.1) until ``run`` has
+  ended: a driver that waits for 0 knows that the device touches its memory no more.
+
+*Registers* lie in one memory BAR, in parts of a page each: common configuration and ISR status,
+device configuration, doorbells (notify registers), MSI-X table, pending bits. The kernel usually
+takes doorbells and interrupts without an exit: the engine ties them to descriptors when
+:meth:`TransportEvents.doorbells_moved` and :meth:`TransportEvents.vectors_changed` say so. A driver
+without MSI-X finds causes in the ISR status, but there is no interrupt line.
+
+*Locks.* Every method wants the machine's lock held; the data path comes here only to send an
+interrupt.
+
+*A hostile driver* may read and write anything at any offset and size. No write has an effect beyond
+this function's state and the calls to the engine.
 """
 
 from __future__ import annotations
@@ -33,7 +57,7 @@ FIRST_DEVICE_ID: Final = 0x1040
 #: Bytes between the notify registers of two queues.
 NOTIFY_MULTIPLIER: Final = 4
 
-# The BAR and its parts, which drivers find through the capabilities.
+# The BAR and its parts, which a driver finds through capabilities.
 BAR_SIZE: Final = 0x8000
 PART_COMMON: Final = 0x0000
 PART_DEVICE: Final = 0x1000
@@ -41,9 +65,9 @@ PART_NOTIFY: Final = 0x2000
 PART_MSIX_TABLE: Final = 0x3000
 PART_MSIX_PENDING: Final = 0x4000
 _PART_SIZE: Final = 0x1000
-#: Where the ISR status lies in the first part.
+#: Offset of the ISR status, in the first part.
 ISR: Final = 0x0800
-#: A vector for each and one for the configuration fit in one part of the BAR.
+#: Queues that a device may have: their vectors and that of the configuration fit in one part.
 MAX_QUEUES: Final = _PART_SIZE // 16 - 1
 
 ISR_QUEUE: Final = 1
@@ -62,49 +86,49 @@ _OTHER_CLASS: Final = 0xFF0000
 
 
 class TransportEvents(Protocol):
-    """What the engine does for a function; called with the machine's lock held.
+    """Calls that a function makes to its engine, with the machine's lock held.
 
-    Mostly from a vCPU thread, so an implementation passes on to the Trio thread what has to be
-    done there.
+    Most come from a vCPU's thread: an implementation passes on what the Trio thread has to do.
     """
 
     def driver_ok(self) -> None:
-        """Start the device's `run` on the function's ``virtqueues``.
+        """Start the device's ``run`` on the function's ``virtqueues``.
 
-        Whenever `run` starts, an interrupt for what :meth:`Virtqueue.should_interrupt` says is
-        due first: the last run may have ended just before it.
+        Whenever ``run`` starts, ask :meth:`.Virtqueue.should_interrupt` first: the last run may
+        have ended between a push and its interrupt.
         """
 
     def reset_requested(self) -> None:
-        """End `run` and then call :meth:`VirtioPciFunction.finish_reset`."""
+        """End ``run``, then call :meth:`VirtioPciFunction.finish_reset`."""
 
     def kick(self, queue: int) -> None:
-        """A notification came as an exit: wake whoever waits for ``queue``."""
+        """Wake whoever waits for ``queue``: the driver has notified by a register write."""
 
     def signal(self, vector: int) -> None:
         """Send the interrupt of ``vector``, which is not masked."""
 
     def vectors_changed(self, vector: int) -> None:
-        """:meth:`VirtioPciFunction.message` of ``vector`` has changed."""
+        """Look at :meth:`VirtioPciFunction.message` of ``vector`` again: it has changed."""
 
     def doorbells_moved(self, address: int | None) -> None:
-        """Queue 0's notify register is at guest-physical ``address`` now, queue i's 4 * i on.
+        """Take notifications at a new place.
 
-        Drivers write 2 bytes. None: it is nowhere; said before it comes up elsewhere.
+        :param address: the guest-physical address of queue 0's notify register; queue i's is
+            4 * i behind it. Drivers write 2 bytes. ``None`` stands for nowhere, and comes before
+            each new address.
         """
 
 
 @final
 class VirtioPciFunction(PciFunction):
-    """A virtio device as a PCI function, with as many MSI-X vectors as queues, and one more.
+    """A virtio device as a PCI function, with an MSI-X vector for each queue and one more.
 
     Every method wants the machine's lock held.
 
     :ivar device: the device itself.
     :ivar virtqueues: one for each queue of the device from DRIVER_OK to the end of the reset;
-        None for one that the driver has not enabled. They belong to `run` while it goes on, and
-        are used without the lock.
-    :raises ValueError: the device's queues cannot be.
+        ``None`` for one that the driver has not enabled.
+    :raises ValueError: the device has too many queues, or one of a size that is not allowed.
     """
 
     def __init__(self, device: VirtioDevice, memory: GuestMemory, events: TransportEvents) -> None:
@@ -124,7 +148,7 @@ class VirtioPciFunction(PciFunction):
         )
         self.device = device
         self.virtqueues: tuple[Virtqueue | None, ...] = ()
-        self.msix = Msix(len(device.queue_sizes) + 1)
+        self.msix: Msix = Msix(len(device.queue_sizes) + 1)
         self._memory = memory
         self._events = events
         self._common = CommonConfig(
@@ -153,16 +177,16 @@ class VirtioPciFunction(PciFunction):
         writable = b"\0\0\xff\0\0\0" + b"\xff" * 12
         self._window_at = add(CAP_VENDOR, body(CAP_PCI_CFG, 0, 0, bytes(4)), writable)
 
-    # --- what the engine asks and says ---
+    # --- for the engine ---
 
     @property
     def status(self) -> int:
-        """The device status (§2.1)."""
+        """Device status (§2.1)."""
         return self._common.status
 
     @property
     def running(self) -> bool:
-        """`run` of the device is to go on: DRIVER_OK, and neither a reset nor a fault since."""
+        """Whether ``run`` is to go on: DRIVER_OK, and neither a reset nor a fault since."""
         return (
             bool(self.virtqueues)
             and not self._common.locked
@@ -170,28 +194,31 @@ class VirtioPciFunction(PciFunction):
         )
 
     def message(self, vector: int) -> MsixMessage | None:
-        """What ``vector`` (0 to the number of queues) sends; None while it is masked."""
+        """Give the message that ``vector`` sends; ``None`` while it is masked.
+
+        The last vector, whose number is that of the queues, is for the configuration.
+        """
         return self.msix.message(vector)
 
     def interrupt_queue(self, queue: int) -> None:
-        """Interrupt for ``queue``, if its vector is not masked; else that becomes pending."""
+        """Send the interrupt of ``queue``; if its vector is masked, that becomes pending."""
         if not self.msix.enabled:
             self._isr |= ISR_QUEUE
         self._trigger(self._common.queues[queue].vector)
 
     def config_changed(self) -> None:
-        """The device's configuration space has changed: tell the driver."""
+        """Tell the driver that the device's configuration space has changed."""
         self._common.generation = (self._common.generation + 1) & 0xFF
         self._interrupt_config()
 
     def fail(self) -> None:
-        """`run` has ended because the driver broke the rules: only a reset helps (§2.1.2)."""
+        """Ask the driver for a reset (§2.1.2), as ``run`` has ended by a fault of the driver's."""
         if self.running:
             self._common.status |= STATUS_DEVICE_NEEDS_RESET
             self._interrupt_config()
 
     def finish_reset(self) -> None:
-        """`run` has ended after a request for a reset. Without effect if there was none."""
+        """Finish a reset, once ``run`` has ended. Without effect if none was asked for."""
         if self._common.locked:
             self._reset()
 
@@ -222,7 +249,7 @@ class VirtioPciFunction(PciFunction):
         self.device.driver_features = self._common.driver_features
         self._events.driver_ok()
 
-    # --- what the guest reads and writes ---
+    # --- for the guest ---
 
     def read_config(self, register: int, size: int) -> int:
         data = self._window_at + 16
@@ -242,7 +269,7 @@ class VirtioPciFunction(PciFunction):
         return moved
 
     def _window(self) -> tuple[int, int] | None:
-        """What the access capability points to: offset in the BAR and size."""
+        """Give offset in the BAR and size of the access that the capability points to."""
         bar = self._config[self._window_at + 4]
         offset, length = self._get(self._window_at + 8, 4), self._get(self._window_at + 12, 4)
         if bar or length not in (1, 2, 4) or offset % length or offset + length > BAR_SIZE:
@@ -294,14 +321,11 @@ class VirtioPciFunction(PciFunction):
             if self.msix.message(vector) is not None and self.msix.take_pending(vector):
                 self._events.signal(vector)
 
-    # --- what a snapshot holds ---
+    # --- for snapshots ---
 
     def save(self) -> dict[str, Any]:
-        """All of it, the device's own state too.
-
-        `run` has ended, so that a reset which the driver waits for is finished here.
-        """
-        self.finish_reset()
+        """Give the function's state with the device's own, as JSON has it; ``run`` has ended."""
+        self.finish_reset()  # the driver may wait for it
         return {
             **super().save(),
             "device_id": self.device.device_id,

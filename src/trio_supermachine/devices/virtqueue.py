@@ -1,12 +1,31 @@
 """The device's side of a split virtqueue (virtio 1.2 §2.7), without I/O.
 
-All three parts of the queue lie in guest memory and the guest may write to them at any time.
-:meth:`Virtqueue.pop` reads each field once, checks it, and hands out a chain that is right by
-construction: devices never see a descriptor.
+Theory of operation. The queue is three tables in guest memory: *descriptors* (address, length,
+flags, next), the *available* ring, in which the driver puts heads of chains, and the *used* ring,
+in which the device gives them back. Each side only ever writes its own ring and reads the other's.
+Indices run freely, modulo 2**16.
 
-The fields that driver and device share are accessed through casts of a memoryview, which are
-single loads and stores; in the order of the program, as x86 keeps it for all but a load after a
-store (:func:`_fence`).
+- :meth:`Virtqueue.pop` takes the next head and follows its descriptors to a :class:`Chain`.
+- :meth:`Virtqueue.push` writes the used element first and the index behind it, so that a driver
+  that sees the index finds the element.
+- Notifications are suppressed in both directions, by flags or by event indices (§2.7.7, §2.7.10). A
+  side that says "wake me" and then finds nothing may have said it too late. So
+  :meth:`Virtqueue.enable_kicks` looks once more, and :meth:`Virtqueue.should_interrupt` decides
+      after a barrier.
+
+*Memory order.* Shared fields are accessed through casts of a memoryview, which are single loads and
+stores, in the order of the program. x86 keeps that order for all but a load behind a store to
+another place, for which there is :func:`_fence`.
+
+*A hostile driver* may write anything anywhere at any time. So ``pop`` reads each field once, checks
+it, and gives out views that are inside guest memory by construction: devices never see a
+descriptor. Loops, chains longer than the queue, indirect tables inside of indirect tables and
+descriptors of no bytes are faults. The work of one ``pop`` is bounded by :data:`MAX_INDIRECT` and
+the queue's size, and the chains that are out by the queue's size. The *contents* of a chain may
+still change under the device's hands: copy, then check.
+
+*A queue that goes on from a snapshot* does not know whether its last interrupt reached the driver.
+It interrupts once too often.
 """
 
 from __future__ import annotations
@@ -21,10 +40,11 @@ from .memory import GuestMemory
 
 #: The largest queue of the split format.
 MAX_QUEUE_SIZE: Final = 32768
-#: Descriptors in an indirect table. More than the size of the queue are no mistake: Linux
-#: makes a table as long as the device's own limit of segments lets it.
+#: Descriptors that an indirect table may have. It may be longer than the queue: Linux makes it as
+#: long as the device's own limit of segments allows.
 MAX_INDIRECT: Final = 1024
-#: The bytes of one chain: what the used ring can say was written. (§2.7.5.2 allows one more.)
+#: Bytes that one chain may have: the most that the used ring can say was written. (§2.7.5.2 allows
+#: one more.)
 MAX_CHAIN_BYTES: Final = (1 << 32) - 1
 
 DESC_F_NEXT: Final = 1
@@ -43,12 +63,12 @@ _RING: Final = 2
 
 
 class QueueFault(Exception):
-    """The driver broke the rules of the queue; only a reset of the device mends it."""
+    """Breach of a queue's rules by the driver; only a reset of the device mends it."""
 
 
 @attrs.frozen
 class QueueState:
-    """Where a queue stands: free-running indices of 16 bits."""
+    """State of a queue: its free-running indices of 16 bits."""
 
     next_available: int = 0
     next_used: int = 0
@@ -59,11 +79,11 @@ class QueueState:
 class Chain:
     """One buffer that the driver made available; every view is inside the guest's memory.
 
-    The contents are the guest's and may change under the device's hands: copy, then check.
+    The contents may change under the device's hands: copy, then check.
 
-    :ivar head: what the driver knows it by.
-    :ivar readable: what the device may read, in order; none is empty.
-    :ivar writable: what the device may write, in order; none is empty.
+    :ivar head: the number that the driver knows it by.
+    :ivar readable: parts that the device may read, in order; none is empty.
+    :ivar writable: parts that the device may write, in order; none is empty.
     """
 
     head: int
@@ -72,7 +92,7 @@ class Chain:
 
     @property
     def readable_size(self) -> int:
-        """Bytes to read."""
+        """Bytes that can be read."""
         return sum(map(len, self.readable))
 
     @property
@@ -85,8 +105,10 @@ _lock: Final = threading.Lock()
 
 
 def _fence() -> None:
-    # What was stored above is seen before what is loaded below is read: a lock is taken with a
-    # locked instruction, a full barrier on x86.
+    """Let others see the stores before this, before the loads behind it are made.
+
+    A lock is taken with a locked instruction, which is a full barrier on x86.
+    """
     with _lock:
         pass
 
@@ -101,10 +123,10 @@ class Virtqueue:
     :param descriptors: guest-physical address of the descriptor table, a multiple of 16.
     :param available: that of the available (driver) ring, a multiple of 2.
     :param used: that of the used (device) ring, a multiple of 4.
-    :param event_index: VIRTIO_F_EVENT_IDX was negotiated.
-    :param indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
-    :param state: where an earlier object left off.
-    :raises QueueFault: the driver's size or addresses cannot be.
+    :param event_index: whether VIRTIO_F_EVENT_IDX was negotiated.
+    :param indirect: whether VIRTIO_F_INDIRECT_DESC was negotiated.
+    :param state: the state of an earlier object, to go on from.
+    :raises QueueFault: the driver's size or addresses are not allowed.
     :raises GuestMemoryError: a part of the queue is not in guest memory.
     """
 
@@ -153,22 +175,22 @@ class Virtqueue:
         self._next_available = start.next_available
         self._next_used = start.next_used
         self._reported = start.next_used
-        # Whether the driver was told of everything before is not known.
+        # The driver may not have been told of everything before.
         self._in_doubt = state is not None
 
     @property
     def size(self) -> int:
-        """Entries."""
+        """Number of entries."""
         return self._size
 
     def save(self) -> QueueState:
-        """Where the queue stands; every chain that was popped has to be pushed before."""
+        """Give the state of the queue. Every chain that was popped has been pushed."""
         return QueueState(self._next_available, self._next_used)
 
     def pop(self) -> Chain | None:
-        """Take the next chain, or None if the driver has made none available.
+        """Take the next chain; ``None`` if the driver has made none available.
 
-        :raises QueueFault: what the driver wrote is no chain; nothing was taken.
+        :raises QueueFault: the driver wrote something that is no chain; nothing was taken.
         :raises GuestMemoryError: a descriptor points out of guest memory; nothing was taken.
         """
         next_available = self._next_available
@@ -226,7 +248,10 @@ class Virtqueue:
         return Chain(head, tuple(readable), tuple(writable))
 
     def push(self, chain: Chain, written: int = 0) -> None:
-        """Give a chain back, once, after ``written`` bytes from the start of its writable part."""
+        """Give a chain back, once.
+
+        :param written: bytes from the start of its writable part that are new.
+        """
         next_used = self._next_used
         at = 2 * (next_used & (self._size - 1))
         self._elements[at] = chain.head
@@ -235,11 +260,10 @@ class Virtqueue:
         self._used[_INDEX] = next_used
 
     def should_interrupt(self) -> bool:
-        """Whether the driver wants to be told of what was pushed since the last call (§2.7.7).
+        """Tell whether the driver wants to hear of the chains pushed since the last call (§2.7.7).
 
-        Right once at most 65535 chains were pushed since. The first call on a queue that goes on
-        from a state says True: whether the last interrupt of the earlier object reached the
-        driver is not known, and one too many does no harm.
+        The answer is right if those were 65535 at most. The first call on a queue that goes on from
+        a state says ``True``.
         """
         reported, next_used = self._reported, self._next_used
         self._reported = next_used
@@ -256,7 +280,7 @@ class Virtqueue:
         return not self._available[_FLAGS] & AVAIL_F_NO_INTERRUPT
 
     def enable_kicks(self) -> bool:
-        """Ask the driver to notify of the next chain; True if there is one already (§2.7.10)."""
+        """Ask the driver to notify of the next chain; ``True`` if there is one (§2.7.10)."""
         if self._event_index:
             self._used[_RING + 4 * self._size] = self._next_available
         else:
@@ -265,7 +289,7 @@ class Virtqueue:
         return self._available[_INDEX] != self._next_available
 
     def disable_kicks(self) -> None:
-        """Tell the driver that notifications are of no use for now."""
-        # With the event index it notifies once as it passes the index that was asked for.
+        """Ask the driver not to notify for now."""
+        # By the event index it notifies once, as it passes that: there is nothing to suppress.
         if not self._event_index:
             self._used[_FLAGS] = USED_F_NO_NOTIFY

@@ -1,11 +1,28 @@
 """The virtio-vsock device (virtio 1.2 §5.10): the carrier that a guest's own kernel speaks.
 
-The queues are the channel: a packet is one chain, and moves between guest memory and a stream's
-buffer in one copy. Nothing that the driver does here costs more than the connection it names,
-but a chain that cannot hold a header, which is a :exc:`~..virtqueue.QueueFault`.
+Theory of operation. A packet is one chain of a queue, and moves between guest memory and a stream's
+buffer in one copy. Whole packets are in the queues or in the muxer, so a capture needs no
+arrangement with the guest (unlike :mod:`~trio_supermachine.vsock.framing`).
 
-In a pause the muxer above goes on: what its users send waits in its connections, as behind a
-peer without credit.
+*To the guest.* :meth:`VsockDevice.flush` puts packets into chains of the rx queue, in the very call
+that makes them. It stops for one of two reasons, and the rx task takes over: there are no chains,
+or 64 packets have been moved and other tasks want their turn.
+
+*From the guest.* The tx task takes chains and hands each packet to the muxer. While the muxer is
+congested it takes no more. Chains go back at once, but the driver is told of many together: with
+each chain it frees memory and wakes a sender, and interrupts cost both sides much.
+
+*In a pause* ``run`` has ended. The muxer above goes on: what its users send waits in its
+connections, as behind a peer without credit. *In a quiet block* both tasks hold back.
+
+*After a restore* the guest must learn that its connections are gone: DUE (the event TRANSPORT_RESET
+is to be sent) -> SAID (the guest has it) -> DONE (its kernel has dealt with it, which shows when it
+makes an event buffer available again). Nothing is put into the rx queue before DONE: a connection
+that is opened earlier would be reset with the old ones.
+
+*A hostile driver* can cost itself a connection by each packet, and stop the device by a chain that
+cannot hold a header (:exc:`.QueueFault`). It can make this side store no more than the muxer's
+bounds allow: packets stay in guest memory until they are taken.
 """
 
 from __future__ import annotations
@@ -44,18 +61,17 @@ _STATE: Final = struct.Struct("<I")
 _EVENT_TRANSPORT_RESET: Final = struct.pack("<I", 0)
 #: Packets handled before other tasks get a turn.
 _TURN: Final = 64
-#: With a tx chain that comes back a driver frees memory and wakes who waits for room, and
-#: interrupts cost both sides much. It hears of chains with so many bytes together, or of fewer so
-#: many seconds after the first. Linux lets a socket have 208 KiB on their way, counted as
-#: generously as here, by default.
+#: The driver is told of tx chains that have come back when they have so many bytes together, or so
+#: many seconds after the first. By default Linux lets a socket have 208 KiB on their way, counted
+#: as generously as here.
 _TOLD_TOGETHER: Final = 64 * 1024
 _TOLD_AFTER: Final = 0.02
-#: What a packet counts for, beside its bytes.
+#: Bytes that a packet counts for, beside its own.
 _PACKET_COST: Final = 2048
 
 
 class _Rx(Enum):
-    """What keeps packets from being put into the rx queue."""
+    """Reason that no packets are put into the rx queue."""
 
     NOTHING = "nothing"
     NO_CHAINS = "no chains"
@@ -63,7 +79,7 @@ class _Rx(Enum):
 
 
 class _PeerReset(Enum):
-    """How far the guest has been told that it was restored."""
+    """Progress of telling the guest that it was restored."""
 
     DONE = "done"
     DUE = "due"
@@ -72,7 +88,7 @@ class _PeerReset(Enum):
 
 @final
 class VsockDevice(VirtioDevice, Carrier):
-    """A virtio-vsock device, and the carrier of the :class:`VsockMux` that it is given to.
+    """A virtio-vsock device, and the carrier of the :class:`.VsockMux` that it is given to.
 
     The muxer lives as long as the machine; :meth:`run` comes and goes with the driver. A reset
     by the driver breaks every connection and leaves the host's listeners. SEQPACKET is not
@@ -82,7 +98,7 @@ class VsockDevice(VirtioDevice, Carrier):
     """
 
     device_id: ClassVar[int] = ID_VSOCK
-    queue_sizes = (_QUEUE_SIZE, _QUEUE_SIZE, _QUEUE_SIZE)
+    queue_sizes: tuple[int, ...] = (_QUEUE_SIZE, _QUEUE_SIZE, _QUEUE_SIZE)
     features = F_STREAM
 
     def __init__(self, *, guest_cid: int = GUEST_CID) -> None:
@@ -93,7 +109,7 @@ class VsockDevice(VirtioDevice, Carrier):
         self._rx_wait = _Rx.NOTHING
         self._rx_task = Parking()
         self._tx_task = Parking()
-        self._untold = 0  # bytes taken from the driver, which has not heard of it
+        self._untold = 0  # bytes taken from the driver that it has not been told of
         self._teller = Parking()
         self._scope = trio.CancelScope()
         self._fault: QueueFault | GuestMemoryError | None = None
@@ -120,7 +136,7 @@ class VsockDevice(VirtioDevice, Carrier):
             if self._fault is not None:
                 raise self._fault
         finally:
-            # Nothing may hold a view of guest memory any more, a traceback neither.
+            # Nothing may hold a view of guest memory any more, not even a traceback.
             self._rx = self._fault = None
 
     async def _guard(self, serve: Callable[[Queue], Awaitable[None]], queue: Queue) -> None:
@@ -145,8 +161,8 @@ class VsockDevice(VirtioDevice, Carrier):
     def load(self, state: bytes) -> None:
         if len(state) != _STATE.size:
             raise ValueError(f"a vsock device's state of {len(state)} bytes")
-        # A guest that has not heard of its restore yet must not take a new connection for an
-        # old one: ports go on where they were.
+        # Ports go on where they were: a guest that has not heard of its restore yet must not take a
+        # new connection for an old one.
         (self._mux.core.next_port,) = _STATE.unpack(state)
         self.reset_peer()
 
@@ -161,8 +177,7 @@ class VsockDevice(VirtioDevice, Carrier):
     def reset_peer(self) -> None:
         """Send the event TRANSPORT_RESET (§5.10.6.7) in the next :meth:`run`, once.
 
-        Packets to the guest wait until it has dealt with it, which ends all the connections
-        it has then, new ones too.
+        Packets to the guest wait until it has dealt with the event.
         """
         self._peer_reset = _PeerReset.DUE
 
@@ -188,7 +203,7 @@ class VsockDevice(VirtioDevice, Carrier):
             try:
                 self._fill(rx)
             except (QueueFault, GuestMemoryError) as exc:
-                self._fail(exc)  # the caller may be whoever uses a stream
+                self._fail(exc)  # in ``run``: the caller may be any user of a stream
             if self._rx_wait is not _Rx.NOTHING:
                 self._rx_task.wake()
         if not self._mux.core.congested:
@@ -209,7 +224,7 @@ class VsockDevice(VirtioDevice, Carrier):
             self._rx_wait = _Rx.NOTHING
 
     def _fill(self, rx: Queue) -> None:
-        """Put packets into chains until either runs out, or it is others' turn."""
+        """Put packets into chains until either runs out, or it is other tasks' turn."""
         if self._held or self._peer_reset is not _PeerReset.DONE:
             return
         core = self._mux.core
@@ -280,7 +295,7 @@ class VsockDevice(VirtioDevice, Carrier):
                 self.flush()
 
     async def _tell_late(self, tx: Queue) -> None:
-        """Tell the driver of what it has not heard of for a while."""
+        """Tell the driver of chains that it has not been told of for a while."""
         while True:
             if self._untold:
                 await trio.sleep(_TOLD_AFTER)
@@ -324,8 +339,8 @@ class VsockDevice(VirtioDevice, Carrier):
     async def _say_reset(self, events: Queue) -> None:
         """Send TRANSPORT_RESET and wait until the guest has dealt with it.
 
-        It has when it makes a buffer available again. To see that the queue is emptied first:
-        buffers that carry no event, of no bytes, come back at once.
+        It has when it makes a buffer available again. To see that one, this empties the queue
+        first: the other buffers go back at once, without an event.
         """
         if self._peer_reset is _PeerReset.DUE:
             while (chain := events.pop()) is None:
@@ -349,7 +364,7 @@ class VsockDevice(VirtioDevice, Carrier):
 
 
 def _gather(views: Sequence[memoryview], limit: int) -> bytes:
-    """The first ``limit`` bytes of ``views``, copied."""
+    """Copy the first ``limit`` bytes of ``views``."""
     parts = []
     for view in views:
         parts.append(view[:limit])

@@ -12,7 +12,7 @@ _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 def init_binary(arch: str = "x86_64") -> Path:
-    """The static program that is the guest's ``/init``.
+    """Find the static program that is the guest's ``/init``.
 
     :param arch: the guest's processor, ``"x86_64"`` or ``"aarch64"``.
     :raises AssetNotFound: it was not compiled.
@@ -21,7 +21,7 @@ def init_binary(arch: str = "x86_64") -> Path:
 
 
 def launcher_binary() -> Path:
-    """The host's helper that ties a child process to its parent's life.
+    """Find the host's helper that ties a child process to its parent's life.
 
     :raises AssetNotFound: it was not compiled for this host's processor.
     """

@@ -155,9 +155,13 @@ def _digest(words: Iterable[str], files: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-if __name__ == "__main__":
+def _main() -> None:
     wanted = sys.argv[1:] or ARCHITECTURES
     if unknown := set(wanted) - set(ARCHITECTURES):
         sys.exit(f"unknown architecture: {', '.join(sorted(unknown))}")
     for path in build(wanted):
         print(path)
+
+
+if __name__ == "__main__":
+    _main()

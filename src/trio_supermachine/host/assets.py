@@ -1,4 +1,4 @@
-"""Where the files and programs that a machine needs are found."""
+"""Files and programs that a machine needs, and where they are looked for."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def _absolute(path: str | os.PathLike[str] | None) -> Path | None:
 @public
 @attrs.frozen(kw_only=True)
 class AssetPaths:
-    """The places of files that are otherwise looked for.
+    """Explicit places of the files that a machine needs.
 
-    A field that is ``None`` leaves the choice to an environment variable, and without that to the
-    usual place.
+    For a field that is ``None`` an environment variable counts, and without one the usual place.
     """
 
     #: A Linux kernel, bzImage or ELF (``TRIO_SUPERMACHINE_KERNEL``; usually one that
@@ -36,7 +35,10 @@ class AssetPaths:
 
 
 def find_qemu(assets: AssetPaths | None = None) -> Path:
-    """The absolute path of QEMU. :raises AssetNotFound: there is none."""
+    """Give the absolute path of QEMU.
+
+    :raises AssetNotFound: there is none.
+    """
     name = "qemu-system-x86_64"
     explicit = _explicit(
         "qemu", assets, "TRIO_SUPERMACHINE_QEMU", "apt-get install qemu-system-x86"
@@ -54,7 +56,10 @@ def find_qemu(assets: AssetPaths | None = None) -> Path:
 
 
 def find_kernel(assets: AssetPaths | None = None) -> Path | None:
-    """The kernel that was named, or ``None``. :raises AssetNotFound: it does not exist."""
+    """Give the kernel that ``assets`` or the environment names; ``None`` if neither does.
+
+    :raises AssetNotFound: it does not exist.
+    """
     return _explicit(
         "kernel",
         assets,
@@ -64,7 +69,10 @@ def find_kernel(assets: AssetPaths | None = None) -> Path | None:
 
 
 def find_initramfs(assets: AssetPaths | None = None) -> Path | None:
-    """The initramfs that was named, or ``None``. :raises AssetNotFound: it does not exist."""
+    """Give the initramfs that ``assets`` names; ``None`` if it names none.
+
+    :raises AssetNotFound: it does not exist.
+    """
     return _explicit("initramfs", assets, None, "leave it out, and one is made")
 
 

@@ -3,6 +3,10 @@
 An :class:`Engine` tells whether it can run here and opens a :class:`Machine`: one running
 virtual machine, alive for the length of an ``async with`` block. Nothing above this module
 knows which engine it talks to, and an engine knows nothing of images, execs or the agent.
+
+The contract of every engine is a suite of tests, ``MachineContract`` in
+``tests/pure/test_fake_machine.py``, which runs on :mod:`.fake` and on real ones. To add an engine:
+implement the two classes, pass the suite, and name the engine in :mod:`.select`.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ ExitReason = Literal["shutdown", "reset", "killed", "failed", "stopped"]
 
 @attrs.frozen(kw_only=True)
 class Disk:
-    """A virtio-blk disk; guests see disks in the order given (``/dev/vda`` first)."""
+    """A virtio-blk disk. Guests see disks in the order given, ``/dev/vda`` first."""
 
     path: Path
     readonly: bool = True
@@ -48,9 +52,9 @@ class Disk:
 
 @attrs.frozen(kw_only=True)
 class Restore:
-    """A state to go on from.
+    """A captured state that a machine goes on from.
 
-    :ivar identity: what :meth:`Machine.capture` may name as ``since``.
+    :ivar identity: names it as ``since`` in :meth:`Machine.capture`.
     :ivar state: the file of the engine's device state.
     :ivar memory: a file of the whole guest memory, which stays as it is: the machine maps it
         copy-on-write.
@@ -65,11 +69,11 @@ class Restore:
 
 @attrs.frozen(kw_only=True)
 class Captured:
-    """What :meth:`Machine.capture` wrote.
+    """Result of :meth:`Machine.capture`.
 
-    :ivar runs: (first page, number of pages) of the pages that were captured, ascending.
-    :ivar complete: the rest of the memory is zero; otherwise it is as it was in ``since``.
-    :ivar standstill: how long the guest stood still, in seconds.
+    :ivar runs: the pages that were captured, ascending: (first page, number of pages).
+    :ivar complete: whether the rest of the memory is zero; otherwise it is as it was in ``since``.
+    :ivar standstill: seconds that the guest stood still.
     """
 
     runs: tuple[Run, ...]
@@ -79,13 +83,14 @@ class Captured:
 
 @attrs.frozen(kw_only=True)
 class MachineSpec:
-    """The hardware of one machine, and what it boots or goes on from.
+    """The hardware of one machine, and the kernel that it boots or the state it goes on from.
 
-    ``cmdline`` is what the caller needs on the kernel's command line; an engine adds its own
-    words (console, timer calibration). A restored machine has its kernel in its memory; the
-    hardware must be that of the captured one.
-
+    :ivar kernel: the kernel and ``initramfs`` to boot. A restored machine has its own in memory.
+    :ivar cmdline: words for the kernel's command line, beside those that the engine adds.
+    :ivar memory_mib: the memory in MiB, and ``vcpus`` the processors; those of a restored machine
+        must be the captured one's, and so must its disks.
     :ivar devices: make further virtio devices, at most 8; an engine may have no place for any.
+    :ivar restore: the state to go on from; ``None`` for a boot.
     """
 
     kernel: Path | None = None
@@ -100,7 +105,7 @@ class MachineSpec:
 
 @attrs.frozen(kw_only=True)
 class MachineExit:
-    """How a machine ended; ``detail`` is for people."""
+    """End of a machine; ``detail`` is for people."""
 
     reason: ExitReason
     detail: str = ""
@@ -108,7 +113,11 @@ class MachineExit:
 
 @attrs.frozen(kw_only=True)
 class EngineReport:
-    """What an engine's probe found: ``detail`` says what, or why not; ``remedy`` how to get it."""
+    """Result of an engine's probe, for people.
+
+    :ivar detail: what was found, or why the engine is not available.
+    :ivar remedy: how to make it available.
+    """
 
     name: str
     available: bool
@@ -129,9 +138,10 @@ class Console(ABC):
 
     @abstractmethod
     def __aiter__(self) -> AsyncIterator[bytes]:
-        """Iterate over chunks: first what the ring still holds, then as it comes, to its end.
+        """Iterate over chunks: first those that the ring holds, then new ones, to the end.
 
-        A reader slower than the ring is wide loses the oldest bytes, never blocks the guest.
+        A reader that falls behind by more than the ring holds loses the oldest bytes; it never
+        blocks the guest.
         """
 
 
@@ -146,8 +156,8 @@ class Machine(ABC):
     async def dial(self, port: int, opening: bytes = b"") -> VsockStream:
         """Open a stream to vsock ``port`` in the guest.
 
-        With an ``opening``, the first bytes to send, it does not wait for the guest's answer; a
-        refusal breaks the stream then.
+        :param opening: the first bytes to send. With any, the call does not wait for the guest's
+            answer, and a refusal breaks the stream.
 
         :raises ConnectionRefusedError: nothing listens there.
         :raises VmExited: the machine is gone.
@@ -158,18 +168,24 @@ class Machine(ABC):
         """Accept streams that the guest opens to vsock ``port`` of the host, from this call on.
 
         The backlog is bounded; connections beyond it are refused. ``accept`` raises
-        :exc:`VmExited` when the machine is gone. :raises OSError: (``EADDRINUSE``) port taken.
+        :exc:`VmExited` when the machine is gone.
+
+        :raises OSError: (``EADDRINUSE``) the port has a listener.
         """
 
     @abstractmethod
     async def pause(self) -> None:
-        """Stop the vCPUs; returns when they stand still. Idempotent."""
+        """Stop the vCPUs and wait until they stand still. Idempotent.
+
+        :raises VmExited: the machine is gone.
+        """
 
     @abstractmethod
     async def resume(self) -> None:
         """Let the vCPUs run again, or a restored machine's for the first time. Idempotent.
 
         :raises SnapshotInvalid: the engine cannot load the state to go on from.
+        :raises VmExited: the machine is gone.
         """
 
     @abstractmethod
@@ -181,31 +197,35 @@ class Machine(ABC):
         at_rest: AbstractAsyncContextManager[None],
         since: str | None = None,
     ) -> Captured:
-        """Save the machine as it is at one moment; it goes on, its streams included.
+        """Save the machine as it is at one moment. It goes on afterwards, its streams included.
 
-        ``state`` becomes the engine's device state and ``memory`` a sparse file of the size of
-        the guest's memory; both must not exist. A cancelled or failed call leaves files that
-        are good for nothing, and a machine that runs as before. One call at a time.
+        A cancelled or failed call leaves a machine that runs as before, and files that are good for
+        nothing. One call at a time.
 
-        :param at_rest: a block that the moment lies in; entered as late as can be.
-        :param since: write only what may have changed since this restore, if the machine knows.
+        :param state: the new file for the engine's device state.
+        :param memory: the new, sparse file for memory, of the size of the guest's memory.
+        :param at_rest: a block around the moment; entered as late as can be.
+        :param since: identity of a restore. If the machine began with it, write only pages that may
+            have changed since.
         :raises CaptureFailed: the guest did not come to rest, or the engine refused.
         :raises OSError: a file cannot be written.
         """
 
     @abstractmethod
     async def wait_exit(self) -> MachineExit:
-        """Wait until the machine has ended by itself or by :meth:`kill`; any number of waiters."""
+        """Wait until the machine has ended by itself or by :meth:`kill`. Any number may wait."""
 
     @abstractmethod
     def kill(self, reason: ExitReason = "stopped") -> None:
-        """End the machine at once. Plain and idempotent; :meth:`wait_exit` tells when it is, and
-        with this reason unless it had another by itself.
+        """Begin to end the machine. Plain and idempotent.
+
+        :meth:`wait_exit` returns when it has ended, and gives this reason unless the machine had
+        ended for another.
         """
 
 
 class Engine(ABC):
-    """A way to run machines."""
+    """One way to run machines."""
 
     name: str
 
@@ -215,21 +235,27 @@ class Engine(ABC):
 
     @abstractmethod
     async def host_facts(self) -> Mapping[str, str]:
-        """What a machine's saved state depends on, here: it goes on only where all are equal."""
+        """Give what the saved state of a machine depends on, here.
+
+        A state goes on only on hosts where all of these are equal.
+        """
 
     @abstractmethod
     def open(self, spec: MachineSpec) -> AbstractAsyncContextManager[Machine]:
-        """Start a machine: entered when its vCPUs run; left when nothing of it remains.
+        """Run a machine for the length of a block.
 
-        A restored machine stands still until :meth:`Machine.resume`, so that whatever its guest
-        does first finds a listener.
+        A booted machine runs when the block is entered. A restored one stands still until
+        :meth:`Machine.resume`, so that the guest's first dial finds a listener.
 
         Leaving the block by any path, a cancellation included, kills the machine and waits,
         shielded and bounded, until its process, files and descriptors are gone. Exceptions of
         the body come out as themselves. The machine's own end does not end the block: whoever
-        opened it watches :meth:`Machine.wait_exit`; streams break with ``BrokenResourceError``.
+        opened it watches :meth:`Machine.wait_exit`. Streams break with
+        :exc:`trio.BrokenResourceError`.
 
         :raises AssetNotFound: the engine's program is not installed.
-        :raises NotSupported: this engine cannot have devices that are made here.
+        :raises FileNotFoundError: a file of ``spec`` is missing. (QEMU says so of a kernel or an
+            initramfs as `VmExited`.)
+        :raises NotSupported: the engine has no place for ``spec.devices``.
         :raises VmExited: the engine refused to start the machine.
         """

@@ -16,7 +16,10 @@ _LAST_WORDS = 8 * 1024
 
 @final
 class ConsoleRing(Console):
-    """Keeps the newest :data:`RING_BYTES` bytes of what an engine feeds into it."""
+    """Ring of the newest bytes that an engine has fed into it.
+
+    :param capacity: how many bytes that is.
+    """
 
     def __init__(self, capacity: int = RING_BYTES) -> None:
         self._capacity = capacity
@@ -35,7 +38,7 @@ class ConsoleRing(Console):
         self._news.unpark_all()
 
     def end(self) -> None:
-        """There will be no more output: readers finish."""
+        """Let readers finish, as no more output comes."""
         self._ended = True
         self._news.unpark_all()
 
@@ -43,7 +46,7 @@ class ConsoleRing(Console):
         return bytes(self._ring[-max_bytes:]) if max_bytes > 0 else b""
 
     def last_words(self) -> str:
-        """The panic that the output ends with; empty if there was none."""
+        """Give the first line of the panic that the output ends with; empty if there is none."""
         _, panic, rest = self.tail(_LAST_WORDS).partition(b"Kernel panic - ")
         return (panic + rest.splitlines()[0]).decode("utf-8", "replace") if panic and rest else ""
 

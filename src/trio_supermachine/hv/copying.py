@@ -1,11 +1,33 @@
-"""Guest memory as pages of the process that maps it: QEMU's, or this one.
+"""Guest memory as pages of the process that maps it, which is QEMU or this one; and its copying.
 
-After a restore, guest memory is a private mapping of the snapshot's file: a page that the guest
-has changed is anonymous, and ``/proc/PID/pagemap`` tells which are. After a boot all of it is
-anonymous, and pages that were never touched are not there. So nothing has to log writes.
+Theory of operation.
 
-Needs the right to trace the process, which it has of itself, and a parent has of its child
-(unless Yama's ``ptrace_scope`` is 2 or 3).
+*Which pages have changed* is known without a log of writes. After a restore, guest memory is a
+private mapping of the snapshot's file. When the guest first writes to a page, the kernel replaces
+it by an anonymous one, and ``/proc/PID/pagemap`` tells which pages are anonymous. After a boot all
+of memory is anonymous, and pages that the guest never touched are not there. Pages on the host's
+swap count as changed. ``/proc/PID/mem`` reads and writes pages.
+
+*A capture copies twice*, so that the guest stands still for as short as can be
+(:class:`Copying`):
+
+1. While the guest runs, :meth:`Copying.prepare` fills the file: a restored machine's with what it
+   was restored from, then with the pages that have changed. Pages that are torn, or that change
+   later, do no harm:
+2. At rest, :meth:`Copying.finish` copies the changed pages again. All processors of the host share
+   the work, as the guest's are idle. Writing over blocks that the file system has allocated takes a
+   fraction of the time.
+
+A diff (``since``) is small, and skips the first step.
+
+*Holes.* The file is sparse. A chunk of 64 KiB that is zero is not written, unless the file may have
+other bytes there: step 1 notes the chunks that it has written (``dirty``), and step 2 writes zeros
+over these. A file that began as a copy of another has bytes anywhere, so all is written.
+
+*A hostile guest* can only choose the bytes of its pages; how many there are, the host has decided.
+
+Both files need the right to trace the process. A process has it for itself, and a parent for its
+child unless Yama's ``ptrace_scope`` is 2 or 3.
 """
 
 from __future__ import annotations
@@ -49,23 +71,24 @@ _RUN: Final = re.compile(b"\1+")
 
 @final
 class ProcessMemory:
-    """The memory of the machine that process ``pid`` runs.
+    """Memory of the machine that process ``pid`` runs.
 
-    :param address: where it begins in that process.
+    All methods raise :exc:`CaptureFailed` if the process may not be looked into. They block.
+
+    :param address: the virtual address in that process at which it begins.
     :param size: in bytes.
-    :param restored: it is a private mapping of a file.
-    :raises CaptureFailed: this process may not be looked into.
+    :param restored: whether it is a private mapping of a file.
     """
 
     def __init__(self, pid: int, address: int, size: int, *, restored: bool) -> None:
         self._pid = pid
         self._address = address
         self._size = size
-        self.pages = size // PAGE
+        self.pages: int = size // PAGE
         self._wanted = _CHANGED if restored else _THERE
 
     def runs(self) -> tuple[Run, ...]:
-        """The pages that the guest has changed since the restore, or ever touched."""
+        """Find the pages that the guest has changed since the restore, or touched since a boot."""
         found: list[Run] = []
         with _opened(f"/proc/{self._pid}/pagemap", os.O_RDONLY) as fd:
             for first in range(0, self.pages, _ENTRIES):
@@ -81,8 +104,8 @@ class ProcessMemory:
     def copy_to(self, file: int, runs: Iterable[Run], *, dirty: set[int] | None) -> None:
         """Write pages into the descriptor ``file``, each at its place.
 
-        :param dirty: the chunks of ``file`` that may be other than zero, and those that this
-            makes so; ``None``: any.
+        :param dirty: the numbers of the chunks of ``file`` that may be other than zero; those that
+            are written are added. ``None`` stands for all chunks.
         """
         with _opened(f"/proc/{self._pid}/mem", os.O_RDONLY) as memory:
             for offset, size in _chunks(runs):
@@ -97,7 +120,7 @@ class ProcessMemory:
                 trio.from_thread.check_cancelled()
 
     def patch(self, patches: Iterable[PagePatch]) -> None:
-        """Put the pages of ``patches`` in, before the guest runs."""
+        """Write the pages of ``patches`` into memory. Before the guest runs."""
         with _opened(f"/proc/{self._pid}/mem", os.O_RDWR) as memory:
             for patch in patches:
                 with _opened(patch.file, os.O_RDONLY) as file:
@@ -138,23 +161,22 @@ class Copying:
     def of(
         cls, guest: ProcessMemory, file: int, restore: Restore | None, since: str | None
     ) -> Copying:
-        """What :meth:`~.base.Machine.capture` copies of a machine that began with ``restore``."""
+        """Make the copying for :meth:`.Machine.capture` of a machine that began as ``restore``."""
         if since is not None and restore is not None and since == restore.identity:
             return cls(guest, file)
         return cls(guest, file, whole=True, restore=restore)
 
     def prepare(self) -> None:
-        """Do what can be done while the guest runs, in a worker thread."""
+        """Copy what can be copied while the guest runs. For a worker thread."""
         if self.whole and self._restore is not None:
             self._dirty = None
             _copy_restored(self._restore, self._file)
         if self.whole:
-            # All of it is read again at rest. But then the file's pages are there to be written
-            # over, and that is most of the time.
+            # These pages are copied again at rest. To write over blocks that are there is quick.
             self._guest.copy_to(self._file, self._guest.runs(), dirty=self._dirty)
 
     async def finish(self) -> None:
-        """Make the file what memory is now. The guest's processors are idle: all of them copy."""
+        """Copy what has changed, so that the file is what memory is now. The guest stands still."""
         runs = await trio.to_thread.run_sync(self._guest.runs)
         async with open_flat_nursery() as nursery:
             for part in _parts(runs, len(os.sched_getaffinity(0))):
@@ -166,7 +188,7 @@ class Copying:
 
 
 def _parts(runs: tuple[Run, ...], count: int) -> Iterator[tuple[Run, ...]]:
-    """``runs`` in at most ``count`` parts of as many pages each."""
+    """Divide ``runs`` into at most ``count`` parts of equally many pages."""
     share = max(_CHUNK // PAGE, -(-total(runs) // count))
     part: list[Run] = []
     room = share
@@ -203,7 +225,7 @@ def _copy_range(source: int, offset: int, file: int, to: int, size: int) -> None
 
 
 def _chunks(runs: Iterable[Run]) -> Iterator[tuple[int, int]]:
-    """Offset and size, in bytes, of the parts of ``runs`` that lie in one chunk each."""
+    """Divide ``runs`` at the bounds of chunks; give offset and size of each part, in bytes."""
     for first, count in runs:
         offset, end = first * PAGE, (first + count) * PAGE
         while offset < end:
@@ -220,7 +242,10 @@ def _write(file: int, data: bytes, offset: int) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[int]:
-    """A new file, open for writing only: QEMU takes no other descriptor to write to."""
+    """Make a file and open it for a block, for writing only, as QEMU wants it.
+
+    :raises FileExistsError: there is such a file.
+    """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         yield fd

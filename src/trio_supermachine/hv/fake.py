@@ -1,4 +1,4 @@
-"""A machine without a hypervisor, for tests of what stands above engines.
+"""A machine without a hypervisor, for tests of the layers above engines.
 
 To everything above :mod:`~trio_supermachine.hv.base`, a :class:`FakeEngine` is an engine and a
 :class:`FakeMachine` is a machine. Nothing executes in it: the test plays the guest, by an async
@@ -24,16 +24,16 @@ How it works:
   a socket instead, as on QEMU, and the guest is whatever has the other end
   (:attr:`FakeGuest.channel`): an agent process, or a test that breaks the protocol.
 - *Standing still.* A pause, a capture and :meth:`FakeGuest.hang` hold the line, so that streams
-  only wait. Calls of the guest wait for the processors, too. A pause cannot stop what else its
-  function does, nor what is behind a raw channel.
-- *Memory* is the pages that the guest wrote, a capture writes these alone, and a restored machine
-  reads them back. :attr:`FakeGuest.state` stands for the device state.
-- *Time.* There is no thread, and without a raw channel no descriptor: under
-  :class:`trio.testing.MockClock` with ``autojump_threshold=0``, a wait takes no time.
+  only wait; calls of the guest wait, too. Other work of its function goes on, and so does whatever
+  is behind a raw channel.
+- *Memory* is the pages that the guest has written. A capture writes these alone, and a restored
+  machine reads them back. :attr:`FakeGuest.state` stands for the device state.
+- *Time.* There is no thread, and without a raw channel no descriptor, so that no wait takes time
+  under :class:`trio.testing.MockClock` with ``autojump_threshold=0``.
 - *The end* is one step, whatever causes it: the exit is told, the console ends, streams break,
   and the guest's function is cancelled. The first cause counts.
 
-Kernel, initramfs and disks need only exist.
+Kernel, initramfs and disks must exist; nothing reads them.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ from .base import Captured, Engine, EngineReport, ExitReason, Machine, MachineEx
 from .console import ConsoleRing
 from .copying import new_file
 
-#: How long a guest may take to come to rest for a capture, in seconds; as on QEMU.
+#: Seconds that a guest may take to come to rest for a capture, as on QEMU.
 _REST: Final = 5.0
 
 
 @final
 class FakeGuest:
-    """The guest of one :class:`FakeMachine`, as a test plays it.
+    """Guest of one :class:`FakeMachine`, which a test plays.
 
     :ivar spec: the hardware that the guest finds.
-    :ivar state: bytes that stand for the device state; copies get them.
+    :ivar state: bytes that stand for the device state; restored copies get them.
     """
 
     def __init__(self, machine: FakeMachine, mux: VsockMux, channel: socket.socket | None) -> None:
-        self.spec = machine.spec
+        self.spec: MachineSpec = machine.spec
         self.state = b""
         self._machine = machine
         self._mux = mux
@@ -87,7 +87,7 @@ class FakeGuest:
 
     @property
     def channel(self) -> socket.socket:
-        """The guest's end of a raw channel, which carries vsock packets."""
+        """The guest's end of a raw channel, a socket for vsock packets."""
         assert self._channel is not None, "the machine has no raw channel"
         return self._channel
 
@@ -144,7 +144,7 @@ class FakeGuest:
         return number
 
     def hang(self) -> None:
-        """Do nothing any more, with the processors running: streams wait, captures fail."""
+        """Do nothing more, while the processors run: streams wait, and captures fail."""
         if not self._machine.hung:
             self._machine.hung = True
             self._machine.line.hold()
@@ -161,8 +161,8 @@ class FakeGuest:
         self._machine.end(MachineExit(reason=reason, detail=detail))
 
 
-#: What a guest does from its first instruction on. When it returns, the guest idles; what it
-#: raises comes out of the machine's block.
+#: A guest's work, from its first instruction on. When the function returns, the guest idles; an
+#: error that it raises comes out of the machine's block.
 GuestFunction = Callable[[FakeGuest], Awaitable[object]]
 
 
@@ -178,12 +178,12 @@ class FakeMachine(Machine):
         self.engine = engine
         self.console: ConsoleRing = ConsoleRing()
         self.spec = spec
-        self.paused = False
+        self.paused: bool = False
         self.hung = False
         self.pages: dict[int, bytes] = {}
         self.changed: set[int] = set()
-        self.line = Line()
-        self.news = trio.lowlevel.ParkingLot()
+        self.line: Line = Line()
+        self.news: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
         self._exit: MachineExit | None = None
         self._exited = trio.Event()
         self._started = trio.Event()
@@ -196,7 +196,7 @@ class FakeMachine(Machine):
             channel.callback(theirs.close)
             self._mux = VsockMux(SocketCarrier(ours))
         guest_mux = VsockMux(self.line.ends[1], local_cid=GUEST_CID, peer_cid=HOST_CID)
-        self.guest = FakeGuest(self, guest_mux, theirs)
+        self.guest: FakeGuest = FakeGuest(self, guest_mux, theirs)
         if spec.restore is None:
             self._started.set()
         else:
@@ -313,7 +313,7 @@ class FakeMachine(Machine):
     # For the guest.
 
     def check_guest(self) -> None:
-        """Raise what the guest's calls raise once the machine has ended."""
+        """Raise :exc:`trio.BrokenResourceError` if the machine has ended."""
         if self._exit is not None:
             raise trio.BrokenResourceError("the machine has ended")
 
@@ -361,7 +361,7 @@ class FakeMachine(Machine):
         try:
             await function(self.guest)
         except (trio.BrokenResourceError, BaseExceptionGroup) as exc:
-            # Its streams broke by the machine's end, before it could be cancelled.
+            # The machine's end may break its streams before it is cancelled: no error of the test.
             if self._exit is None or not _is_broken(exc):
                 raise
 
@@ -374,7 +374,7 @@ def _is_broken(exc: BaseException) -> bool:
 
 @final
 class FakeEngine(Engine):
-    """Opens machines whose guests a test plays.
+    """Engine of machines whose guests a test plays.
 
     :param guest: plays the guest of each machine, from its first instruction on: a booted
         machine's at once, a restored one's at the first resume.

@@ -1,4 +1,4 @@
-"""Which engine runs a guest on this host."""
+"""The choice of the engine that runs a guest on this host."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..host.assets import AssetPaths
 from .base import Engine, EngineReport
 from .qemu.engine import QemuEngine
 
-#: What a caller may ask for; ``"auto"`` tries the others in this order.
+#: The names that a caller may give; ``"auto"`` tries the others in this order.
 ENGINES: Final = ("auto", "kvm", "qemu")
-#: The environment variable that says what ``"auto"`` stands for.
+#: The environment variable with the name that ``"auto"`` stands for.
 VARIABLE: Final = "TRIO_SUPERMACHINE_ENGINE"
 
 _DEVICE: Final = "/dev/kvm"
@@ -23,19 +23,19 @@ _NOT_BUILT: Final = (
     "on x86-64, apt-get install python3-dev, then install this package again from its source"
 )
 
-#: What was found on a device, by its identity: a probe where KVM emulates takes a quarter second.
+#: Results of the KVM probe by the identity of the device. A probe takes up to a quarter second.
 _remembered: dict[tuple[int, ...], EngineReport] = {}
 _lock: Final = trio.lowlevel.RunVar[trio.Lock]("_lock")
 
 
 async def choose_engine(name: str = "auto", assets: AssetPaths | None = None) -> Engine:
-    """The engine called ``name``, or with ``"auto"`` the best one that can run a guest here.
+    """Give the engine called ``name``, or with ``"auto"`` the best one that can run a guest here.
 
     ``"auto"`` is the engine that ``$TRIO_SUPERMACHINE_ENGINE`` names, if it is set. Else it is
     KVM where that runs Linux at the speed of the hardware, and QEMU elsewhere. Cheap when
-    repeated: what was found is remembered as long as the device and the program stay the same.
+    repeated: results are remembered as long as the device and the program stay the same.
 
-    :raises EngineUnavailable: it, or none, can; ``tried`` says why.
+    :raises EngineUnavailable: this engine, or each engine, cannot; ``tried`` says why.
     :raises ConfigError: there is no engine of that name.
     """
     if name not in ENGINES:
@@ -53,12 +53,12 @@ async def choose_engine(name: str = "auto", assets: AssetPaths | None = None) ->
 
 
 async def probe_engines() -> list[EngineReport]:
-    """What each engine says, the preferred one first. For people: ``doctor`` prints it."""
+    """Probe each engine, the preferred one first. For people: ``doctor`` prints it."""
     return [(await _examine(name, None))[1] for name in ENGINES[1:]]
 
 
 def default_engine() -> str:
-    """What ``"auto"`` stands for in this environment: an engine's name, or ``"auto"`` itself.
+    """Give the name that ``"auto"`` stands for in this environment; it may be ``"auto"`` itself.
 
     :raises ConfigError: the environment names an engine that there is not.
     """
@@ -77,7 +77,7 @@ async def _examine(
     if sys.platform != "linux":
         return None, _no_kvm("KVM is a part of Linux")
     try:
-        # Its extension is made for Linux only, and not at all where Python's headers are missing.
+        # The extension is built for Linux only, and not where Python's headers are missing.
         from .kvm.engine import KvmEngine
     except ImportError as exc:
         return None, _no_kvm(f"its extension is not built ({exc})", _NOT_BUILT)
@@ -91,7 +91,7 @@ async def _examine(
 
 
 def _probing() -> trio.Lock:
-    """Held by the one probe at a time of a run: several at once would slow each other."""
+    """Give this run's lock for probes: several at once would slow each other."""
     try:
         return _lock.get()
     except LookupError:
@@ -104,11 +104,11 @@ def _no_kvm(detail: str, remedy: str | None = None) -> EngineReport:
 
 
 def _identity() -> tuple[int, ...]:
-    """What must stay as it is for a probe's result to hold: the device, and who may open it."""
+    """Identify the device and this user's rights: while both stay, a probe's result holds."""
     groups = (os.geteuid(), *os.getgroups())
     try:
         found = os.stat(_DEVICE)
     except OSError:
         return groups
-    # A module that is loaded anew makes the device anew.
+    # A kernel module that is loaded again makes a new device, with another time of change.
     return (found.st_ino, found.st_ctime_ns, found.st_mode, found.st_uid, found.st_gid, *groups)

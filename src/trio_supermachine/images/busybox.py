@@ -1,4 +1,4 @@
-"""The built-in image: a static BusyBox and the few files that make it a system."""
+"""The built-in image: a static BusyBox, and the few files that make a system of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = ImageConfig(
 )
 _VARIABLE = "TRIO_SUPERMACHINE_BUSYBOX"
 _REMEDY = "apt-get install busybox-static"
-_RECIPE = b"1"  # changes whenever what is made of the same program does
+_RECIPE = b"1"  # to be changed whenever another layer is made of the same program
 _PASSWD = b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n"
 _GROUP = b"root:x:0:\nnobody:x:65534:\n"
 _DIRECTORIES = {
@@ -41,19 +41,19 @@ _DIRECTORIES = {
 
 @attrs.frozen
 class Busybox:
-    """The program, its bytes and the names it answers to, as paths without a leading slash."""
+    """The program, its bytes and its applets, as paths without a leading slash."""
 
     path: Path
     data: bytes
     applets: tuple[str, ...]
 
     def fingerprint(self) -> str:
-        """A digest of everything that the image's layer is made of."""
+        """Compute a digest of everything that the image's layer is made of."""
         parts = (_RECIPE, hashlib.sha256(self.data).digest(), "\n".join(self.applets).encode())
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
     def write(self, sink: Sink) -> None:
-        """Write the image's only layer, the same one every time, as a tar stream."""
+        """Write the image's only layer as a tar stream; its bytes are the same every time."""
         sink.begin(DirectoryInfo())
         for path, mode in sorted(_DIRECTORIES.items()):
             sink.write(tar.header(Entry(path.encode(), tar.DIRECTORY, mode)))
@@ -95,7 +95,7 @@ async def find_busybox(downloads: Path) -> Busybox:
 
 
 def is_static(path: Path) -> bool:
-    """Whether a file is an ELF program that asks for no dynamic linker."""
+    """Give whether a file is an ELF program of 64 bits that needs no dynamic linker."""
     try:
         with path.open("rb") as file:
             header = file.read(64)
@@ -137,7 +137,7 @@ async def _fetch(dest: Path) -> None:
         raise AssetNotFound(
             "busybox", reason, remedy=f"install a static busybox and set {_VARIABLE} to its path"
         )
-    # As root apt would hand the download to a user who cannot write here.
+    # As root, apt downloads as a user who cannot write here.
     sandbox = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=dest.parent) as scratch:
         await _run(["apt-get", *sandbox, "download", "busybox-static"], scratch)
@@ -145,7 +145,8 @@ async def _fetch(dest: Path) -> None:
         if len(packages) != 1:
             raise AssetNotFound("busybox", "apt-get downloaded nothing", remedy=_REMEDY)
         await _run(["dpkg-deb", "-x", packages[0], "root"], scratch)
-        # The package is older or newer than the merge of /bin into /usr/bin.
+        # Where the program is depends on whether the package is from before Debian merged /bin
+        # into /usr/bin.
         for place in ("bin", "usr/bin"):
             program = Path(scratch, "root", place, "busybox")
             if is_static(program):

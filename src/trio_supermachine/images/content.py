@@ -1,15 +1,25 @@
-"""The content store: what was pulled or loaded, as it was distributed.
+"""The content store: images that were pulled or loaded, in the form in which they came.
 
 It is an OCI image layout below ``content`` in the data directory, shared by all programs:
 
-- ``blobs/sha256/HEX``: layers as they are stored in the registry, manifests and configurations;
-- ``index.json``: which name stands for which digest (a *record*), and since when;
-- ``partial/HEX``: downloads that are under way or were broken off; the next goes on from there;
-- ``leases/``: a file for each program at work, with the digests that it needs.
+- ``blobs/sha256/HEX``: layers as the registry stores them, manifests and configurations;
+- ``index.json``: a *record* for each name, with the digest that it stands for, and since when;
+- ``partial/HEX``: downloads that are under way or were broken off;
+- ``locks/HEX``: held while a blob is written, so that one program at a time downloads it;
+- ``leases/``: a file for each pull or load at work, with the digests that it needs;
+- ``lock``: held for moments to write the index, a lease or a document, and to collect.
 
-Blobs are published by a rename when their digest has been checked. ``lock`` is held for moments:
-to write the index, a lease or a document, and by whoever removes what no record and no lease needs.
-Layers that are run are squashfs files of :mod:`.store`, which do not need these blobs any more.
+A blob is published by a rename when its digest has been checked; so whatever has a name here is
+what its name says, unless the disk has lost it. A download that ends early leaves its partial
+file, and the next one, of any program, goes on after it.
+
+:meth:`ContentStore.collect` removes the blobs that no record and no lease needs. It holds ``lock``,
+so no lease and no record begins meanwhile. A lease names a blob *before* the blob is looked for:
+so either the collector sees the lease and leaves the blob, or the program sees that the blob is
+gone. A lease counts while its file is marked as used (:mod:`~trio_supermachine.host.locks`), which
+ends with the program.
+
+Guests run squashfs files that :mod:`.layers` makes of layers. These do not need the blobs any more.
 """
 
 from __future__ import annotations
@@ -42,21 +52,21 @@ _LAYOUT: Final = '{"imageLayoutVersion": "1.0.0"}'
 
 @attrs.frozen(kw_only=True)
 class Collected:
-    """The blobs that were removed, or would be, and their size in bytes on the disk."""
+    """Blobs that were removed, or would be, and their size in bytes on the disk."""
 
     digests: tuple[str, ...]
     size: int
 
 
 class Lease:
-    """Keeps blobs from being removed until it ends; :meth:`ContentStore.lease` makes one."""
+    """Keeps blobs from being removed, until it ends. :meth:`ContentStore.lease` makes one."""
 
     def __init__(self, store: ContentStore, path: Path) -> None:
         self._store = store
         self._path = path
 
     async def keep(self, *digests: str) -> None:
-        """Keep these too, whether they are there already or to come."""
+        """Keep these blobs, too, whether they are there already or are yet to come."""
         async with self._store.locked():
             with full_disk(self._path), self._path.open("a") as file:
                 file.writelines(f"{digest}\n" for digest in digests)
@@ -69,19 +79,19 @@ class ContentStore:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (hostfiles.home() if root is None else root) / "content"
+        self.root: Path = (hostfiles.home() if root is None else root) / "content"
         self._files = Directory(self.root)
 
     def find(self, name: str) -> Blob | None:
-        """Where a file of the layout is: this makes it :class:`~..oci.blobs.Files`."""
+        """Find a file of the layout: a store is :class:`~trio_supermachine.oci.blobs.Files`."""
         return self._files.find(name)
 
     def path(self, digest: str) -> Path:
-        """Where a blob is, or will be."""
+        """Give the path that a blob has, or will have."""
         return self.root / "blobs" / as_digest(digest, "a blob's digest").replace(":", "/")
 
     def has(self, descriptor: Descriptor) -> bool:
-        """Whether a blob is there in its full size."""
+        """Give whether a blob is there in its full size."""
         try:
             return self.path(descriptor.digest).stat().st_size == descriptor.size
         except FileNotFoundError:
@@ -90,7 +100,7 @@ class ContentStore:
     # Records
 
     def records(self) -> tuple[Record, ...]:
-        """All records, by name."""
+        """Read all records, in the order of their names."""
         path = self.root / "index.json"
         try:
             data = path.read_bytes()
@@ -106,11 +116,11 @@ class ContentStore:
         return tuple(sorted(found, key=lambda record: record.name))
 
     def record(self, name: str) -> Record | None:
-        """What a name stands for, if it is known."""
+        """Find the record of a name."""
         return next((record for record in self.records() if record.name == name), None)
 
     async def set_record(self, name: str, top: Descriptor) -> None:
-        """Let a name stand for what is in the store now."""
+        """Let a name stand for ``top``, which is in the store with all below it."""
         new = Record(name=name, top=top, resolved_at=time.time())
         async with self.locked():
             others = [record for record in self.records() if record.name != name]
@@ -122,7 +132,7 @@ class ContentStore:
             await trio.to_thread.run_sync(self._write_index, [*others, new])
 
     async def remove_records(self, names: Iterable[str]) -> None:
-        """Forget names; :meth:`collect` then removes what nothing else needs."""
+        """Forget names. :meth:`collect` then removes the blobs that nothing else needs."""
         gone = set(names)
         async with self.locked():
             kept = [record for record in self.records() if record.name not in gone]
@@ -140,7 +150,7 @@ class ContentStore:
     # Blobs
 
     async def put(self, data: bytes) -> str:
-        """Put a document into the store, unless it is there; its digest."""
+        """Put a document into the store, unless it is there, and give its digest."""
         digest = sha256(data)
         async with self.locked():
             await trio.to_thread.run_sync(self._put, self.path(digest), data)
@@ -159,11 +169,11 @@ class ContentStore:
     async def receiving(
         self, digest: str, size: int, arrival: Arrival
     ) -> AsyncIterator[BlobWriter | None]:
-        """Be the one, of all programs, who writes a blob; ``None`` if it is there already.
+        """Be the only writer of a blob, of all programs; ``None`` if the blob is there already.
 
-        The blob is published at the end of the block, if it is whole by then. When the block
-        fails, or is cancelled, what was written stays for the next one, unless it is wrong or
-        the disk is full.
+        The blob is checked and published at the end of the block. When the block fails, or is
+        cancelled, the partial file stays for the next writer, unless it is wrong or the disk is
+        full.
 
         :raises MalformedError: the blob has another digest or size.
         :raises DiskFull: there is no room for it.
@@ -179,7 +189,7 @@ class ContentStore:
             with full_disk(partial):
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                 fd = os.open(partial, flags, 0o644)
-                # The arrival closes it: readers may need it after this block.
+                # The arrival closes the descriptor: readers may need it after this block.
                 arrival.begin(fd, 0)
                 writer = BlobWriter(fd, partial, digest, size, arrival)
                 try:
@@ -203,7 +213,7 @@ class ContentStore:
         return self.root / "locks" / hexadecimal
 
     async def verify(self, digest: str) -> bool:
-        """Whether a blob has its digest; one that has not is removed."""
+        """Give whether a blob has its digest. Remove one that has another."""
         return await trio.to_thread.run_sync(self._verify, digest)
 
     def _verify(self, digest: str) -> bool:
@@ -217,7 +227,7 @@ class ContentStore:
             path.unlink(missing_ok=True)
         return hashed == digest
 
-    # What is kept
+    # Leases, and the removal of blobs without one
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
@@ -241,10 +251,10 @@ class ContentStore:
     async def collect(self, *, dry_run: bool = False, without: Collection[str] = ()) -> Collected:
         """Remove blobs and broken-off downloads that no record and no lease needs.
 
-        What a pull in progress has or is about to have stays. Cancelled, it has removed a part.
+        The blobs of a pull in progress stay. Cancelled, this has removed a part.
 
         :param dry_run: only tell what would be removed.
-        :param without: names of records that are to keep nothing.
+        :param without: names of records that keep nothing.
         """
         if not self.root.is_dir():
             await trio.lowlevel.checkpoint()
@@ -285,19 +295,19 @@ class ContentStore:
             try:
                 needed.update(path.read_text().split())
             except FileNotFoundError:
-                pass  # it ended just now
+                pass  # the lease ended just now
         return needed
 
     def _tidy(self) -> None:
-        """Remove what killed programs left of files and locks."""
+        """Remove temporary files and locks that killed programs left."""
         for lock in self.root.glob("locks/*"):
             with try_exclusive(lock):
-                pass  # its file goes with it
+                pass  # the lock's file goes with it
         for directory in (self.root, self.root / "blobs/sha256"):
             hostfiles.sweep(directory)
 
     def below(self, top: Descriptor) -> Mapping[str, int]:
-        """The digests of all that ``top`` needs and that is here, itself too, with their sizes."""
+        """Give the digest and size of each blob that is here of ``top``, itself included."""
         found: dict[str, int] = {}
         waiting = [(top.digest, top.media_type in (*INDEXES, *MANIFESTS))]
         while waiting:
@@ -316,7 +326,7 @@ class ContentStore:
 
 
 def _digest_of(fd: int) -> str:
-    """The digest of an open file, read in a worker thread of Trio's."""
+    """Compute the digest of an open file, in a worker thread of Trio's."""
     hashed = hashlib.sha256()
     offset = 0
     while data := os.pread(fd, 1 << 20, offset):

@@ -1,4 +1,4 @@
-"""The layers of one image on their way from a registry into the content store."""
+"""Download of one image's layers from a registry into the content store."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from .content import ContentStore
 if TYPE_CHECKING:
     from ..oci.registry import Registry
 
-_PARALLEL: Final = 3  # layers at once, as Docker's
+_PARALLEL: Final = 3  # layers at once, as Docker has it
 _INTERVAL: Final = 0.1  # seconds between reports of progress
 
 
 class Download:
-    """Downloads some layers, a few at a time, in their order.
+    """The download of some layers, a few at a time, in their order.
 
-    :meth:`blob` gives a layer before it is there. :meth:`close` is for when nobody opens these
-    any more.
+    :meth:`blob` gives a layer that can be read while it comes. Whoever owns the download calls
+    :meth:`close` when nobody opens these any more.
+
+    :ivar failure: the error that ended :meth:`run`.
     """
 
     def __init__(
@@ -46,12 +48,12 @@ class Download:
         self.failure: Exception | None = None
 
     def blob(self, layer: Descriptor) -> Blob:
-        """Where a layer will be."""
+        """Give a layer as a blob, whose reader waits for what has not come yet."""
         arrival = self._arrivals.get(layer.digest)
         return Blob(self._store.path(layer.digest), 0, layer.size, arrival)
 
     def discard(self) -> None:
-        """Keep nothing of what is on its way: it is damaged, or there is no room for it."""
+        """Keep no partial file: the layers are damaged, or there is no room for them."""
         for arrival in self._arrivals.values():
             arrival.discarded = True
 
@@ -61,10 +63,11 @@ class Download:
             arrival.close()
 
     async def run(self) -> None:
-        """Download; returns when all layers are in the store.
+        """Download until all layers are in the store.
 
-        The first layer that fails ends it, with that one's error, which is :attr:`failure` too.
-        Progress is told by a task of its own, so that a slow callback does not slow this.
+        The first layer that fails ends the download with its error, which becomes
+        :attr:`failure`. A task of its own tells the progress, so that a slow callback does not
+        slow the download.
         """
         waiting = list(reversed(self._layers.values()))
         async with open_flat_nursery() as nursery:
@@ -81,7 +84,8 @@ class Download:
             try:
                 await self._download(waiting.pop())
             except Exception as error:
-                # What stops one layer, such as a full disk, stops others in the same moment.
+                # What stops one layer, such as a full disk, stops others at the same moment: the
+                # first error counts.
                 self.failure = self.failure or error
                 if isinstance(error, DiskFull):
                     self.discard()

@@ -1,13 +1,17 @@
-"""The store: squashfs layers by digest, shared between images and programs.
+"""The image store: layers as squashfs files, by digest, shared between images and programs.
 
-A lock for each layer guards its making, so that different images are made side by side. An
-image's new layers are made in a scratch directory and published together once all of them are
-sound, so a bad image leaves nothing; whoever makes layers next removes what a killed program
-left. Reading needs no lock: names appear by a rename.
+A lock for each layer guards its making, so that different images are made side by side. Who needs
+several locks takes them in the order of their names, so that nobody waits in a circle. An image's
+new layers are made in a scratch directory, and published together once all of them are sound: a
+bad image leaves nothing. The scratch directory is marked as used; whoever makes layers next removes
+those that killed programs left. Readers need no lock, since names appear by a rename.
 
-A layer may have directories that it only implies, with entries below them but none of their
-own. Overlayfs would take their attributes from this layer, so they must be those of the layers
-below, and such a layer has one file for each set of attributes that it met.
+A layer may *imply* directories: it has entries below them, but none of their own. Overlayfs takes
+the attributes of a directory from the uppermost layer that has it, which is then this one. So the
+squashfs file must have the attributes that the layers below give that directory; and where a layer
+below has a symbolic link instead, the entries go where the link leads. What a layer becomes depends
+on the layers below it, and there is one file for each result: the digest of the attributes and
+links that the layer met is a part of the file's name.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from ..oci.squashfs import convert, write_squashfs
 from .limits import max_layer
 from .verified import VerifiedBlobs
 
-_SCRATCH = ".tmp-"  # what hostfiles.sweep removes
+_SCRATCH = ".tmp-"  # as the temporary names that hostfiles.sweep removes
 
 
 class ImageStore:
@@ -45,21 +49,21 @@ class ImageStore:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = hostfiles.home() if root is None else root
+        self.root: Path = hostfiles.home() if root is None else root
         self._layers = self.root / "layers"
         self._verified = VerifiedBlobs(self.root / "verified")
 
     @property
     def downloads(self) -> Path:
-        """Where programs that were fetched for images are kept."""
+        """The directory of programs that were fetched for images."""
         return self.root / "builtin"
 
     async def layers(
         self, sources: Iterable[LayerSource], progress: ProgressCallback | None = None
     ) -> tuple[Path, ...]:
-        """The squashfs files of an image's layers, lowest first, made where they are missing.
+        """Give the squashfs files of an image's layers, lowest first. Make those that are missing.
 
-        Cancellation ends the tool at work and leaves nothing behind.
+        Cancellation ends the tool at work and leaves nothing.
 
         :raises MalformedError: a layer is damaged, or not the one that its digests say.
         """
@@ -78,17 +82,17 @@ class ImageStore:
                 for source in sources:
                     if not await trio.to_thread.run_sync(lookup.add, source.diff_id):
                         if source.diff_id not in mine:
-                            break  # it has another file above what was just made
+                            break  # above the new layers it has another file; lock it, too
                         await self._convert(source, lookup, scratch, progress)
                 else:
                     await trio.to_thread.run_sync(lookup.publish)
 
     async def made(self, kind: str, fingerprint: str, write: Callable[[Sink], None]) -> Path:
-        """The squashfs file of a layer that ``write`` makes, unless it is there already.
+        """Give the squashfs file of a layer that ``write`` makes, unless it is there already.
 
-        ``write`` runs in a worker thread; its errors pass through.
+        ``write`` runs in a worker thread. Its errors pass through.
         """
-        # A caller that finds it being removed comes again: that must not keep the remover waiting.
+        # A caller comes again when somebody removes the file; let that program run meanwhile.
         await trio.lowlevel.checkpoint()
         while (found := self.find_made(kind, fingerprint)) is None:
             async with self._making([fingerprint]) as scratch:
@@ -100,7 +104,7 @@ class ImageStore:
         return found
 
     def find_made(self, kind: str, fingerprint: str) -> Path | None:
-        """What :meth:`made` gives, if it is there already."""
+        """Find the file that :meth:`made` gives, if it is there already."""
         path = self._made(kind, fingerprint)
         return path if path.exists() else None
 
@@ -109,7 +113,7 @@ class ImageStore:
 
     @asynccontextmanager
     async def _making(self, names: Iterable[str]) -> AsyncIterator[Path]:
-        """Hold the locks of layers, always in the same order, and give a place to make them."""
+        """Hold the locks of layers, and give a directory to make them in."""
         async with AsyncExitStack() as stack:
             for name in sorted(set(names)):
                 await stack.enter_async_context(exclusive(self.lock_of(_hex(name))))
@@ -122,11 +126,11 @@ class ImageStore:
             yield scratch
 
     def lock_of(self, name: str) -> Path:
-        """The lock of whoever makes the layer whose file name begins with ``name``."""
+        """Give the path of the lock for layers whose file names begin with ``name``."""
         return self._layers / "locks" / name
 
     async def sweep(self) -> None:
-        """Remove what killed programs left of layers."""
+        """Remove scratch directories that killed programs left."""
         if self._layers.is_dir():
             async with locked(self._layers / "lock"):
                 self._sweep()
@@ -138,9 +142,9 @@ class ImageStore:
                     shutil.rmtree(stray, ignore_errors=True)
 
     async def _verify(self, source: LayerSource, progress: ProgressCallback | None) -> None:
-        """Check the blob of a layer that the store has, as :meth:`_convert` does the others'."""
+        """Check the blob of a layer that is made already; :meth:`_convert` checks the others'."""
         if source.checked:
-            return  # and its manifest names the diff_id of what is taken in its place
+            return  # nobody reads the blob: its diff_id names the layer that is made
         if not (self._layers / "sha256" / _info_name(source.diff_id)).exists():
             return
         size = source.blob.size
@@ -175,7 +179,7 @@ class _Found:
 
 
 class _Lookup:
-    """One image's layers as they are found or made, from the lowest up."""
+    """Lookup of one image's layers, found or newly made, from the lowest up."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -184,11 +188,11 @@ class _Lookup:
         self._new_infos: dict[str, LayerInfo] = {}
 
     def missing(self, sources: Iterable[LayerSource]) -> set[str]:
-        """Take the layers that are there, and give the others."""
+        """Take the layers that are there, and give the digests of the others."""
         return {source.diff_id for source in sources if not self.add(source.diff_id)}
 
     def add(self, diff_id: str) -> bool:
-        """Take a layer that is there already; false if it is not."""
+        """Take a layer that is there already; give false if it is not."""
         info = self._new_infos.get(diff_id) or _read_info(self._directory / _info_name(diff_id))
         if info is None:
             return False
@@ -199,19 +203,19 @@ class _Lookup:
         return True
 
     def add_new(self, diff_id: str, info: LayerInfo, temporary: Path) -> None:
-        """Take a layer that was just made."""
+        """Take a layer that was just made under a temporary name."""
         path = self._path(diff_id, info)
         self._new[temporary] = path
         self._new_infos[diff_id] = info
         self.found.append(_Found(path, info))
 
     def paths(self) -> tuple[Path, ...]:
-        """The files, without those that an opaque root above them hides."""
+        """Give the files, without those that an opaque root above them hides."""
         first = max((n for n, f in enumerate(self.found) if f.info.root_opaque), default=0)
         return tuple(f.path for f in self.found[first:])
 
     def resolve(self, path: bytes) -> DirectoryInfo | Link:
-        """What the layers below have where a directory is implied."""
+        """Find what the layers below have in the place of an implied directory."""
         for layer in reversed(self.found):
             if (found := layer.info.find(path)) is not None:
                 return found
@@ -220,7 +224,7 @@ class _Lookup:
         return DirectoryInfo()
 
     def publish(self) -> None:
-        """Give the new layers their names; a layer's description follows its file."""
+        """Give the new layers their names: first each file, then its description."""
         self._directory.mkdir(exist_ok=True)
         _publish(self._new)
         for diff_id, info in self._new_infos.items():
@@ -286,7 +290,7 @@ def _read_info(path: Path) -> LayerInfo | None:
         if not isinstance(parts, list):
             raise ValueError
         if len(parts) == 3:
-            return None  # of an earlier version, which knew nothing of links
+            return None  # by an earlier version, which did not note links
         opaque, implied, directories, links, hidden, followed = parts
     except FileNotFoundError:
         return None

@@ -1,4 +1,4 @@
-"""How large layers and images may be."""
+"""Limits on the size of layers and images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 from ..errors import ConfigError
 
-#: Raises, or lowers, the limit of a layer.
+#: The environment variable that sets the limit of a layer.
 VARIABLE: Final = "TRIO_SUPERMACHINE_MAX_LAYER"
 
 _MAX_LAYER: Final = 64 << 30
@@ -15,9 +15,9 @@ _LAYERS: Final = 4  # layers of the full size that an image may have together
 
 
 def max_layer() -> int:
-    """The bytes of one layer, stored or unpacked: 64 GiB, or what the environment says.
+    """Give the most bytes of one layer, stored or unpacked: 64 GiB, or the environment's value.
 
-    :raises ConfigError: that is no number of bytes.
+    :raises ConfigError: that value is no number of bytes.
     """
     text = os.environ.get(VARIABLE, "")
     if not text:
@@ -28,5 +28,5 @@ def max_layer() -> int:
 
 
 def max_image() -> int:
-    """The bytes of all layers of an image as they are stored."""
+    """Give the most bytes of all layers of an image together, as they are stored."""
     return _LAYERS * max_layer()

@@ -1,4 +1,4 @@
-"""When to ask a registry."""
+"""Policies of pulls: when to ask a registry."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .._public import public
 
 @public
 class PullPolicy(Enum):
-    """When to ask a registry what a name stands for, with Docker's meanings.
+    """A rule when to ask a registry for the image that a name stands for; as in Docker.
 
-    Local sources are always read as they are, and a digest that is here is never asked for.
-
-    ``ALWAYS`` asks each time, and downloads only what is not here. ``MISSING`` asks when the
-    image is not here for the platform. ``NEVER`` uses no network, and raises
-    :exc:`ImageNotFound` instead.
+    References to local sources are read each time, whatever the policy. An image that is named by
+    its digest and is in the data directory is never asked for.
     """
 
+    #: Ask each time. Download only what is not in the data directory.
     ALWAYS = "always"
+    #: Ask when the data directory does not have the image for the platform.
     MISSING = "missing"
+    #: Use no network. An image that is not in the data directory raises :exc:`ImageNotFound`.
     NEVER = "never"

@@ -1,4 +1,4 @@
-"""From a reference to an image that can be booted: its layers on disk, and its configuration."""
+"""Preparation of images: a reference becomes layers on the disk, and a configuration."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ async def prepare_image(
     progress: ProgressCallback | None = None,
     store: ImageStore | None = None,
 ) -> ImageSpec:
-    """The image that ``ref`` names, without a snapshot. Arguments and errors are as for
-    :meth:`Image.from_oci`; ``store`` is where its layers go, the library's own by default.
+    """Give the image that ``ref`` names, without a snapshot.
+
+    The other arguments and the errors are those of :meth:`Image.from_oci`.
+
+    :param store: the store for its layers; ``None`` is the library's own.
     """
     parsed, wanted = check_request(ref, pull, platform, engine)
     await trio.lowlevel.checkpoint()
@@ -63,7 +66,7 @@ async def prepare_image(
 def check_request(
     ref: str, pull: PullPolicy, platform: str | None, engine: str
 ) -> tuple[Reference, Platform]:
-    """Parse what a caller asks for, before any work."""
+    """Parse and check the arguments of a request, before any work."""
     parsed = Reference.parse(ref)
     wanted = Platform.parse(platform)
     if not isinstance(pull, PullPolicy):
@@ -93,8 +96,8 @@ async def _pull(
         try:
             layers = await store.layers(image.layers, progress)
         except MalformedError:
-            # Was it the registry that lied, or this disk? What is wrong here goes, and the next
-            # pull brings it again.
+            # The registry has lied, or the disk has lost something. Blobs that are wrong are
+            # removed, so that the next pull brings them again.
             for layer in image.layers:
                 if layer.digest is not None:
                     await content.verify(layer.digest)
@@ -103,8 +106,10 @@ async def _pull(
 
 
 def _one_at_a_time(progress: ProgressCallback) -> ProgressCallback:
-    """Downloads and conversions go on side by side, but no caller expects that of its callback,
-    nor to be called again after an error, which ends both.
+    """Wrap a callback so that it is called by one task at a time, and not after it has failed.
+
+    Downloads and conversions go on side by side. No caller expects its callback to run twice at
+    once, nor to be called again after an error of its own, which ends both.
     """
     lock = trio.Lock()
     failed = False
@@ -141,7 +146,7 @@ async def _prepare(
 
 
 def find_local(reference: Reference, platform: Platform) -> LocalImage:
-    """The image in a layout or archive.
+    """Find the image in a layout or archive.
 
     :raises ImageNotFound: it is not there.
     :raises MalformedError: a document is damaged.

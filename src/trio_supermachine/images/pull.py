@@ -1,8 +1,20 @@
-"""From a name in a registry to an image in the content store, as a policy says.
+"""Pulls: a name in a registry becomes an image in the content store, as a policy says.
 
-Documents come first, and decide: an image that is not for this platform, too large, or of a
-kind that is not known is refused before any layer is downloaded. Layers are downloaded into the
-store while whoever wants them reads them already, from their beginnings.
+A pull goes through these steps. Each keeps its blobs by the pull's lease *before* it looks for
+them in the store, so that no other program removes them in between (see :mod:`.content`).
+
+#. Unless the policy is ``ALWAYS``, look the image up in the store. An image that is here in full
+   ends the pull; for ``NEVER`` anything else is an error.
+#. Ask the registry for the digest that the tag stands for.
+#. Fetch the documents that are not here, and choose the image for the platform. An image that is
+   not for this platform, too large, or of a kind that is not known is refused now, before any
+   layer is downloaded.
+#. Download the layers that are missing, while the body of the block reads them from their
+   beginnings and makes squashfs files of them.
+#. When the body is done and all layers are here, let the name stand for the image.
+
+The registry is not trusted: documents and layers are checked against their digests, and bounded in
+number and size. A body that finds a layer damaged discards what has come of all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +45,7 @@ _Get = Callable[[Descriptor], Awaitable[bytes]]
 
 
 class _Absent(Exception):
-    """The store does not have a document or a layer."""
+    """The store does not have a document."""
 
 
 @asynccontextmanager
@@ -46,25 +58,24 @@ async def pulled(
     progress: ProgressCallback | None = None,
     to_run: bool = True,
 ) -> AsyncIterator[LocalImage]:
-    """The image that a ``docker`` reference names, while its layers may still be on their way.
+    """Give the image that a ``docker`` reference names, while its layers may be on their way.
 
-    Their blobs can be read in the block, which ends when all are in the store; then the store
-    records what the name stands for. If the block fails, the downloads end, and what has come
-    stays for the next pull. The image is kept from being pruned during the block.
+    The layers' blobs can be read in the block. The block ends when all of them are in the store,
+    which then records what the name stands for. If the body fails, or is cancelled, the downloads
+    end, and what has come stays for the next pull. No other program prunes the image during the
+    block.
 
-    :param policy: ``ALWAYS`` asks the registry what a tag stands for, ``MISSING`` if the store
-        does not have the image for this platform, ``NEVER`` not at all. A digest that is in the
-        store is never asked for.
-    :param progress: is called with the phase ``"download"``, a layer's digest and its bytes, ten
-        times in a second at most for each layer.
+    :param policy: as for :class:`~trio_supermachine.PullPolicy`.
+    :param progress: is awaited with the phase ``"download"``, a layer's digest and its bytes, at
+        most ten times in a second for each layer.
     :param to_run: refuse a platform that no guest here can have.
-    :raises ImageNotFound: the registry does not have it, or for this platform; or the store does
-        not, and must not ask.
+    :raises ImageNotFound: the registry does not have the image, or not for this platform; or the
+        store does not have it, and the policy forbids to ask.
     :raises ImageCorrupt: the registry sent other bytes than its documents say.
     :raises MalformedError: a document does not follow its format.
-    :raises NotSupported: it is for another platform, or of a kind that is not known.
+    :raises NotSupported: the image is for another platform, or of a kind that is not known.
     :raises RegistryError: the registry refused or failed.
-    :raises DiskFull: there is no room for it.
+    :raises DiskFull: there is no room for the image.
     """
     store = store or ContentStore()
     async with store.lease() as lease:
@@ -104,18 +115,21 @@ async def pulled(
                             raise
                 except ExceptionGroup:
                     if download.failure is not None:
-                        raise download.failure from None  # it is why the block failed, too
+                        raise download.failure from None  # why the body failed, too
                     raise
             await store.set_record(name_of(reference), top)
 
 
 def name_of(reference: Reference) -> str:
-    """The name by which the store records what a ``docker`` reference stands for."""
+    """Give the name by which the store records a ``docker`` reference."""
     return str(reference).removeprefix("docker://")
 
 
 def refuse_foreign(reference: Reference, platform: Platform) -> None:
-    """Refuse what no guest here can run. :raises NotSupported: it is for another platform."""
+    """Refuse a platform that no guest here can have.
+
+    :raises NotSupported: the platform is another one.
+    """
     here = Platform.parse(None)
     if (platform.os, platform.architecture) != (here.os, here.architecture):
         raise NotSupported(
@@ -126,11 +140,13 @@ def refuse_foreign(reference: Reference, platform: Platform) -> None:
 
 
 def find_pulled(store: ContentStore, reference: Reference, platform: Platform) -> Choice | None:
-    """The image that the store has for a reference, its layers aside; ``None`` if it has none.
+    """Find the image that the store has for a reference, by its documents alone.
+
+    Its layers may be missing. ``None`` says that the name, or a document, is not in the store.
 
     :raises ImageNotFound: the name stands for an image without this platform.
     :raises MalformedError: a document is damaged.
-    :raises NotSupported: it is no image of layers.
+    :raises NotSupported: the name stands for something else than an image of layers.
     """
     top = _recorded(store, reference)
     search = choose([] if top is None else [top], reference, platform)
@@ -148,7 +164,7 @@ def find_pulled(store: ContentStore, reference: Reference, platform: Platform) -
 
 
 async def _note_digest(store: ContentStore, reference: Reference) -> None:
-    """Record a digest that is here for another name's sake, so that it stays for its own."""
+    """Record an image that was found by its digest, so that it outlives its other names."""
     if reference.digest is not None and store.record(name_of(reference)) is None:
         top = _recorded(store, reference)
         if top is not None:
@@ -162,7 +178,7 @@ async def _in_store(
     platform: Platform,
     policy: PullPolicy,
 ) -> Choice | None:
-    """The image as the store has it in full; ``None`` if it does not, and may ask."""
+    """Find the image if the store has all of it; give ``None`` if the registry may be asked."""
     why = "it is not in the image store"
     try:
         choice = find_pulled(store, reference, platform)
@@ -173,7 +189,7 @@ async def _in_store(
     except MalformedError:
         if policy is PullPolicy.NEVER:
             raise
-        return None  # what is damaged here comes again
+        return None  # the registry sends again what is damaged here
     if choice is not None:
         wanted = [choice.manifest, *(layer for layer, _ in choice.layers)]
         top = _recorded(store, reference)
@@ -193,7 +209,7 @@ async def _in_store(
 
 
 def _recorded(store: ContentStore, reference: Reference) -> Descriptor | None:
-    """What the store knows a reference to stand for; a digest stands for itself."""
+    """Find the index or manifest that a reference stands for; a digest stands for itself."""
     if reference.digest is None:
         record = store.record(name_of(reference))
         return None if record is None else record.top
@@ -202,21 +218,21 @@ def _recorded(store: ContentStore, reference: Reference) -> Descriptor | None:
 
 
 def _read(store: ContentStore, digest: str) -> bytes | None:
-    """What the store has by this digest, not checked; ``None`` if it can be no document."""
+    """Read a document, which is not checked; ``None`` if it is not here, or too large for one."""
     try:
         path = store.path(digest)
-        # A registry may well say the digest of some layer.
+        # A registry may well name a layer's digest here.
         return None if path.stat().st_size > MAX_DOCUMENT else path.read_bytes()
     except FileNotFoundError:
         return None
 
 
 def _described(data: bytes, digest: str) -> Descriptor:
-    """The descriptor of an index or manifest, which itself says what it is."""
+    """Describe an index or manifest by what it says of itself."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
-        document = None  # whoever reads it says so
+        document = None  # the parser reports it
     found = document if isinstance(document, dict) else {}
     kind = found.get("mediaType")
     if kind not in (*INDEXES, *MANIFESTS):
@@ -231,7 +247,7 @@ def _stored(store: ContentStore, descriptor: Descriptor) -> bytes:
 
 
 async def _top(store: ContentStore, lease: Lease, registry: Registry, digest: str) -> Descriptor:
-    """The index or manifest of this digest, in the store."""
+    """Describe the index or manifest of this digest, and bring it into the store."""
     await lease.keep(digest)
     data = _read(store, digest)
     if data is None or sha256(data) != digest:
@@ -241,7 +257,7 @@ async def _top(store: ContentStore, lease: Lease, registry: Registry, digest: st
 
 
 class _Documents:
-    """Gets documents from the store, or from the registry into it."""
+    """Documents of one pull: from the store, or from the registry into the store."""
 
     def __init__(self, store: ContentStore, lease: Lease, registry: Registry) -> None:
         self._store = store

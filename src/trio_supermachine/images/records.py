@@ -1,4 +1,4 @@
-"""What names stand for: the index of an OCI layout, and what documents name."""
+"""Records of names in the index of an OCI layout; and the blobs that a document names."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..oci.blobs import is_digest
 from ..oci.documents import INDEXES, Descriptor, read_index
 from ..oci.manifest import REF_NAME
 
-#: By which containerd and Docker know an image's full name.
+#: The annotation by which containerd and Docker know an image's full name.
 CONTAINERD_NAME: Final = "io.containerd.image.name"
 _RESOLVED: Final = "org.trio-supermachine.resolved"
 
 
 @attrs.frozen(kw_only=True)
 class Record:
-    """What a name was resolved to.
+    """The image that a name was resolved to.
 
-    :ivar name: with all defaults, such as ``docker.io/library/python:3.12``.
+    :ivar name: the name with all defaults, such as ``docker.io/library/python:3.12``.
     :ivar top: the index or manifest that it stands for.
-    :ivar resolved_at: in seconds since 1970.
+    :ivar resolved_at: the time of that, in seconds since 1970.
     """
 
     name: str
@@ -33,12 +33,15 @@ class Record:
 
 
 def read_records(data: bytes) -> list[Record]:
-    """The records in an index. :raises MalformedError: it is none of ours."""
+    """Read the records in an index.
+
+    :raises MalformedError: it was not written by :func:`write_index`.
+    """
     return [_record(descriptor) for descriptor in read_index(data, "index.json")]
 
 
 def write_index(records: Iterable[Record]) -> str:
-    """The index of an OCI layout that has these images."""
+    """Write the index of an OCI layout that has these images."""
     manifests = [
         {
             "mediaType": record.top.media_type,
@@ -68,7 +71,10 @@ def _record(descriptor: Descriptor) -> Record:
 
 @attrs.frozen
 class Named:
-    """What an index or manifest names; ``document`` if it names others in turn."""
+    """A blob that an index or manifest names.
+
+    :ivar document: whether it is a document that names others in turn.
+    """
 
     digest: str
     document: bool
@@ -76,9 +82,10 @@ class Named:
 
 
 def named_in(data: bytes) -> list[Named]:
-    """What an index or manifest names.
+    """Find the blobs that an index or manifest names.
 
-    A document that is not understood may be one of a newer kind: what can be found in it counts.
+    A document of a newer kind may have fields that are not known here. The blobs that are found in
+    it count, and nothing in it is an error.
     """
     try:
         document = json.loads(data)

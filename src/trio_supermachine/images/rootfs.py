@@ -28,9 +28,9 @@ _TYPES = {
 
 
 class HostTree:
-    """The tree below a directory, other file systems mounted in it included.
+    """The tree below a directory, with the file systems that are mounted in it.
 
-    Its methods run in worker threads of Trio's. Sockets are left out.
+    Sockets are left out. The methods run in worker threads of Trio's.
     """
 
     def __init__(self, root: Path) -> None:
@@ -38,7 +38,7 @@ class HostTree:
         self._fingerprint = ""
 
     def fingerprint(self) -> str:
-        """A digest of the tree's names and what ``lstat`` says of them, times of change too."""
+        """Compute a digest of the tree: names, and the facts of ``lstat`` with its time stamps."""
         digest = hashlib.sha256(b"1")
         for path, status in self._walk():
             fields = (
@@ -49,7 +49,7 @@ class HostTree:
                 status.st_uid,
                 status.st_gid,
                 status.st_rdev,
-                # A directory's size is its file system's affair.
+                # The size of a directory depends on its file system.
                 0 if stat.S_ISDIR(status.st_mode) else status.st_size,
                 status.st_mtime_ns,
                 status.st_ctime_ns,
@@ -59,9 +59,9 @@ class HostTree:
         return self._fingerprint
 
     def write(self, sink: Sink) -> None:
-        """Write the tree whose fingerprint was taken.
+        """Write the tree as a tar stream, after :meth:`fingerprint`.
 
-        :raises MalformedError: it has changed since.
+        :raises MalformedError: the tree has changed since.
         """
         known = self._fingerprint
         links: dict[tuple[int, int], bytes] = {}
@@ -84,7 +84,7 @@ class HostTree:
             raise MalformedError("the directory changed while it was read")
 
     def _walk(self) -> Iterator[tuple[bytes, os.stat_result]]:
-        """Paths from the root, which is empty, each directory before what is in it."""
+        """Walk over paths relative to the root, which is empty; directories come before content."""
         stack = [b""]
         count = 0
         while stack:
@@ -140,7 +140,7 @@ def _xattrs(place: bytes) -> dict[bytes, bytes]:
         if error.errno in (errno.ENOTSUP, errno.ENOSYS):
             return {}
         raise
-    # Access control lists (system.*) are not among what squashfs can hold.
+    # squashfs has no room for others, such as access control lists (system.*).
     return {
         os.fsencode(name): os.getxattr(place, name, follow_symlinks=False)
         for name in names

@@ -1,4 +1,4 @@
-"""An image as a value: what to run, from which files, with which defaults."""
+"""Images as values: programs to run, files to run them from, and defaults for their VMs."""
 
 from __future__ import annotations
 

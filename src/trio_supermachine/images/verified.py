@@ -1,4 +1,4 @@
-"""Which blobs have been hashed, so that an unchanged file is not hashed again."""
+"""Records of blobs that have been hashed, so that an unchanged file is not hashed again."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ from ..oci.manifest import LayerSource
 
 
 class VerifiedBlobs:
-    """What is known of blobs, each by its place and its file's identity."""
+    """Records of blobs, each by its place and its file's identity."""
 
     def __init__(self, directory: Path) -> None:
         self._files = VerifiedFiles(directory)
 
     def identity(self, blob: Blob) -> Identity:
-        """What changes whenever the file does."""
+        """Give the values that change whenever the blob's file does."""
         return identity(os.stat(blob.path))
 
     def known(self, source: LayerSource) -> bool:
-        """Whether this blob was found to have these digests, and has not changed since."""
+        """Give whether this blob was found to have these digests and has not changed since."""
         found = self._files.recall(_place(source.blob), self.identity(source.blob))
         return found == _facts(source)
 
     def remember(self, source: LayerSource, before: Identity) -> None:
-        """Note that the blob has its digests; ``before`` is its identity before it was read."""
+        """Note that the blob has its digests.
+
+        :param before: its file's identity before it was read.
+        :raises MalformedError: the file has changed since.
+        """
         if self.identity(source.blob) != before:
             raise MalformedError(f"{source.blob.path} changed while it was read")
         self._files.remember(_place(source.blob), before, *_facts(source))
 
     def verify(self, source: LayerSource, limit: int) -> None:
-        """Hash a blob, stored and unpacked; in a worker thread of Trio's.
+        """Hash a blob, as stored and unpacked, in a worker thread of Trio's.
 
-        :raises MalformedError: its digests are not those it should have.
+        :raises MalformedError: a digest differs, or the layer has more than ``limit`` bytes.
         """
         before = self.identity(source.blob)
         with open_layer(source.blob, limit, trio.from_thread.check_cancelled) as (stored, layer):

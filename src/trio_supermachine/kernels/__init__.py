@@ -1,8 +1,8 @@
-"""Kernels for guests: one that the caller names, our own small one, or Debian's cloud kernel.
+"""Kernels for guests: a file that the caller names, our small kernel, or Debian's cloud kernel.
 
-Each is prepared into a directory of its own below ``kernels`` in the data directory: the image
-to boot, the few modules that it needs, and for the newest versions of this package's init an
-initramfs of both.
+A kernel is prepared once, in a directory of its own below ``kernels`` in the data directory. That
+has the image to boot, the few modules that a guest needs, and an initramfs of these modules and of
+this package's init, for each of the newest versions of init.
 """
 
 from .store import (

@@ -1,4 +1,4 @@
-"""Packages by the host's own ``apt-get``: downloaded and unpacked, not installed."""
+"""Debian packages, which the host's own ``apt-get`` downloads. They are unpacked, not installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _BY_HAND: Final = "set TRIO_SUPERMACHINE_KERNEL to an x86-64 Linux kernel"
 
 @attrs.frozen
 class Package:
-    """A package that apt can download; ``size`` is in bytes, if apt tells."""
+    """A package that apt can download.
+
+    :ivar size: its size in bytes; ``None`` if apt does not tell.
+    """
 
     name: str
     version: str
@@ -35,7 +38,10 @@ class Package:
 
 
 def check_apt() -> None:
-    """:raises AssetNotFound: nothing may be downloaded, or this host has no apt."""
+    """Check that packages can be downloaded here.
+
+    :raises AssetNotFound: nothing may be downloaded, or this host has no apt.
+    """
     if offline():
         raise AssetNotFound(
             "kernel",
@@ -52,17 +58,20 @@ def check_apt() -> None:
 
 
 async def package_names(prefix: str) -> list[str]:
-    """The names that begin with ``prefix``; some may only be referred to by other packages."""
+    """List the packages whose names begin with ``prefix``.
+
+    Some may be known only because other packages refer to them.
+    """
     return (await _run(["apt-cache", "pkgnames", prefix])).split()
 
 
 async def dependencies(package: str) -> str:
-    """What ``package`` depends on, as ``apt-cache depends`` prints it."""
+    """Give the dependencies of ``package``, as ``apt-cache depends`` prints them."""
     return await _run(["apt-cache", "depends", package])
 
 
 async def first_available(names: Sequence[str]) -> Package | None:
-    """The first of ``names`` that apt can really download."""
+    """Find the first of ``names`` that apt can download."""
     for name in names:
         shown = await _run(["apt-cache", "show", "--no-all-versions", name])
         if f"Package: {name}\n" in shown:
@@ -75,11 +84,12 @@ async def first_available(names: Sequence[str]) -> Package | None:
 async def download(
     package: Package, directory: Path, progress: ProgressCallback | None = None
 ) -> Path:
-    """Download ``package`` into ``directory`` and unpack it there: gives the unpacked tree.
+    """Download ``package`` into ``directory``, unpack it there and give the unpacked tree.
 
-    Without a ``progress`` a line on stderr says so. Cancellation ends apt.
+    Cancellation ends apt.
 
-    :raises AssetNotFound: it cannot be downloaded.
+    :param progress: is told the download; if it is ``None``, a line on stderr tells it.
+    :raises AssetNotFound: the package cannot be downloaded.
     """
     if progress is None:
         print(f"trio-supermachine: downloading {package.name} ({_mb(package)})", file=sys.stderr)
@@ -95,7 +105,7 @@ async def download(
 async def _download(package: str, directory: Path) -> None:
     command = ["apt-get", "-qq", "download"]
     if os.geteuid() == 0:
-        # apt would give up root for the user _apt, who cannot write here, and complain.
+        # apt would complain that the user _apt, as whom it downloads, cannot write here.
         command += ["-o", "APT::Sandbox::User=root"]
     try:
         await _run([*command, package], directory, check=True)

@@ -1,4 +1,4 @@
-"""The small kernel's configuration: which lines it must have, and which of them are missing."""
+"""The small kernel's configuration: the lines that it must have, and those that are missing."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _LINE: Final = re.compile(r"(CONFIG_\w+)=(.+)|# (CONFIG_\w+) is not set")
 
 
 def read_fragment(arch: str) -> str:
-    """The lines for ``arch``: what all processors share, and what is its own."""
+    """Read the lines for ``arch``: those that all architectures share, and its own."""
     return "".join((_DIRECTORY / f"{name}.config").read_text() for name in ("common", arch))
 
 
 def fragment_digest(fragment: str) -> str:
-    """A short name for what ``fragment`` asks for; comments and order do not count."""
+    """Compute a short digest of the options in ``fragment``. Comments and order do not count."""
     lines = sorted(f"{name}={value}\n" for name, value in _options(fragment).items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 
 def missing_options(fragment: str, config: str) -> list[str]:
-    """The lines of ``fragment`` that the finished configuration ``config`` does not hold.
+    """Find the lines of ``fragment`` that the finished configuration ``config`` lacks.
 
-    Kconfig drops without a word what it does not know and what lacks a dependency.
+    Kconfig silently drops an option that it does not know, or whose dependency is not met.
     """
     has = _options(config)
     return [

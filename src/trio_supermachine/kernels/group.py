@@ -1,4 +1,8 @@
-"""A command and all that it starts, as one thing that begins and ends."""
+"""Commands with all the processes that they start: a group that begins and ends as one.
+
+The group has a watcher, a shell that reads a pipe. This program holds the other end of the pipe,
+so the pipe ends when this program is killed. Then the watcher kills the group, itself included.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,16 @@ import trio
 _TAIL: Final = 4000
 _MAX_LINE: Final = 1 << 16
 
-# The group's own watcher reads a pipe of which this program holds the other end: when this program
-# is killed, the pipe ends, and the watcher kills what is left of the group.
 _WATCHED: Final = (
     'exec 3<&0 </dev/null; { cat <&3; kill -KILL 0; } >/dev/null 2>&1 & exec 3<&-; exec "$@"'
 )
 
 
 class CommandFailed(Exception):
-    """A command ended badly; ``said`` is the tail of its output."""
+    """A command did not exit with 0.
+
+    :ivar said: the tail of its output.
+    """
 
     def __init__(self, command: str, returncode: int, said: str) -> None:
         super().__init__(f"{command} ended with {returncode}: {said}")
@@ -36,13 +41,13 @@ async def run_group(
     env: Mapping[str, str],
     on_line: Callable[[str], Awaitable[None]] | None = None,
 ) -> None:
-    """Run ``command``, in a session of its own, to its end.
+    """Run ``command`` to its end, in a session of its own.
 
-    Cancellation, an exception of ``on_line`` and the death of this program kill all processes
-    that it has started and that have not left its process group.
+    Cancellation, an exception of ``on_line`` and the death of this program kill all processes of
+    the command, but for those that have left its process group.
 
-    :param on_line: is told each line that it writes to stdout or stderr.
-    :raises CommandFailed: it did not exit with 0.
+    :param on_line: is awaited with each line that the command writes to stdout or stderr.
+    :raises CommandFailed: the command did not exit with 0.
     """
     tail = b""
     async with _started(command, cwd, env) as process:
@@ -79,7 +84,7 @@ async def _started(
     try:
         yield process
     finally:
-        # The group exists for as long as its watcher, also when the command has ended.
+        # The watcher keeps the group in existence after the command has ended.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         with trio.CancelScope(shield=True):

@@ -1,7 +1,8 @@
-"""What a kernel file is, and the ELF image inside a bzImage.
+"""Kernel files: their kind and release, the ELF image inside a bzImage, and their extent in memory.
 
-An emulated guest that starts by PVH, from the ELF image, does not decompress itself: that
-saves a second of four at boot.
+A kernel that starts by PVH, from the ELF image, does not decompress itself. That saves an emulated
+guest one second of four at boot. Formats are those of Documentation/arch/x86/boot.rst, and of
+Xen's PVH boot protocol, whose entry point an ELF note has.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ import zstandard
 
 from ..errors import AssetNotFound
 
-#: An unpacked kernel is at most this large, in bytes.
+#: The most bytes of an unpacked kernel.
 MAX_IMAGE: Final = 512 << 20
 
-_SETUP: Final = 0x1F1  # the setup header of Documentation/arch/x86/boot.rst
+_SETUP: Final = 0x1F1  # where the setup header begins
 _ELF: Final = b"\x7fELF"
 _EM_X86_64: Final = 62
 _PT_LOAD: Final = 1
 _PT_NOTE: Final = 4
 _XEN_PHYS32_ENTRY: Final = 18
 _RELEASE: Final = re.compile(rb"Linux version ([!-~]{1,64}) ")
-#: What :func:`kernel_extent` reads of a file: any kernel's headers are within it.
+#: Bytes that :func:`kernel_extent` reads of a file. The headers of any kernel are within these.
 _HEAD: Final = 64 << 10
-#: Where a bzImage is loaded, to unpack itself elsewhere.
+#: The address where a bzImage is loaded. It unpacks itself elsewhere.
 _BZIMAGE_START: Final = 1 << 20
 _REMEDY: Final = "give the path of an x86-64 Linux kernel, bzImage or ELF"
 
@@ -42,7 +43,10 @@ _Decompress = Callable[[bytes], bytes]
 
 @attrs.frozen(kw_only=True)
 class KernelImage:
-    """A kernel's release and its best form to boot: ``data`` is a PVH ELF image, or a bzImage."""
+    """A kernel in its best form to boot.
+
+    :ivar form: ``"elf"`` for an image that starts by PVH, else ``"bzimage"``.
+    """
 
     release: str
     form: Literal["elf", "bzimage"]
@@ -50,10 +54,10 @@ class KernelImage:
 
 
 def read_kernel(data: bytes, origin: str) -> KernelImage:
-    """Tell what kernel ``data`` is.
+    """Find the kernel in ``data``, the bytes of a file.
 
-    :param origin: its name, for messages.
-    :raises AssetNotFound: it is none that can be booted.
+    :param origin: the file's name, for messages.
+    :raises AssetNotFound: it is no kernel that can be booted.
     """
     if data[:4] == _ELF:
         if not has_pvh_entry(data):
@@ -69,7 +73,7 @@ def read_kernel(data: bytes, origin: str) -> KernelImage:
 
 
 def has_pvh_entry(elf: bytes) -> bool:
-    """Whether an ELF image is an x86-64 kernel that can be started by PVH."""
+    """Give whether an ELF image is an x86-64 kernel that can be started by PVH."""
     try:
         (machine,) = struct.unpack_from("<H", elf, 18)
         (offset,) = struct.unpack_from("<Q", elf, 32)
@@ -87,10 +91,11 @@ def has_pvh_entry(elf: bytes) -> bool:
 
 @attrs.frozen(kw_only=True)
 class KernelExtent:
-    """What memory a kernel takes when it starts.
+    """The memory that a kernel takes when it starts.
 
-    :ivar end: the first guest-physical address after it, after it has unpacked itself.
-    :ivar initramfs_max: the highest address that an initramfs may have, if it says so.
+    :ivar end: the first guest-physical address behind the kernel, once it has unpacked itself.
+    :ivar initramfs_max: the highest address that its initramfs may have; ``None`` if the kernel
+        does not say.
     """
 
     end: int
@@ -98,9 +103,9 @@ class KernelExtent:
 
 
 def kernel_extent(path: Path) -> KernelExtent | None:
-    """Tell what memory a kernel file takes, by its headers; ``None`` if it is no kernel.
+    """Read the memory that a kernel takes from the file's headers; ``None`` if it is no kernel.
 
-    :raises OSError: it cannot be read.
+    :raises OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -129,7 +134,7 @@ def _elf_extent(head: bytes) -> KernelExtent:
 
 def _bzimage_extent(head: bytes, size: int) -> KernelExtent:
     (initramfs_max,) = struct.unpack_from("<I", head, 0x22C)
-    # Where it unpacks itself to, and the room that it needs there (boot protocol 2.10).
+    # pref_address, where it unpacks itself to, and init_size, the room that it needs there.
     preferred, room = struct.unpack_from("<QI", head, 0x258)
     return KernelExtent(
         end=max(_BZIMAGE_START + size, preferred + room), initramfs_max=initramfs_max
@@ -163,7 +168,7 @@ def _bzimage_release(data: bytes, origin: str) -> str:
 
 
 def _payload(data: bytes) -> bytes | None:
-    """The unpacked payload; nothing if there is no library for its compression."""
+    """Unpack the payload of a bzImage; ``None`` if no library here can."""
     if len(data) < 0x250:
         return None
     sectors = data[_SETUP] or 4
@@ -192,7 +197,7 @@ def _bzip2(data: bytes) -> bytes:
 
 
 def _zstd(data: bytes) -> bytes:
-    # The frame may not tell its size; the four bytes after it, which are no part of it, do.
+    # The frame need not have its size. The kernel's build appends it, in four bytes.
     (size,) = struct.unpack("<I", data[-4:])
     if size > MAX_IMAGE:
         raise zstandard.ZstdError("too large")

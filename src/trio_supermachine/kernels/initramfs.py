@@ -1,4 +1,4 @@
-"""The initramfs: an uncompressed cpio archive, which the kernel unpacks in no time."""
+"""The initramfs: an uncompressed cpio archive, which costs the kernel no time to unpack."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Final
 
 from .modules import Module
 
-#: Part of the name of cached files: changes when the layout below does.
+#: The version of the layout below. It is a part of the names of cached files.
 LAYOUT: Final = 1
 
 _CONSOLE: Final = (5, 1)  # the kernel opens /dev/console for init before anything is mounted
 
 
 def build_initramfs(init: bytes, modules: Sequence[Module] = ()) -> bytes:
-    """An archive with ``/init``, ``/dev/console``, ``/modules/NAME.ko`` and ``/modules/order``.
+    """Make an archive with ``/init``, ``/dev/console`` and, if there are modules, ``/modules``.
 
-    ``order`` has one file name a line, in the order to load them.
+    That has each module as ``NAME.ko``, and ``order``: the files' names, one a line, in the order
+    in which init loads them.
     """
     archive = _Archive()
     archive.add("dev", stat.S_IFDIR | 0o755)
@@ -33,7 +34,10 @@ def build_initramfs(init: bytes, modules: Sequence[Module] = ()) -> bytes:
 
 
 class _Archive:
-    """cpio, format "newc": Documentation/driver-api/early-userspace/buffer-format.rst."""
+    """A cpio archive in format "newc".
+
+    See Documentation/driver-api/early-userspace/buffer-format.rst.
+    """
 
     def __init__(self) -> None:
         self._data = bytearray()

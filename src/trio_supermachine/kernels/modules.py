@@ -1,4 +1,4 @@
-"""The few kernel modules that a guest needs, with what they need, in the order to load them."""
+"""Kernel modules that a guest needs, with their dependencies, in the order to load them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import zstandard
 
 from ..errors import AssetNotFound
 
-#: What a stock kernel has as modules and a guest cannot do without.
+#: Modules of a stock kernel that a guest cannot do without.
 NEEDED: Final = ("virtio_blk", "squashfs", "overlay", "virtio_rng", "vmw_vsock_virtio_transport")
 
 _SUFFIX: Final = re.compile(r"\.ko(\.(xz|zst|gz))?$")
@@ -23,7 +23,7 @@ _MAX_MODULE: Final = 64 << 20
 
 @attrs.frozen
 class Module:
-    """A module: its name as the kernel has it, and its uncompressed object file."""
+    """A module: its name, with underscores as the kernel has it, and its object file, unpacked."""
 
     name: str
     data: bytes
@@ -32,9 +32,9 @@ class Module:
 def pick_modules(tree: Path, names: tuple[str, ...] = NEEDED) -> list[Module]:
     """Read ``names`` and their dependencies from ``tree`` (``lib/modules/RELEASE``).
 
-    Dependencies come first. What ``modules.builtin`` lists is left out.
+    A module comes after its dependencies. Modules that ``modules.builtin`` lists are left out.
 
-    :raises AssetNotFound: one is neither there nor built in.
+    :raises AssetNotFound: a module is neither there nor built in.
     """
     files = {_name(file): file for file in tree.rglob("*.ko*") if _SUFFIX.search(file.name)}
     builtin = _builtin(tree)
@@ -72,7 +72,8 @@ def _builtin(tree: Path) -> set[str]:
 
 
 def _depends(data: bytes) -> list[str]:
-    # depmod's modules.dep is made when a package is installed, so the objects are asked.
+    # There is no modules.dep: depmod makes it when a package is installed. The objects name their
+    # dependencies themselves.
     match = _DEPENDS.search(data)
     return (
         [name.replace("-", "_") for name in match[1].decode().split(",") if name] if match else []

@@ -1,4 +1,4 @@
-"""The small kernel: built from Debian's ``linux-source`` package with this package's fragment."""
+"""The small kernel: a build of Debian's ``linux-source`` package with this package's fragment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .fragment import missing_options
 from .group import CommandFailed, run_group
 from .stock import version_key
 
-#: Each program that a build runs, and the package that has it.
+#: The programs that a build runs, each with the package that has it.
 _PROGRAMS: Final = {
     "gcc": "gcc",
     "ld": "binutils",
@@ -39,10 +39,10 @@ _PROGRAMS: Final = {
 _HEADERS: Final = {"stdio.h": "libc6-dev", "gelf.h": "libelf-dev"}
 
 _SOURCE: Final = re.compile(r"linux-source-(6\.(?:1[2-9]|[2-9]\d)|[7-9]\.\d+)")
-#: Sources and objects, in MiB.
+#: The room that sources and objects take, in MiB.
 _SPACE_MIB: Final = 1200
-# More than half of the files, and never compiled: they would cost the most time to unpack, and to
-# remove. Kconfig files and Makefiles have to stay.
+# Files that are never compiled, more than half of all. To unpack and to remove these would take the
+# most time. Kconfig files and Makefiles have to stay.
 _NEVER_COMPILED: Final = (
     *("clk", "crypto", "gpu", "iio", "infiniband", "media", "net/ethernet", "net/wireless"),
     *("pinctrl", "scsi", "staging", "usb"),
@@ -57,12 +57,16 @@ _LEFT_OUT: Final = (
 )
 _NAME: Final = "trio-supermachine"
 _STEP: Final = re.compile(r"  (CC|AS|LD|AR|HOSTCC|OBJCOPY) +(\S+)")
-#: About how many such steps a build has.
+#: The number of such steps in a build, roughly.
 _STEPS: Final = 1870
 
 
 def check_tools() -> None:
-    """:raises AssetNotFound: a build tool is missing; the message names the packages."""
+    """Check that the kernel can be built on this host.
+
+    :raises AssetNotFound: a build tool is missing; the message names the packages.
+    :raises NotSupported: the host is not an x86-64 one.
+    """
     if platform.machine() != "x86_64":
         raise NotSupported(
             "kernel build",
@@ -93,9 +97,9 @@ def _has_header(name: str) -> bool:
 
 
 async def choose_source() -> Package:
-    """The package to build from: the oldest version that will do, for which the fragment is made.
+    """Choose the package to build from: the oldest that will do, for which the fragment is made.
 
-    :raises AssetNotFound: apt knows none, or is not there.
+    :raises AssetNotFound: apt knows no such package, or is not there.
     """
     check_apt()
     names = [name for name in await package_names("linux-source-") if _SOURCE.fullmatch(name)]
@@ -116,11 +120,11 @@ async def built_kernel(
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> AsyncIterator[Path]:
-    """Build ``package`` with ``fragment``: gives the kernel's ELF image, for the block.
+    """Build ``package`` with ``fragment``, and give the kernel's ELF image, for the block.
 
     :param scratch: a directory for the sources and objects.
-    :param jobs: how many compilers to run; as many as there are processors, if `None`.
-    :raises AssetNotFound: it cannot be built here; the message says what to do.
+    :param jobs: the number of compilers to run at once; ``None`` is the number of processors.
+    :raises AssetNotFound: the kernel cannot be built here; the message says what to do.
     """
     free = shutil.disk_usage(scratch).free >> 20
     if free < _SPACE_MIB:
@@ -171,12 +175,15 @@ async def _unpacked(package: Package, directory: Path, progress: ProgressCallbac
 
 
 def _environment(tree: Path) -> dict[str, str]:
-    """Of the caller's only the path to its tools: with these, the same sources make one kernel."""
+    """Make an environment in which the same sources always make the same kernel.
+
+    Of the caller's environment it has the path to the tools alone.
+    """
     made = time.gmtime((tree / "Makefile").stat().st_mtime)
     return {
         "PATH": os.environ.get("PATH", os.defpath),
         "LC_ALL": "C",
-        "TMPDIR": str(tree.parent),  # where a killed compiler leaves its files
+        "TMPDIR": str(tree.parent),  # which is removed, with what a killed compiler leaves
         "KBUILD_BUILD_USER": _NAME,
         "KBUILD_BUILD_HOST": _NAME,
         "KBUILD_BUILD_TIMESTAMP": time.strftime("%Y-%m-%d %H:%M:%S UTC", made),

@@ -1,4 +1,4 @@
-"""Debian's cloud kernel: the stock kernel, there in seconds."""
+"""The stock kernel: Debian's cloud kernel, which is fetched in seconds."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .debian import REMEDY, check_apt, dependencies, download, first_available, 
 
 _META: Final = "linux-image-cloud-amd64"
 _PREFIX: Final = "linux-image-6."
-#: Kernels from 6.12 on are preferred: the agent's networking is made for them.
+#: Names of preferred kernels: from 6.12 on, for which the agent's networking is made.
 _PREFERRED: Final = re.compile(r"linux-image-(6\.(?:1[2-9]|[2-9]\d)\.\S+)-cloud-amd64(-unsigned)?")
-_ASKED: Final = 6  # candidates to ask apt about; the newest is nearly always there
+_ASKED: Final = 6  # candidates to ask apt about; nearly always it has the newest
 
 
 @asynccontextmanager
 async def stock_kernel(
     scratch: Path, progress: ProgressCallback | None = None
 ) -> AsyncIterator[tuple[str, Path]]:
-    """Fetch the stock kernel: gives its package's name and the unpacked tree, for the block.
+    """Fetch the stock kernel, and give its package's name and the unpacked tree, for the block.
 
     :param scratch: a directory for temporary files.
-    :raises AssetNotFound: it cannot be had here; the message says what to do.
+    :raises AssetNotFound: it cannot be fetched here; the message says what to do.
     """
     check_apt()
     wanted = newest_first(await package_names(_PREFIX))[:_ASKED]
@@ -43,13 +43,13 @@ async def stock_kernel(
 
 
 def newest_first(packages: Sequence[str]) -> list[str]:
-    """The preferred packages among ``packages``, the newest first; signed before unsigned."""
+    """Pick the preferred packages among ``packages``: the newest first, signed before unsigned."""
     found = [match for package in packages if (match := _PREFERRED.fullmatch(package))]
     found.sort(key=lambda match: (version_key(match[1]), match[2] is None), reverse=True)
     return [match[0] for match in found]
 
 
 def version_key(version: str) -> tuple[tuple[int, str], ...]:
-    """A key that sorts kernel releases as people would."""
+    """Make a key that sorts kernel releases as people do."""
     parts = re.findall(r"\d+|[^\d]+", version)
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)

@@ -1,4 +1,9 @@
-"""The prepared kernels on this host."""
+"""The store of prepared kernels, shared by all programs of a user.
+
+A directory below ``kernels`` appears whole, by a rename, under the lock of the store. Only files
+``initramfs-*.cpio`` are added to it afterwards. A build of the small kernel takes minutes, so it
+has a scratch directory and a lock of its own, and takes the store's lock to install its result.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +37,13 @@ Kind = Literal["small", "stock", "file"]
 _FORMAT: Final = 2
 _MAX_FILE: Final = 512 << 20
 _METADATA: Final = "kernel.json"
-#: How many initramfs files are kept with a kernel: one for each version of this package's init.
+#: Initramfs files that are kept with a kernel: one for each version of this package's init.
 _INITRAMFS_KEPT: Final = 2
 
 
 @attrs.frozen(kw_only=True)
 class BootAssets:
-    """What an engine boots. The digests are of the files, ``"sha256:"`` and 64 hex digits."""
+    """The files that an engine boots, with their digests: ``"sha256:"`` and 64 hex digits."""
 
     kernel: Path
     initramfs: Path
@@ -50,11 +55,13 @@ class BootAssets:
 
 @attrs.frozen(kw_only=True)
 class CachedKernel:
-    """A prepared kernel: the directory that holds it, and where it is from.
+    """A prepared kernel.
 
-    :attr:`kind` is ``"small"`` for one that this package built, ``"stock"`` for Debian's, and
-    ``"file"`` for one that was named; :attr:`origin` is the package, or that name.
-    :attr:`fragment` tells by which configuration a small kernel was built.
+    :ivar directory: the directory that holds it.
+    :ivar origin: the package that it is from, or the name of the file.
+    :ivar kind: ``"small"`` for a kernel that this package built, ``"stock"`` for Debian's, and
+        ``"file"`` for one that the caller named.
+    :ivar fragment: the digest of the configuration of a small kernel.
     """
 
     directory: Path
@@ -79,14 +86,20 @@ class CachedKernel:
 async def prepare_kernel(
     assets: AssetPaths | None = None, *, progress: ProgressCallback | None = None
 ) -> BootAssets:
-    """Give a kernel and an initramfs to boot, made or fetched if need be.
+    """Give a kernel and an initramfs to boot. Make or fetch them if need be.
 
-    The kernel is the one that ``assets`` or ``TRIO_SUPERMACHINE_KERNEL`` names, else the newest
-    small kernel that :func:`build_small_kernel` made with this version's configuration, else the
-    newest stock kernel that is here, else one that the host's ``apt-get`` downloads; without a
-    ``progress`` a line on stderr says so. Later calls find all of it prepared. May be cancelled
-    at any time: what is half done is removed. Programs that prepare at once do the work once.
+    The kernel is the first of these:
 
+    #. the file that ``assets`` or ``TRIO_SUPERMACHINE_KERNEL`` names,
+    #. the newest small kernel that :func:`build_small_kernel` made with this version's
+       configuration,
+    #. the newest stock kernel that is here,
+    #. the newest one that the host's ``apt-get`` downloads.
+
+    Later calls find all of it prepared. Programs that prepare at once do the work once. Cancelled,
+    it removes its half-done work.
+
+    :param progress: is told a download; if it is ``None``, a line on stderr tells it.
     :raises AssetNotFound: a file that was named is not usable, or nothing can be downloaded here.
     """
     explicit = find_kernel(assets)
@@ -106,9 +119,9 @@ async def prepare_kernel(
 
 
 async def preferred_kernel() -> CachedKernel | None:
-    """The kernel that :func:`prepare_kernel` takes when none is named; ``None`` if it would fetch.
+    """Find the kernel that :func:`prepare_kernel` takes when no file is named.
 
-    It is the newest small kernel of this version's configuration, else the newest stock one.
+    ``None`` says that it would fetch one.
     """
     kernels = await list_kernels()
     current = _fragment()[1]
@@ -118,7 +131,7 @@ async def preferred_kernel() -> CachedKernel | None:
 
 
 async def fetch_stock_kernel(*, progress: ProgressCallback | None = None) -> CachedKernel:
-    """Download and prepare the newest stock kernel, unless it is here.
+    """Download and prepare the newest stock kernel, unless a stock kernel is here.
 
     Cancellation and errors are those of :func:`prepare_kernel`.
     """
@@ -136,17 +149,17 @@ async def build_small_kernel(
 ) -> CachedKernel:
     """Build the small kernel from Debian's ``linux-source`` package, unless the same is here.
 
-    That takes minutes of all processors, and 1 GB below the data directory meanwhile. Afterwards
-    :func:`prepare_kernel` prefers it. A later version of the package is built beside it, for what
-    refers to a kernel needs that very one. Cancellation kills the compilers and removes what is
-    half done, and so does the next build after this program was killed. Programs that build at
-    once do the work once.
+    A build takes minutes of all processors, and 1 GB below the data directory meanwhile.
+    Afterwards :func:`prepare_kernel` prefers its kernel. A later version of the package is built
+    beside it, since bakes refer to the very kernel that they were made with. Programs that build at
+    once do the work once. Cancellation kills the compilers and removes the half-done work; after
+    this program was killed, the next build removes it.
 
-    :param jobs: how many compilers to run; as many as there are processors, if `None`.
+    :param jobs: the number of compilers to run at once; ``None`` is the number of processors.
     :param progress: is told the phases ``"download"`` (in bytes), ``"unpack"``, and ``"build"``
-        (in steps, of about as many as ``total`` tells).
+        (in steps, of which ``total`` is an estimate).
     :raises AssetNotFound: a tool is missing (the message names the packages), or the sources
-        cannot be had, do not take the configuration, or fail to compile.
+        cannot be downloaded, do not take the configuration, or fail to compile.
     :raises NotSupported: the host is not an x86-64 one.
     """
     if offline():
@@ -158,7 +171,8 @@ async def build_small_kernel(
     origin = f"{package.name} {package.version}"
     fragment, digest = _fragment()
     store = _store()
-    # Not in the store itself, which is swept under its own lock, and that is not held for minutes.
+    # Beside the store's own temporary names, which are swept under the store's lock: a build does
+    # not hold that one for minutes.
     scratch = store / ".build"
     async with locked(scratch / ".lock"):
         for kernel in _list(store):
@@ -177,7 +191,7 @@ async def build_small_kernel(
 
 
 async def list_kernels() -> list[CachedKernel]:
-    """The prepared kernels, the newest release first."""
+    """List the prepared kernels, the newest release first."""
     await trio.lowlevel.checkpoint()
     return _list(_store())
 
@@ -194,7 +208,7 @@ def _list(store: Path) -> list[CachedKernel]:
 
 
 def _load(directory: Path) -> CachedKernel | None:
-    """The kernel in ``directory``; nothing if another version of this package made it."""
+    """Read the kernel in ``directory``; ``None`` if another version of this package made it."""
     try:
         metadata = json.loads((directory / _METADATA).read_bytes())
         if metadata["format"] != _FORMAT:
@@ -223,7 +237,7 @@ def _kind(value: object) -> Kind:
 
 @lru_cache(maxsize=1)
 def _fragment() -> tuple[str, str]:
-    """The small kernel's configuration, and its digest."""
+    """Read the small kernel's configuration, and compute its digest."""
     fragment = read_fragment(ARCH)
     return fragment, fragment_digest(fragment)
 
@@ -268,7 +282,8 @@ def _install_explicit(directory: Path, path: Path) -> CachedKernel:
     if path.stat().st_size > _MAX_FILE:
         raise AssetNotFound("kernel", f"{path} is too large for a kernel", remedy="name another")
     image = read_kernel(path.read_bytes(), str(path))
-    # As an unpacked package has them, or the host. A kernel without modules has all built in.
+    # Modules are where an unpacked package has them, or the host. A kernel without any has all that
+    # a guest needs built in.
     roots = (path.parent.parent, Path("/"))
     trees = (_module_tree(root, image.release) for root in roots)
     tree = next((tree for tree in trees if tree.is_dir()), None)
@@ -334,14 +349,14 @@ def _make_initramfs(path: Path, kernel: CachedKernel, init: bytes) -> None:
     with new_file(path) as temporary:
         temporary.write_bytes(build_initramfs(init, modules))
         temporary.chmod(0o644)
-    # A program of another version may just be about to open its own: the last but one stays.
+    # A program of another version may be about to open its own file: the last but one stays.
     made = sorted(kernel.directory.glob("initramfs-*.cpio"), key=lambda file: file.stat().st_mtime)
     for old in made[:-_INITRAMFS_KEPT]:
         old.unlink()
 
 
 def _file_digest(path: Path) -> str:
-    """SHA-256 in hex; a file is read again only when it has changed."""
+    """Compute a file's SHA-256 in hex. Read the file again only when it has changed."""
     status = path.stat()
     return _digest_of(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""Images of the content store as files: OCI archives out of it, OCI and docker archives into it."""
+"""Archives of images: OCI archives out of the content store, OCI and docker archives into it."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ _LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
 async def save(
     dest: Path | BinaryIO, references: Sequence[str], *, store: ContentStore | None = None
 ) -> tuple[Record, ...]:
-    """Write an OCI archive of images in the content store, with the digests they have there.
+    """Write an OCI archive of images in the content store. They keep their digests.
 
-    Of an image for several platforms those are written that are here. A file appears when it is
-    complete; cancellation leaves none.
+    An image for several platforms is written with the platforms that are here. A file at ``dest``
+    appears when it is complete; cancellation leaves none.
 
-    :param dest: a path, or a file to write to.
-    :raises ConfigError: the path is that of a directory or a device.
-    :raises ImageNotFound: one is not in the store.
+    :param dest: a path, or an open file to write to.
+    :param references: the images, as references to registries.
+    :raises ConfigError: there is a directory or a device at the path.
+    :raises ReferenceInvalid: a reference is no reference to a registry.
+    :raises ImageNotFound: an image is not in the store, or not all of it.
     :raises DiskFull: there is no room for the archive.
     """
     store = store or ContentStore()
@@ -82,8 +84,8 @@ def _recorded(store: ContentStore, text: str) -> Record:
 
 
 def _whole(store: ContentStore, top: Descriptor) -> list[str]:
-    """The digests of what is here of an image, without manifests of which a part is missing."""
-    found: dict[str, bool] = {}  # what was looked at, and whether it is whole
+    """Find the blobs of an image that are here, without manifests of which a part is missing."""
+    found: dict[str, bool] = {}  # each blob that was looked at, and whether it is whole
 
     def look(digest: str, kind: str, depth: int) -> bool:
         if digest not in found:
@@ -144,7 +146,7 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 
 class _Cancellable(io.RawIOBase):
-    """A file, reading which in a worker thread of Trio's can be cancelled."""
+    """A file whose reader, in a worker thread of Trio's, can be cancelled."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -161,15 +163,15 @@ async def load(
     store: ContentStore | None = None,
     progress: ProgressCallback | None = None,
 ) -> tuple[str, ...]:
-    """Bring the images of an OCI or docker archive into the content store, under their names.
+    """Bring the images of an OCI or docker archive into the content store, and give their names.
 
-    Cancellation, and an error, leave blobs that :meth:`ContentStore.collect` removes.
+    After cancellation, or an error, blobs may be left, which :meth:`ContentStore.collect` removes.
 
-    :param name: for an archive of one image: its name, in place of its own.
-    :raises ImageNotFound: it is no such archive, or has an image without a name.
-    :raises ImageCorrupt: it is damaged, or lies about a digest.
+    :param name: the name of the image, for an archive of one image, instead of its own.
+    :raises ImageNotFound: there is no such archive, or it has an image without a name.
+    :raises ImageCorrupt: it is damaged, or a digest in it is wrong.
     :raises NotSupported: it has something else than images.
-    :raises DiskFull: there is no room for it.
+    :raises DiskFull: there is no room for the images.
     """
     store = store or ContentStore()
     reference = Reference(Transport.OCI_ARCHIVE, str(path))
@@ -198,14 +200,14 @@ def _opened(path: Path) -> Archive:
 
 
 def _proper(name: str, digest: str | None = None) -> Reference:
-    """A name for an image to load, which may have no digest but the image's."""
+    """Parse the name of an image to load. It may have a digest if that is the image's own."""
     reference = Reference.parse(name)
     if reference.transport is not Transport.DOCKER or reference.digest not in (None, digest):
         raise ReferenceInvalid(name, "this must be a name like example.com/app:1.0")
     return reference
 
 
-_Image = tuple[Descriptor, list[str]]  # what a name stands for, and the names
+_Image = tuple[Descriptor, list[str]]  # an index or manifest, and the names that it has
 
 
 def _named(
@@ -229,12 +231,12 @@ def _named(
             except ReferenceInvalid as error:
                 raise ImageNotFound(
                     str(reference),
-                    f"it names an image {text[:256]!r}, which is no name; give one with --name",
+                    f"it has an image with the improper name {text[:256]!r}; give one with --name",
                 ) from error
 
 
 class _Loader:
-    """Copies what is in an archive into the store."""
+    """Copies the images of one archive into the store."""
 
     def __init__(
         self,
@@ -249,10 +251,10 @@ class _Loader:
         self._reference = reference
         self._lease = lease
         self._progress = progress
-        self._images: dict[str, bool] = {}  # documents, and whether they have an image
+        self._images: dict[str, bool] = {}  # documents, and whether each has an image
 
     async def layout(self) -> list[_Image]:
-        """The images of an OCI layout."""
+        """Copy the images of an OCI layout."""
         images = []
         for top in read_tops(self._archive, self._reference):
             if top.media_type not in (*INDEXES, *MANIFESTS):
@@ -263,14 +265,14 @@ class _Loader:
                 )
             if not await self._document(top):
                 raise MalformedError(f"{top.digest} is missing, or every image that it names")
-            # containers/image writes a mere tag where a layout has one image.
+            # containers/image writes a mere tag if the layout has one image: that is no name.
             stated = top.annotations.get(CONTAINERD_NAME) or top.annotations.get(REF_NAME)
             full = stated is not None and (":" in stated or "/" in stated)
             images.append((top, [stated] if stated is not None and full else []))
         return images
 
     async def _document(self, descriptor: Descriptor, depth: int = 0) -> bool:
-        """Copy a document and all below it that the archive has; whether it has any image."""
+        """Copy a document, and all below it that the archive has. Give whether it has any image."""
         digest = descriptor.digest
         if digest not in self._images:
             if depth > _MAX_DEPTH:
@@ -318,7 +320,7 @@ class _Loader:
         await report(self._progress, "load", digest, blob.size, blob.size)
 
     async def docker(self) -> list[_Image]:
-        """The images of a docker archive, which have no manifests: they are made here."""
+        """Copy the images of a docker archive. They have no manifests, so make these."""
         images = []
         for saved in saved_images(self._archive, self._reference):
             configuration = saved_configuration(self._archive, saved)
@@ -351,7 +353,7 @@ def _describe(kind: str, digest: str, size: int) -> dict[str, Any]:
 
 
 def _examine(blob: Blob) -> tuple[str, str, str]:
-    """A layer's digest, its diff_id and its media type."""
+    """Read a layer: give its digest, its diff_id and its media type."""
     with open_layer(blob, max_layer(), trio.from_thread.check_cancelled) as (stored, layer):
         diff_id = layer.digest()
         digest = stored.digest()

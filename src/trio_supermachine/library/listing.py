@@ -1,4 +1,4 @@
-"""What has been pulled or loaded, and how much of the disk each image takes."""
+"""List of images that were pulled or loaded, with the room that each takes on the disk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from ..oci.reference import Reference, Transport
 class Pulled:
     """An image in the content store.
 
-    :ivar digest: of what its name stands for: an index, or a manifest.
-    :ivar size: the bytes of all that it has here.
-    :ivar own_size: the part of these that no other image here has.
-    :ivar resolved_at: when the registry was last asked, or the image loaded; in seconds since
-        1970.
+    :ivar name: the image's full name.
+    :ivar digest: the digest of the index or manifest that the name stands for.
+    :ivar size: the bytes of all its blobs that are here.
+    :ivar own_size: the bytes of those blobs that no other image here has.
+    :ivar resolved_at: the time when a registry was last asked, or the image was loaded; in seconds
+        since 1970.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Pulled:
 
 
 async def list_pulled(store: ContentStore | None = None) -> tuple[tuple[Pulled, ...], int]:
-    """All images in the content store, and the size of what they have, each blob once."""
+    """List all images in the content store, and add up their blobs' sizes, each blob once."""
     return await trio.to_thread.run_sync(_list, store or ContentStore())
 
 
@@ -57,8 +58,9 @@ def _list(store: ContentStore) -> tuple[tuple[Pulled, ...], int]:
 
 
 def has_moved(bake: Bake, store: ContentStore) -> bool:
-    """Whether the name that a bake was made of stands for another image by now, as far as is
-    known here.
+    """Give whether the name of a bake's image stands for another image by now.
+
+    The content store knows; no registry is asked.
     """
     if bake.metadata is None:
         return False

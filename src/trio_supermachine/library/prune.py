@@ -1,9 +1,14 @@
-"""Removing bakes, layers and what was pulled, while other programs use the store.
+"""Removal of bakes, layers and pulled images, while other programs use them.
 
-Whoever has opened a file keeps it. A bake being made is left alone, and so are the layers that
-its maker has marked as used: a layer goes only if nobody marks it and, looked up after that,
-no bake refers to it. What was pulled goes when no name stands for it (:mod:`.content`); bakes and
-layers do not need it.
+Files that another program has open stay readable for it; so a VM that runs is not disturbed. These
+orders keep what somebody is about to use:
+
+- A bake that is being made is locked, and is left alone.
+- Whoever makes a bake marks its layers as used, and keeps the mark until the bake is published. A
+  layer is removed only if nobody makes it or marks it, and if no bake refers to it that is looked
+  up *after* that: either the mark is seen, or the bake.
+- Blobs of pulled images are removed when no name stands for them and no pull needs them
+  (:mod:`~trio_supermachine.images.content`). Bakes and layers do not need them.
 """
 
 from __future__ import annotations
@@ -29,25 +34,25 @@ from ..oci.platform import Platform
 from ..oci.reference import Reference, Transport
 from ..snapshots import Metadata
 
-#: How long a bake without a name is kept after its last use, in seconds.
+#: Seconds for which a bake without a name is kept after its last use.
 KEPT_UNUSED: Final = 7 * 24 * 3600.0
 
-_RECORDS_KEPT: Final = 30 * 24 * 3600.0  # seconds; a record that is missed costs one reading
-_STRAYS_KEPT: Final = 3600.0  # seconds; nobody is as long at writing a small file
+_RECORDS_KEPT: Final = 30 * 24 * 3600.0  # seconds; without its record a file is read once more
+_STRAYS_KEPT: Final = 3600.0  # seconds; nobody takes as long to write a small file
 _MIN_PREFIX: Final = 6  # digits of a fingerprint
-_TOGETHER: Final = 64  # layers that are held at once
+_TOGETHER: Final = 64  # layers that are locked at once
 
 _Key = tuple[str, str]  # a layer by its directory's name and its own
 
 
 @attrs.frozen(kw_only=True)
 class Removed:
-    """What was removed, or would be.
+    """The things that were removed, or would be.
 
-    :ivar busy: bakes that were left since somebody makes them just now.
-    :ivar names: of images that were pulled or loaded.
-    :ivar blobs: the digests of what only these needed, or nobody.
-    :ivar size: in bytes on the disk.
+    :ivar busy: bakes that were left because somebody is making them.
+    :ivar names: the names of images that were pulled or loaded.
+    :ivar blobs: the digests of blobs that only these images needed, or nobody.
+    :ivar size: the size of all, in bytes on the disk.
     """
 
     bakes: tuple[Bake, ...]
@@ -59,12 +64,13 @@ class Removed:
 
 
 async def prune(*, everything: bool = False, dry_run: bool = False) -> Removed:
-    """Remove bakes that no name and no recent use keep, layers that no bake needs, and what was
-    downloaded for an image whose name stands for another by now.
+    """Remove what nobody needs any more.
 
-    Damaged bakes go too. Cancelled, it has removed a part.
+    That is: bakes without a name that were not used lately, damaged bakes, layers that no bake
+    needs, and blobs of images whose name stands for another image by now. Cancelled, this has
+    removed a part.
 
-    :param everything: remove all bakes, named and used ones too, and all that was pulled.
+    :param everything: remove all bakes, also named and used ones, and all pulled images.
     :param dry_run: only tell what would be removed.
     """
     bakes = await BakeStore().list()
@@ -84,13 +90,13 @@ async def prune(*, everything: bool = False, dry_run: bool = False) -> Removed:
 
 
 async def remove(wanted: Iterable[str]) -> Removed:
-    """Remove what names, references or (the beginnings of) fingerprints stand for.
+    """Remove bakes and pulled images by names, references or beginnings of fingerprints.
 
-    A name that is one of several of its bake goes alone. The layers that only the removed bakes
-    and pulled images needed go with them. A reference to a registry stands for what was pulled by
-    it and for its bakes; blobs that no other pulled image has go too.
+    A reference to a registry stands for the image that was pulled by it, and for its bakes. A name
+    that is one of several names of a bake is removed alone. Layers that only the removed bakes and
+    images needed are removed with them, and so are blobs that no other pulled image has.
 
-    :raises ImageNotFound: one stands for nothing, or for several fingerprints; then nothing is
+    :raises ImageNotFound: a text stands for nothing, or for several fingerprints; then nothing is
         removed.
     """
     store = BakeStore()
@@ -129,7 +135,7 @@ async def remove(wanted: Iterable[str]) -> Removed:
 
 
 def find(bakes: Sequence[Bake], text: str) -> list[Bake]:
-    """The bakes that a name, else a reference, else a beginning of a fingerprint stands for.
+    """Find bakes by their name, else by a reference, else by the beginning of a fingerprint.
 
     :raises ImageNotFound: there is none, or more than one fingerprint begins so.
     """
@@ -156,7 +162,7 @@ def _is_of(metadata: Metadata, text: str) -> bool:
 
 
 def _pulled_name(text: str) -> str | None:
-    """The full name of an image in a registry, if ``text`` can be one."""
+    """Give the full name of an image in a registry, if ``text`` is a reference to one."""
     try:
         reference = Reference.parse(text)
     except ReferenceInvalid:
@@ -165,25 +171,25 @@ def _pulled_name(text: str) -> str | None:
 
 
 def _stems(names: Iterable[str]) -> set[str]:
-    """What the files of layers of pulled images begin with."""
+    """Give the digests with which the file names of pulled images' layers begin."""
     content, platform = ContentStore(), Platform.parse(None)
     found: set[str] = set()
     for name in names:
         try:
             choice = find_pulled(content, Reference.parse(name), platform)
         except (ImageNotFound, MalformedError):
-            continue  # none that runs here, or damaged: prune removes its layers
+            continue  # it does not run here, or is damaged: prune removes its layers
         if choice is not None:
             found.update(diff_id.partition(":")[2] for _, diff_id in choice.layers)
     return found
 
 
 async def _forget(removed: Removed, names: Sequence[str], *, dry_run: bool) -> Removed:
-    """Remove pulled images too, and what no name stands for."""
+    """Remove pulled images, too, and blobs that no name stands for."""
     content = ContentStore()
     if names and not dry_run:
         await content.remove_records(names)
-    # Who pulls one of these anew meanwhile gives it a name again, and keeps what it stands for.
+    # A pull of one of these that runs meanwhile has a lease, and gives the image its name again.
     collected = await content.collect(dry_run=dry_run, without=names if dry_run else ())
     return attrs.evolve(
         removed, names=tuple(names), blobs=collected.digests, size=removed.size + collected.size
@@ -213,7 +219,7 @@ async def _remove(going: Sequence[Bake], only: set[_Key] | None, *, dry_run: boo
 
 
 async def _remove_layers(layers: Sequence[Path]) -> list[Path]:
-    """Remove those of some layers that nobody needs."""
+    """Remove those of ``layers`` that nobody needs."""
     images = ImageStore()
     (images.lock_of("x").parent).mkdir(parents=True, exist_ok=True)
     removed = []
@@ -225,7 +231,7 @@ async def _remove_layers(layers: Sequence[Path]) -> list[Path]:
         free = [
             layer for layer in layers if making[_stem(layer)] and stack.enter_context(unused(layer))
         ]
-        # Whoever has made a bake by now is seen here, and whoever makes one later sees no layer.
+        # A bake that was made by now is seen here. A later one finds that its layer is gone.
         needed = await _needed(frozenset())
         if needed is None:
             return []
@@ -233,14 +239,14 @@ async def _remove_layers(layers: Sequence[Path]) -> list[Path]:
             if _key(layer) not in needed:
                 layer.unlink(missing_ok=True)
                 removed.append(layer)
-        for layer in removed:  # the description, once the last file of a layer has gone
+        for layer in removed:  # the description goes with the last file of a layer
             if not any(layer.parent.glob(f"{_stem(layer)}*.squashfs")):
                 (layer.parent / f"{_stem(layer)}.json").unlink(missing_ok=True)
     return removed
 
 
 async def _needed(without: frozenset[str]) -> set[_Key] | None:
-    """The layers that bakes refer to; ``None`` if that cannot be told."""
+    """Find the layers that bakes refer to; ``None`` if a bake of another version does not tell."""
     needed: set[_Key] = set()
     for bake in await BakeStore().list():
         if bake.fingerprint in without:
@@ -262,7 +268,7 @@ def _layers(only: set[_Key] | None) -> list[Path]:
 
 
 def layers_size() -> int:
-    """The bytes that all layers take on the disk."""
+    """Add up the bytes that all layers take on the disk."""
     return sum(allocated_file(layer) for layer in _layers(None))
 
 
@@ -271,12 +277,12 @@ def _key(path: Path) -> _Key:
 
 
 def _stem(path: Path) -> str:
-    """The digest that a layer's file name begins with, the name of its maker's lock."""
+    """Give the digest with which a layer's file name begins: also the name of its lock."""
     return path.stem.partition("-")[0]
 
 
 def allocated_file(path: Path) -> int:
-    """The bytes that a file takes on the disk; none if it has gone."""
+    """Give the bytes that a file takes on the disk; 0 if it is gone."""
     try:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
@@ -284,7 +290,7 @@ def allocated_file(path: Path) -> int:
 
 
 def _tidy() -> None:
-    """Remove what killed programs left, and records of files that may be long gone."""
+    """Remove files that killed programs left, and old records, whose files may be long gone."""
     home = hostfiles.home()
     bakes = BakeStore()
     for fingerprint in list(bakes.half_made()):

@@ -1,6 +1,6 @@
-"""What kind an address is, and the addresses that mean something of their own in a guest.
+"""Kinds of addresses, and the addresses that have a meaning of their own in a guest.
 
-An IPv4-mapped IPv6 address is always the IPv4 address. The tables are those of IANA's
+An IPv4-mapped IPv6 address counts as the IPv4 address that it maps. The tables are those of IANA's
 special-purpose registries (RFC 6890 and its updates) as of October 2025, so that what is private
 does not depend on the version of Python.
 """
@@ -33,10 +33,10 @@ def _networks(*texts: str) -> tuple[Network, ...]:
     return tuple(ip_network(text) for text in texts)
 
 
-#: What means something inside a guest only: RFC 7335's range, and the library's own.
+#: Networks that exist inside a guest only: RFC 7335's range, and the library's own.
 _GUEST_RANGES: Final = _networks("192.0.0.0/29", "fd73:6d00::/48")
 
-#: What reaches the host itself, or nobody, or many, whatever a policy says.
+#: Networks that no policy opens: they reach the host itself, or nobody, or many.
 _NEVER: Final = (
     *_networks("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "255.255.255.255/32"),
     # ::/96 holds the unspecified address, the loopback and IPv4-compatible addresses.
@@ -44,7 +44,7 @@ _NEVER: Final = (
     *_GUEST_RANGES,
 )
 
-#: Where clouds tell a machine its secrets. Not all of it is in a private range.
+#: Networks where clouds tell a machine its secrets. Not all are in private ranges.
 _METADATA: Final = (
     *_networks("169.254.0.0/16", "fe80::/10"),
     *_networks("100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32"),
@@ -83,7 +83,7 @@ _PRIVATE: Final = _networks(
     "2001:db8::/32",
     "3fff::/20",
 )
-#: All that IANA has allocated to be global; the rest of IPv6 is reserved or local.
+#: The one range of IPv6 that IANA allocates from; the rest is reserved or local (RFC 4291).
 _GLOBAL6: Final = IPv6Network("2000::/3")
 
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
@@ -100,14 +100,14 @@ _NOBODY: Final[dict[int, Address]] = {
 
 
 def unmapped(address: Address) -> Address:
-    """The IPv4 address that an IPv4-mapped one stands for; any other as it is."""
+    """Give the IPv4 address that an IPv4-mapped one stands for; any other as it is."""
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         return address.ipv4_mapped
     return address
 
 
 def unmapped_network(network: Network) -> Network:
-    """The same for a network."""
+    """Give the IPv4 network that an IPv4-mapped one stands for; any other as it is."""
     if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
         first = IPv4Address(int(network.network_address) & 0xFFFF_FFFF)
         return IPv4Network((first, network.prefixlen - _MAPPED.prefixlen))
@@ -115,18 +115,21 @@ def unmapped_network(network: Network) -> Network:
 
 
 def contains(networks: Iterable[Network], address: Address) -> bool:
-    """Whether one of ``networks`` holds ``address``."""
+    """Say whether one of ``networks`` holds ``address``."""
     return any(address in network for network in networks)
 
 
 def embedded(address: Address) -> tuple[IPv4Address, ...]:
-    """The IPv4 addresses to which a translator or a tunnel may carry what is sent to this one."""
+    """Give the IPv4 addresses to which a translator or tunnel may carry packets for this one.
+
+    These are 6to4 (RFC 3056), Teredo (RFC 4380) and NAT64 (RFC 6052).
+    """
     if not isinstance(address, IPv6Address):
         return ()
     value = int(address)
     if address in _SIX_TO_FOUR:
         return (IPv4Address(value >> 80 & 0xFFFF_FFFF),)
-    if address in _TEREDO:  # the server, and the client behind it, which is inverted
+    if address in _TEREDO:  # the server, and the client behind it, whose bits are inverted
         return IPv4Address(value >> 64 & 0xFFFF_FFFF), IPv4Address(~value & 0xFFFF_FFFF)
     if address in _NAT64:
         return (IPv4Address(value & 0xFFFF_FFFF),)
@@ -134,22 +137,22 @@ def embedded(address: Address) -> tuple[IPv4Address, ...]:
 
 
 def is_host(address: Address) -> bool:
-    """Whether this is the host's loopback, as the guest calls it."""
+    """Say whether this is the guest's address for the host's loopback."""
     return address in _HOST
 
 
 def is_never(address: Address) -> bool:
-    """Whether nothing that a guest sends here leaves the library, whatever the policy."""
+    """Say whether no policy lets a guest send anything here."""
     return any(contains(_NEVER, each) for each in (address, *embedded(address)))
 
 
 def is_metadata(address: Address) -> bool:
-    """Whether a cloud's metadata service may answer here, or it is link-local."""
+    """Say whether this is link-local, or a cloud's metadata service may answer here."""
     return any(contains(_METADATA, each) for each in (address, *embedded(address)))
 
 
 def is_public(address: Address) -> bool:
-    """Whether this is an address of the public Internet, by itself and in what it embeds."""
+    """Say whether this is an address of the public Internet, and so are those that it embeds."""
     inner = embedded(address)
     if inner:
         return all(is_public(each) for each in inner)
@@ -161,11 +164,11 @@ def is_public(address: Address) -> bool:
 
 
 def is_own(address: Address) -> bool:
-    """Whether the host itself has this address, by the kernel's routes of this moment.
+    """Say whether the host itself has this address, by the kernel's routes of this moment.
 
-    A datagram socket tells, without sending anything: connected, it has the same address itself
-    if that is local; and it can be bound to none but local addresses, unless ``ip_nonlocal_bind``
-    is on. The second way finds all of a range that is local as a whole, too.
+    A datagram socket tells without sending anything, in two ways. Connected to a local address, it
+    has that address itself. And it can be bound to local addresses only, unless
+    ``ip_nonlocal_bind`` is on; this also finds all addresses of a range that is local as a whole.
     """
     return _answers_itself(address) or (_binds(address) and not _binds(_NOBODY[address.version]))
 

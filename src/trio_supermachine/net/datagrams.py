@@ -17,10 +17,10 @@ _RECEIVE: Final = 65536
 
 @final
 class DatagramDecoder:
-    """Bytes in any chunking in, whole datagrams out; without I/O.
+    """A decoder of whole datagrams from bytes in any chunking; without I/O.
 
-    It holds less than a datagram beyond what was fed, whatever the peer says: frames of other
-    types, which may be longer, are refused by their headers.
+    It keeps less than one datagram from one call to the next, whatever the peer sends: frames of
+    other types, which may be longer, are refused by their headers.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class DatagramDecoder:
         self._buffer += data
 
     def next(self) -> bytes | None:
-        """The next whole datagram. :raises WireError: something else comes."""
+        """Give the next whole datagram, or ``None``. :raises WireError: something else comes."""
         buffer = self._buffer
         if len(buffer) < _HEADER.size:
             return None
@@ -48,21 +48,21 @@ class DatagramDecoder:
 
 @final
 class DatagramStream:
-    """Datagrams over a connection that has been opened for them."""
+    """A connection of the agent as a stream of datagrams."""
 
     def __init__(self, stream: VsockStream) -> None:
         self._stream = stream
         self._decoder = DatagramDecoder()
 
     def send_nowait(self, datagram: bytes) -> bool:
-        """Send a datagram, or drop it if there is no room; gives whether it was sent."""
+        """Send a datagram, or drop it if there is no room. Return whether it was sent."""
         if len(datagram) > MAX_DATAGRAM or not self._stream.sendable():
             return False
         self._stream.send_nowait(encode(datagram))
         return True
 
     async def receive(self) -> bytes | None:
-        """The next datagram, or ``None`` when the peer leaves or breaks the protocol.
+        """Wait for a datagram; ``None`` when the peer leaves or breaks the protocol.
 
         A cancellation loses nothing.
         """
@@ -78,5 +78,5 @@ class DatagramStream:
 
 
 def encode(datagram: bytes) -> bytes:
-    """A datagram as a frame."""
+    """Encode a datagram as a frame."""
     return wire.frame(FrameType.DATA, datagram)

@@ -26,7 +26,7 @@ from .policy import EgressPolicy, PolicyKind
 
 
 class Decision(NamedTuple):
-    """Whether something is allowed, and why or why not, for people."""
+    """Answer of a policy: whether something is allowed, and why or why not, for people."""
 
     allowed: bool
     reason: str
@@ -117,7 +117,7 @@ def decide_reverse(
 
 
 def lists_name(policy: EgressPolicy, name: str) -> bool:
-    """Whether the policy's hosts have this name, or one above it as ``*.``."""
+    """Say whether the policy's hosts have this name, or one above it as ``*.``."""
     if name in policy.hosts:
         return True
     return any(h.startswith("*.") and name.endswith(h[1:]) for h in policy.hosts)

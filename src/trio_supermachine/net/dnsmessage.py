@@ -1,7 +1,7 @@
-"""Questions of a guest and answers to it, as DNS messages; without I/O.
+"""Questions of a guest and answers to it, as DNS messages (RFC 1035); without I/O.
 
-The parser and the builder are dnspython's. What comes from a guest is short and goes through
-:func:`read`, which lets nothing but a question, or the refusal of one, out.
+The parser and the builder are dnspython's. Bytes of a guest go through :func:`read` alone, which
+bounds them before it parses them, and gives a question, a refusal, or nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dns.rcode import Rcode
 from .addresses import Address, unmapped
 from .policy import is_host_name
 
-#: Longer queries are no sensible ones, and parsing time is bounded by it.
+#: Bytes of a query. No sensible one is longer, and the bound keeps parsing short.
 MAX_QUERY: Final = 1232
 #: The largest answer in a datagram, as DNS Flag Day 2020 recommends, and without EDNS.
 MAX_DATAGRAM: Final = 1232
@@ -48,9 +48,9 @@ _MAX_ADDITIONAL: Final = 2  # EDNS, and a signature
 
 @attrs.frozen
 class Question:
-    """What a guest asks.
+    """A question of a guest.
 
-    :ivar text: the name in lower case without a dot at its end; ``None`` if it is none of a host.
+    :ivar text: the name in lower case without a dot at its end; ``None`` if no host can have it.
     """
 
     message: dns.message.Message
@@ -60,7 +60,7 @@ class Question:
 
     @property
     def reverse(self) -> Address | None:
-        """The address whose name is asked for."""
+        """The address whose name is asked for, if one is."""
         if self.kind != PTR:
             return None
         try:
@@ -70,7 +70,7 @@ class Question:
 
 
 def read(wire: bytes) -> Question | bytes | None:
-    """Read a query; gives bytes to answer what is none, or ``None`` where there is no answer."""
+    """Read a query. If it is no question, return bytes to refuse it, or ``None`` to ignore it."""
     if len(wire) < _HEADER.size or _HEADER.unpack_from(wire)[1] & _REPLY:
         return None
     _, flags, questions, *others, additional = _HEADER.unpack_from(wire)
@@ -78,7 +78,7 @@ def read(wire: bytes) -> Question | bytes | None:
         return _refusal(wire, dns.rcode.FORMERR)
     if flags & _OPCODE:
         return _refusal(wire, dns.rcode.NOTIMP)
-    # Some dozens of records with long names take a third of a second to parse.
+    # A few dozen records with long names would take a third of a second to parse.
     if questions != 1 or any(others) or additional > _MAX_ADDITIONAL:
         return _refusal(wire, dns.rcode.FORMERR)
     try:
@@ -99,7 +99,7 @@ def _refusal(wire: bytes, rcode: Rcode) -> bytes:
 
 
 def _host_text(name: dns.name.Name) -> str | None:
-    # A label may hold any byte, a dot too: each has to be looked at by itself.
+    # A label may hold any byte, even a dot, so each is looked at by itself.
     if not name.is_absolute() or any(b"." in label for label in name.labels):
         return None
     try:
@@ -112,7 +112,10 @@ def _host_text(name: dns.name.Name) -> str | None:
 def reply(
     question: Question, rcode: Rcode = dns.rcode.NOERROR, why: str = ""
 ) -> dns.message.Message:
-    """An answer without records; ``why`` goes into an extended error (RFC 8914), if one may."""
+    """Make an answer without records.
+
+    :param why: the text of an extended error (RFC 8914), which clients with EDNS get.
+    """
     message = dns.message.make_response(
         question.message, recursion_available=True, our_payload=MAX_DATAGRAM
     )
@@ -124,7 +127,7 @@ def reply(
 
 
 def add_records(message: dns.message.Message, values: Iterable[object], ttl: int) -> None:
-    """Answer with these records of the type that was asked for.
+    """Add records of the type that was asked for to an answer.
 
     :raises ValueError: a value is none of that type.
     """
@@ -140,14 +143,14 @@ def add_records(message: dns.message.Message, values: Iterable[object], ttl: int
 
 
 def add_answer(message: dns.message.Message, answer: dns.message.Message) -> None:
-    """Pass on what a name server says, but no addresses, and nothing that was not asked for."""
+    """Add a name server's answer, but no addresses, and nothing that was not asked for."""
     message.set_rcode(answer.rcode())
     message.answer += [rrset for rrset in answer.answer if rrset.rdtype not in (A, AAAA)]
     message.authority += [rrset for rrset in answer.authority if rrset.rdtype == dns.rdatatype.SOA]
 
 
 def pack(message: dns.message.Message, question: Question, *, datagram: bool) -> bytes:
-    """An answer as bytes; truncated, without its records, where they do not fit."""
+    """Encode an answer. Where its records do not fit, leave them out and mark it as truncated."""
     limit = MAX_MESSAGE
     if datagram:
         wanted = question.message.payload if question.message.edns >= 0 else 0
@@ -157,6 +160,6 @@ def pack(message: dns.message.Message, question: Question, *, datagram: bool) ->
     except dns.exception.TooBig:
         short = reply(question, message.rcode())
         short.flags |= dns.flags.TC
-    except dns.exception.DNSException:  # a record of a name server's that can be read, not written
+    except dns.exception.DNSException:  # dnspython can read some records, but not write them
         short = reply(question, dns.rcode.SERVFAIL)
     return short.to_wire()

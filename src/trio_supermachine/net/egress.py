@@ -1,4 +1,35 @@
-"""The host's side of what a guest sends out: decides, connects, and relays."""
+"""The way out of a guest: decide, connect, relay.
+
+A guest has no network device. A hook in its kernel turns each address that a program connects or
+sends to into one on the guest's loopback, where the agent takes the connection over. For each TCP
+connection, and for each pair of UDP addresses, the agent connects to the host and sends OPEN: a
+protocol, an address, a port. This module serves these connections, each in a task of its own::
+
+    undecided ── OPEN to the resolver ──▶ resolving ──────────────────────────▶ closed
+    │     │                                                                     ▲
+    │     └───── OPEN, allowed ──▶ connecting ──▶ relaying ─────────────────────┤
+    │                 │                │                                        │
+    │                 └── refused ─────┴── failed ── ERROR with an errno ───────┤
+    └── nothing within 5 s, or nonsense ──── reset ─────────────────────────────┘
+
+- *undecided*: exactly the bytes of one OPEN are read, since the program's own bytes may follow at
+  once. 256 connections at most are in this state; the next is reset as it comes.
+- *resolving*: OPEN to 192.0.0.1, port 53. :mod:`.resolver` answers. 320 connections at most, and 64
+  questions at once.
+- *connecting*: :mod:`.decisions` has allowed it, and the host connects, for 30 s at most. A guest
+  that leaves meanwhile ends that. An address that stands for the host's loopback is tried as
+  127.0.0.1 and as ::1. The policy's limit of connections counts from here.
+- *relaying*: OK has gone out, and bytes (:mod:`.relay`) or datagrams (:mod:`.flows`) go both ways,
+  at the policy's rate.
+
+The guest is not trusted, neither its programs nor its agent and kernel: nothing that they say about
+themselves counts. The decision is made here for each connection, on the address that the host then
+connects to itself. No name is looked up again in between, so no second answer can differ from the
+one that was decided on (:mod:`.names`). What a guest holds of the host is bounded by the numbers
+above, by the policy's, and by the windows of its connections.
+
+Each decision about a connection or a name is an :class:`EgressEvent`.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +58,13 @@ from .rate import PacedStream, TokenBucket
 from .relay import relay
 from .resolver import MAX_QUESTIONS, Resolver
 
-#: Seconds for a connection to say what it is for, and to take our answer.
+#: Seconds for a connection to send OPEN, and for the guest to take the answer.
 OPEN_TIMEOUT: Final = 5.0
 #: Seconds for the real connection.
 CONNECT_TIMEOUT: Final = 30.0
-#: Connections at once that have not said what they are for, and those to the resolver.
+#: Connections at once that have not sent OPEN yet.
 MAX_UNDECIDED: Final = 256
+#: Connections to the resolver at once.
 MAX_RESOLVING: Final = 320
 
 _LOOPBACK4: Final = IPv4Address("127.0.0.1")
@@ -41,16 +73,16 @@ _LOOPBACK6: Final = IPv6Address("::1")
 _OPEN_PAYLOAD: Final = 24
 _OPEN_HEADER: Final = struct.pack("<IBBH", _OPEN_PAYLOAD, FrameType.OPEN, 0, 0)
 
-#: What may end a connection, and nothing more.
+#: Errors that end one connection and nothing more.
 _CONNECTION_ERRORS: Final = (WireError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 @final
 class EgressServer:
-    """Connects one VM's guest with the world, as far as its policy goes.
+    """The server of one VM's way out.
 
-    :param listener: where the agent dials the host; closed by :meth:`run`.
-    :param lookups: what the host knows about names.
+    :param listener: takes the agent's connections; :meth:`run` closes it.
+    :param lookups: asks the host about names.
     """
 
     def __init__(
@@ -75,16 +107,16 @@ class EgressServer:
         self._connections = 0
 
     def subscribe(self, max_buffer: int = MAX_BUFFER) -> trio.MemoryReceiveChannel[EgressEvent]:
-        """A channel of the decisions from now on; it ends with :meth:`run`.
+        """Give a channel of the decisions from now on; it ends with :meth:`run`.
 
-        :param max_buffer: the events that wait for the reader. Of more, the oldest are lost, and
-            counted in :attr:`EgressEvent.missed`; the guest never waits.
+        :param max_buffer: the number of events that wait for the reader. Of more, the oldest are
+            lost, and counted in :attr:`EgressEvent.missed`; the guest never waits.
         :raises ConfigError: ``max_buffer`` is no integer above 0.
         """
         return self._feed.subscribe(max_buffer)
 
     async def run(self) -> None:
-        """Serve until the machine ends, or this is cancelled; then nothing is left open."""
+        """Serve until the machine ends, or this is cancelled, and leave nothing open."""
         try:
             async with trio.open_nursery() as nursery:
                 await self._accept(nursery)
@@ -177,7 +209,7 @@ class EgressServer:
                 await relay(PacedStream(stream, self._bucket), trio.SocketStream(peer))
 
     def _decide(self, wanted: wire.Open) -> tuple[Decision, int]:
-        """The decision, and the errno of a refusal."""
+        """Decide, and give the errno of a refusal, too."""
         address = wanted.address
         decision = decide(
             self._policy,
@@ -228,9 +260,8 @@ class EgressServer:
 
 
 async def _read_open(stream: VsockStream) -> wire.Open | None:
-    """What a connection is for; ``None`` if it ends. :raises WireError: it says nonsense."""
-    # Not a byte more is taken, for what the program sends may follow at once; and not a frame of
-    # another type, for that may be large.
+    """Read OPEN; ``None`` if the connection ends before. :raises WireError: it is none."""
+    # A frame of another type may be large: it is refused by its header.
     raw = await receive_exactly(stream, len(_OPEN_HEADER) + _OPEN_PAYLOAD)
     if raw is None:
         return None
@@ -243,7 +274,7 @@ async def _read_open(stream: VsockStream) -> wire.Open | None:
 
 
 async def _accept_open(stream: VsockStream) -> bool:
-    """Say that the connection is made; gives whether the guest has taken it in time."""
+    """Say that the connection is made. Return whether the guest has taken the answer in time."""
     with trio.move_on_after(OPEN_TIMEOUT):
         await stream.send_all(wire.ok())
         return True
@@ -251,14 +282,17 @@ async def _accept_open(stream: VsockStream) -> bool:
 
 
 async def _refuse(stream: VsockStream, error: int, message: str) -> None:
-    """Say why there is no connection, to a guest that listens, and leave."""
+    """Say why there is no connection, if there is room for the answer, and leave."""
     if stream.sendable():
         stream.send_nowait(wire.error(error, message))
     await stream.aclose()
 
 
 async def _connect(stream: VsockStream, wanted: wire.Open) -> trio.socket.SocketType | None:
-    """Make the real connection; ``None`` if the guest leaves meanwhile. :raises OSError: how."""
+    """Make the real connection; ``None`` if the guest leaves meanwhile.
+
+    :raises OSError: it cannot be made.
+    """
     scope = trio.CancelScope()
 
     def changed() -> None:

@@ -1,4 +1,4 @@
-"""What a policy decided, for those who want to know."""
+"""Events of a guest's way out, and the feed that hands them to readers."""
 
 from __future__ import annotations
 
@@ -17,36 +17,46 @@ MAX_BUFFER: Final = 256
 @public
 @attrs.frozen(kw_only=True)
 class EgressEvent:
-    """One decision about what a guest wanted.
+    """One decision about a connection or a name that a guest wanted.
 
     The guest chose the names in it, within the letters, digits, hyphens and underscores of host
     names.
+
+    :ivar allowed: the decision.
+    :ivar protocol: ``"tcp"``, ``"udp"``, or ``"dns"`` for a question to the resolver.
+    :ivar address: the address that the guest wanted; ``None`` for ``"dns"``.
+    :ivar port: the port that it wanted; 53 for ``"dns"``.
+    :ivar host: the name that the guest was told this address for, or that it asks about.
+    :ivar reason: the reason for the decision, for people.
+    :ivar missed: the number of events before this one that this reader has lost, not counting
+        those of earlier ``missed``.
+
+    Example::
+
+        with trio.move_on_after(1):
+            async for event in vm.egress_events():
+                print(event.allowed, event.protocol, event.address, event.port, event.reason)
     """
 
     allowed: bool
-    #: ``"tcp"``, ``"udp"``, or ``"dns"`` for a question to the resolver.
     protocol: Literal["tcp", "udp", "dns"]
-    #: Where to; ``None`` for ``"dns"``.
     address: str | None
     port: int
-    #: The name that the guest was told this address for, or that it asks about.
     host: str | None
-    #: Why, for people.
     reason: str
-    #: Events before this one that this reader lost, not counting those of earlier ``missed``.
     missed: int = 0
 
 
 @final
 class EventFeed:
-    """Hands events to any number of readers, and never waits for one."""
+    """A feed of events for any number of readers, which never waits for one."""
 
     def __init__(self) -> None:
         self._readers: list[_Reader] = []
         self._closed = False
 
     def subscribe(self, max_buffer: int) -> trio.MemoryReceiveChannel[EgressEvent]:
-        """A channel of the events from now on. Its end is that of the feed.
+        """Give a channel of the events from now on; it ends with the feed.
 
         :raises ConfigError: ``max_buffer`` is no integer above 0.
         """
@@ -59,13 +69,13 @@ class EventFeed:
         return receive
 
     def publish(self, event: EgressEvent) -> None:
-        """Hand ``event`` on. Plain."""
+        """Hand ``event`` to all readers. Plain."""
         for reader in list(self._readers):
             if not reader.offer(event):
                 self._readers.remove(reader)
 
     def close(self) -> None:
-        """No more events come. Plain and idempotent."""
+        """End the feed and all channels. Plain and idempotent."""
         self._closed = True
         while self._readers:
             self._readers.pop().close()
@@ -75,11 +85,11 @@ class EventFeed:
 @attrs.frozen
 class _Reader:
     send: trio.MemorySendChannel[EgressEvent]
-    # The other end once more, to take the oldest out.
+    # A clone of the reader's end, which takes the oldest event out.
     receive: trio.MemoryReceiveChannel[EgressEvent]
 
     def offer(self, event: EgressEvent) -> bool:
-        """Queue an event, at the cost of the oldest. False: the reader has left."""
+        """Queue an event, at the cost of the oldest. Return whether the reader is still there."""
         if self.send.statistics().open_receive_channels < 2:
             self.close()
             return False

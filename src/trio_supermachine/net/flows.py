@@ -1,4 +1,4 @@
-"""What goes on on a connection of the agent that carries no TCP stream: datagrams, and DNS."""
+"""Flows on connections of the agent that carry no TCP stream: datagrams, and questions of DNS."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ _LEFT: Final = (WireError, trio.BrokenResourceError, trio.ClosedResourceError)
 async def relay_datagrams(
     stream: VsockStream, peer: trio.socket.SocketType, bucket: TokenBucket | None
 ) -> None:
-    """Move datagrams both ways until the guest leaves, or :data:`UDP_IDLE` s of silence.
+    """Move datagrams both ways until the guest leaves, or after :data:`UDP_IDLE` s of silence.
 
-    What either side, or ``bucket``, has no room for is dropped. ``peer`` is connected.
+    A datagram for which either side, or ``bucket``, has no room is dropped.
+
+    :param peer: a socket that is connected.
     """
     guest = DatagramStream(stream)
     idle = trio.CancelScope()
@@ -54,7 +56,7 @@ async def relay_datagrams(
         while True:
             try:
                 datagram = await peer.recv(_RECEIVE)
-            except OSError:  # by ICMP; the program in the guest asks again, or gives up
+            except OSError:  # ICMP says so; the program in the guest asks again, or gives up
                 await trio.sleep(_PAUSE)
                 continue
             if admits(datagram):
@@ -70,9 +72,9 @@ async def relay_datagrams(
 async def serve_dns_datagrams(
     stream: VsockStream, resolver: Resolver, slots: trio.Semaphore
 ) -> None:
-    """Answer questions, one a datagram, until the guest leaves or asks nothing for long.
+    """Answer questions, one in each datagram, until the guest leaves or is silent for long.
 
-    :param slots: a place is taken for each question; while there is none, no more are read.
+    :param slots: each question takes a place; no more are read while there is none.
     """
     guest = DatagramStream(stream)
     sending = trio.Lock()
@@ -97,7 +99,7 @@ async def serve_dns_datagrams(
 
 
 async def serve_dns_stream(stream: VsockStream, resolver: Resolver, slots: trio.Semaphore) -> None:
-    """The same for DNS over TCP (RFC 1035, 4.2.2): answers have the order of the questions.
+    """Answer questions of DNS over TCP (RFC 1035, 4.2.2), in their order.
 
     :raises trio.BrokenResourceError: the guest has left.
     """
@@ -114,7 +116,7 @@ async def serve_dns_stream(stream: VsockStream, resolver: Resolver, slots: trio.
 
 
 async def receive_exactly(stream: VsockStream, size: int) -> bytes | None:
-    """The next ``size`` bytes and nothing behind them, or ``None`` if there are not as many."""
+    """Receive ``size`` bytes and nothing behind them; ``None`` if the data ends before."""
     data = b""
     while len(data) < size:
         more = await stream.receive_some(size - len(data))
@@ -133,7 +135,7 @@ async def _receive_message(stream: VsockStream) -> bytes | None:
 
 
 async def _send(stream: VsockStream, data: bytes) -> bool:
-    """Send, or leave a guest that does not take it in time; gives whether it was sent."""
+    """Send, or leave a guest that does not take it in time. Return whether it was sent."""
     with trio.move_on_after(_TAKE):
         try:
             await stream.send_all(data)

@@ -1,4 +1,4 @@
-"""Ports of the host that lead to ports of a guest."""
+"""Forwards: TCP ports of the host that lead to ports of a guest."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import trio
 from .._public import NoPublicConstructor, public
 from .._util import validators as check
 from .relay import relay
-from .serving import Server, bind, format_address
+from .serving import Server, bind, format_address, local_addr
 from .tls import TlsConfig, TlsStream, load_context
 
-#: Connects to a TCP port of the guest; 0 is that of the first listener.
+#: A function that connects to a TCP port of the guest; 0 is that of the first listener.
 Connect = Callable[[int], Awaitable[trio.abc.HalfCloseableStream]]
 
-#: How many connections a forward has at once, unless it is told.
+#: The default of the connections that a forward has at once.
 MAX_CONNECTIONS: Final = 1024
 
 
@@ -29,14 +29,19 @@ class TcpForwarder(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     It is there until :meth:`stop`, :meth:`aclose`, or the VM's end.
 
     :ivar local_addr: the host's address and port that it listens on.
-    :ivar guest_port: the port it leads to; 0 is the guest's first listener.
+    :ivar guest_port: the guest's port; 0 is that of the first listener.
+
+    Example::
+
+        forward = await vm.expose_tcp(0, 8080)
+        print("http://{}:{}/".format(*forward.local_addr))
     """
 
     _made_by = "Vm.expose_tcp"
 
-    def __init__(self, server: Server, guest_port: int) -> None:
+    def __init__(self, server: Server, listens_on: tuple[str, int], guest_port: int) -> None:
         self._server = server
-        self.local_addr: tuple[str, int] = server.local_addr
+        self.local_addr: tuple[str, int] = listens_on
         self.guest_port: int = guest_port
 
     def __repr__(self) -> str:
@@ -105,4 +110,4 @@ def _forward(
     limit: int,
 ) -> tuple[Server, TcpForwarder]:
     server = Server(trio.SocketListener(sock), handle, limit)
-    return server, TcpForwarder._create(server, guest_port)
+    return server, TcpForwarder._create(server, local_addr(sock), guest_port)

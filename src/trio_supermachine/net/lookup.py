@@ -1,4 +1,4 @@
-"""What the host knows about names: its own resolver, and its name servers."""
+"""Lookups on the host: its own resolver, and its name servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .._util.trace import trace
 from .addresses import DNS_PORT, Address, unmapped
 from .nameserver import MAX_DATAGRAM, ask
 
-#: Lookups of one VM that occupy a thread of the host at once, given-up ones included.
+#: Threads of the host that lookups of one VM take at once, those of cancelled ones included.
 MAX_THREADS: Final = 8
 
 _T = TypeVar("_T")
@@ -29,21 +29,22 @@ _ANSWERS: Final = (dns.rcode.NOERROR, dns.rcode.NXDOMAIN)
 
 
 class LookupFailed(Exception):
-    """No answer was to be had, for now."""
+    """Failure of a question: there is no answer for now."""
 
 
 class NoSuchName(Exception):
-    """There is no such name."""
+    """Answer to a question: there is no such name."""
 
 
 @final
 class HostLookups:
-    """Asks what the host's own programs would ask. One object serves one VM.
+    """The lookups of one VM, which ask as the host's own programs would.
 
-    Addresses come from ``getaddrinfo``, so that the host's files, search list and so on count; a
-    resolver set by :func:`trio.socket.set_custom_hostname_resolver` is used in its place.
+    Addresses come from ``getaddrinfo``, so that the host's files, search list and so on count. A
+    resolver set by :func:`trio.socket.set_custom_hostname_resolver` takes its place.
 
-    :param name_servers: gives the addresses and ports of name servers for :meth:`query`.
+    :param name_servers: an async function that gives the addresses and ports of name servers for
+        :meth:`query`; ``None`` reads the host's ``/etc/resolv.conf``.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class HostLookups:
         self._name_servers = name_servers or host_name_servers
 
     async def addresses(self, name: str) -> list[Address]:
-        """All addresses of ``name``, the preferred first; may be empty.
+        """Look up all addresses of ``name``, the preferred first; there may be none.
 
-        Cancelled, the lookup is given up; its thread ends by itself.
+        Cancelled, it leaves its thread to end by itself.
 
-        :raises NoSuchName: there is none.
-        :raises LookupFailed: that cannot be said now.
+        :raises NoSuchName: there is no such name.
+        :raises LookupFailed: nobody can tell now.
         """
         host = name.encode("ascii")
         custom = _custom_resolver()
@@ -79,7 +80,7 @@ class HostLookups:
         return list(dict.fromkeys(_address(entry[4]) for entry in found))
 
     async def name_of(self, address: Address) -> str:
-        """The name of ``address``. Raises as :meth:`addresses` does."""
+        """Look up the name of ``address``. Errors are those of :meth:`addresses`."""
         where = (str(address), 0)
         flags = socket.NI_NAMEREQD | socket.NI_DGRAM
         custom = _custom_resolver()
@@ -93,7 +94,7 @@ class HostLookups:
     async def query(
         self, name: dns.name.Name, kind: dns.rdatatype.RdataType
     ) -> dns.message.Message:
-        """The answer of the host's name servers, one after the other.
+        """Ask the host's name servers, one after the other, and give the first answer.
 
         :raises LookupFailed: none of them answers.
         """
@@ -121,7 +122,7 @@ class HostLookups:
 
 
 async def host_name_servers() -> list[tuple[str, int]]:
-    """The host's name servers, as its ``/etc/resolv.conf`` has them now."""
+    """Give the host's name servers, as its ``/etc/resolv.conf`` has them now."""
     try:
         text = await trio.Path(_RESOLV_CONF).read_text(errors="replace")
     except OSError:
@@ -130,7 +131,7 @@ async def host_name_servers() -> list[tuple[str, int]]:
 
 
 def read_name_servers(text: str) -> list[tuple[str, int]]:
-    """The addresses on the ``nameserver`` lines of a ``resolv.conf``."""
+    """Give the addresses on the ``nameserver`` lines of a ``resolv.conf``."""
     servers: list[tuple[str, int]] = []
     for line in text.splitlines():
         match line.split():
@@ -144,7 +145,7 @@ def read_name_servers(text: str) -> list[tuple[str, int]]:
 
 
 def _custom_resolver() -> trio.abc.HostnameResolver | None:
-    # Trio tells which one is set only to who sets another one.
+    # Trio tells which one is set only by setting another.
     custom = trio.socket.set_custom_hostname_resolver(None)
     trio.socket.set_custom_hostname_resolver(custom)
     return custom

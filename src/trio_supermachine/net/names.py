@@ -1,4 +1,10 @@
-"""Which addresses a guest was told, for which names: what ties a policy on names to connections."""
+"""Memory of the addresses that a guest was told for names, by which names rule connections.
+
+A policy lists names, but a guest connects to addresses. When the resolver tells the guest an
+address, :class:`ToldNames` keeps it together with the name, and whether the policy lists the name.
+A connection is decided by that. The name is not looked up again, so nobody can answer the second
+question differently. An address that the guest has from elsewhere has no name here.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +15,9 @@ import attrs
 
 from .addresses import Address
 
-#: Seconds that an address stays its name's after its TTL, or after its last use.
+#: Seconds that an address is kept beyond its TTL.
 GRACE: Final = 60.0
+#: Addresses that are kept for one VM.
 MAX_ADDRESSES: Final = 4096
 
 
@@ -24,11 +31,11 @@ class _Told:
 
 @final
 class ToldNames:
-    """The addresses that a guest was told, each with its name; bounded, without I/O.
+    """The addresses that a guest was told, each with its name; without I/O.
 
-    An address is held for its TTL and :data:`GRACE`, counted anew whenever it is told or used. Of
-    more than ``limit`` the one that was longest out of use goes first. Times are seconds of any
-    one clock.
+    An address is kept for its TTL and :data:`GRACE`, counted anew whenever it is told or used. Of
+    more than ``limit`` the one that was unused for the longest goes first. Times are seconds of
+    any one clock.
     """
 
     def __init__(self, limit: int = MAX_ADDRESSES) -> None:
@@ -39,9 +46,10 @@ class ToldNames:
         return len(self._told)
 
     def tell(self, address: Address, name: str, *, listed: bool, ttl: float, now: float) -> None:
-        """The guest is being told ``address`` for ``name``; ``listed``: the policy lists it.
+        """Note that the guest is told ``address`` for ``name``.
 
-        An address that several names share stays listed while it is held.
+        :param listed: the policy lists the name. An address that several names share stays
+            listed as long as it is kept.
         """
         lifetime = ttl + GRACE
         old = self._find(address, now)
@@ -52,17 +60,17 @@ class ToldNames:
             self._told.popitem(last=False)
 
     def name(self, address: Address, now: float) -> str | None:
-        """The name that ``address`` was last told for."""
+        """Give the name that ``address`` was last told for."""
         told = self._find(address, now)
         return None if told is None else told.name
 
     def listed(self, address: Address, now: float) -> bool:
-        """Whether ``address`` was told for a name that the policy lists."""
+        """Say whether ``address`` was told for a name that the policy lists."""
         told = self._find(address, now)
         return told is not None and told.listed
 
     def use(self, address: Address, now: float) -> None:
-        """A connection goes to ``address``: hold it on."""
+        """Note that a connection goes to ``address``, which is kept for longer now."""
         told = self._find(address, now)
         if told is not None:
             told.expires = now + told.lifetime

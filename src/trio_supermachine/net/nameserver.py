@@ -1,4 +1,4 @@
-"""Asks one name server, and takes no more of what it says than can be parsed at once."""
+"""Questions to one name server, whose answers are parsed within bounds of time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import trio
 
 #: Bytes of an answer in a datagram, as DNS Flag Day 2020 recommends.
 MAX_DATAGRAM: Final = 1232
-#: Bytes and records of any answer. Who has a domain can fill 64 KiB with names of 127 labels, for
-#: which dnspython takes half a minute. What is within these bounds takes a second at most.
+#: Bytes of any answer. The owner of a domain can fill 64 KiB with names of 127 labels, which
+#: dnspython parses in half a minute. An answer within this bound and the next takes 1 s at most.
 MAX_ANSWER: Final = 8192
+#: Records of any answer.
 MAX_RECORDS: Final = 128
 
 _LENGTH: Final = struct.Struct("!H")
@@ -26,10 +27,10 @@ async def ask(
 ) -> dns.message.Message:
     """Ask over UDP, and over TCP if the answer does not fit. A cancel scope is the timeout.
 
-    What does not answer ``query`` is ignored in datagrams, for anybody may have sent it. Each
+    A datagram that does not answer ``query`` is ignored, since anybody may have sent it. Each
     record of the answer is a set of its own.
 
-    :param parsing: how many answers are parsed at once, in threads: the program goes on meanwhile.
+    :param parsing: limits the answers that are parsed at once, each in a thread.
     :raises OSError: the server cannot be reached.
     :raises ValueError: it says nonsense, or too much, on TCP.
     :raises trio.BrokenResourceError: it resets the connection.
@@ -77,7 +78,7 @@ async def _read(
         return None
 
     def parse() -> dns.message.Message:
-        # In sets each record would be compared with all others.
+        # Sets of several records would have each compared with all others.
         return dns.message.from_wire(data, one_rr_per_rrset=True)
 
     try:

@@ -1,4 +1,4 @@
-"""All that leads into one VM and out of it, and the tasks that it takes."""
+"""The network of one VM: its forwards, its unix sockets and its way out, and their tasks."""
 
 from __future__ import annotations
 
@@ -23,23 +23,28 @@ from .udp import UdpForwarder, UdpServer, open_udp
 
 @final
 class VmNetwork:
-    """One VM's connections. Made before its guest runs, so that nothing that it dials is lost.
+    """The connections of one VM.
 
-    :param directory: where its unix sockets are from the start; ``None`` makes them on demand.
+    It is made before the guest runs, so that the guest finds a listener for its way out.
+
+    :param directory: the place of its unix sockets, which are then there from the start;
+        ``None`` makes them when they are asked for, in a private directory.
+    :ivar egress: the guest's way out.
     """
 
     def __init__(self, client: AgentClient, policy: EgressPolicy, directory: Path | None) -> None:
         self._client = client
         self._directory = directory
-        #: The guest's way out.
-        self.egress = EgressServer(client.machine.listen(wire.EGRESS_PORT), policy)
+        self.egress: EgressServer = EgressServer(client.machine.listen(wire.EGRESS_PORT), policy)
         self._nursery: trio.Nursery | None = None
         self._error = VmExited("stopped")
         self._sockets: UnixSockets | None = None
         self._forwards: set[Server | UdpServer] = set()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until :meth:`end`, or until this is cancelled. Started when all is there.
+        """Serve until :meth:`end`, or until this is cancelled.
+
+        It has started when the sockets in the directory are there.
 
         :raises OSError: unix sockets cannot be made in the directory.
         """
@@ -57,18 +62,21 @@ class VmNetwork:
             self._nursery = None
 
     def end(self, error: VmExited) -> None:
-        """The machine has ended: nothing listens any more. Plain; :meth:`run` returns."""
+        """Note that the machine has ended; :meth:`run` returns. Plain.
+
+        :param error: the exception of calls from now on.
+        """
         self._error = error
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
     async def connect(self, port: int) -> VsockStream:
-        """As :meth:`Vm.connect`, with 0 for the first listener."""
+        """Connect to a TCP port of the guest as :meth:`Vm.connect`; 0 is the first listener."""
         stream, _ = await self._client.connect(port)
         return stream
 
     def sockets(self) -> UnixSockets:
-        """The VM's unix sockets, made if they are not yet."""
+        """Give the VM's unix sockets, and make them first if there are none."""
         if self._sockets is None:
             nursery = self._live()
             self._sockets = self._make_sockets()
@@ -81,7 +89,7 @@ class VmNetwork:
     async def expose_tcp(
         self, host: str, host_port: int, guest_port: int, max_connections: int
     ) -> TcpForwarder:
-        """As :meth:`Vm.expose_tcp`."""
+        """Serve a forward as :meth:`Vm.expose_tcp`."""
         self._live()
         server, forwarder = await open_tcp(
             self.connect, host, host_port, guest_port, max_connections
@@ -90,21 +98,21 @@ class VmNetwork:
         return forwarder
 
     async def expose_tls(self, config: TlsConfig, max_connections: int) -> TcpForwarder:
-        """As :meth:`Vm.expose_tls`."""
+        """Serve a forward as :meth:`Vm.expose_tls`."""
         self._live()
         server, forwarder = await open_tls(self.connect, config, max_connections)
         self._start(server, name=repr(forwarder))
         return forwarder
 
     async def expose_udp(self, host: str, host_port: int, guest_port: int) -> UdpForwarder:
-        """As :meth:`Vm.expose_udp`."""
+        """Serve a forward as :meth:`Vm.expose_udp`."""
         self._live()
         server, forwarder = await open_udp(self._client.connect_udp, host, host_port, guest_port)
         self._start(server, name=repr(forwarder))
         return forwarder
 
     def end_forwards(self) -> None:
-        """End all that was exposed. Plain."""
+        """End all forwards, soon. Plain."""
         for server in self._forwards:
             server.cancel()
 

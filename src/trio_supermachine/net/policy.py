@@ -1,4 +1,4 @@
-"""What a guest may reach: values and decisions, without I/O."""
+"""Policies of what a guest may reach: values, read from text and written as text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HOST_AND_PORT = re.compile(r"(.*[^:])(:[0-9]{1,5})")
 
 
 class PolicyKind(Enum):
-    """What a policy begins with; its value is how it is written."""
+    """Kinds of policies; the value is the word that a policy's text begins with."""
 
     ALLOW_ALL = "allow_all"
     DENY_ALL = "deny_all"
@@ -39,7 +39,7 @@ _WITH_LIST: Final = (PolicyKind.ALLOW, PolicyKind.DENY)
 
 
 def is_host_name(name: str) -> bool:
-    """Whether this is a lower-case name of DNS that nothing takes for an address."""
+    """Say whether this is a lower-case name of DNS that no program takes for an address."""
     labels = name.split(".")
     return (
         0 < len(name) <= 253
@@ -98,24 +98,34 @@ def _ports(values: Any) -> tuple[int, ...]:
 @final
 @attrs.frozen(kw_only=True)
 class EgressPolicy:
-    """What one VM's guest may reach. Frozen; made by the class methods and by :meth:`parse`.
+    """A policy of what one VM's guest may reach. The class methods make it; it never changes.
 
-    Whatever the policy, some things never go out: loopback and unspecified addresses,
-    multicast, broadcast, and the library's own range. The host's loopback is reached only by
-    :meth:`allow` with the host ``host.supermachine.internal``.
+    No policy opens loopback and unspecified addresses, multicast, broadcast, and the library's
+    own range. The host's loopback is reached only by :meth:`allow` with the host
+    ``host.supermachine.internal``.
 
+    :ivar kind: the kind; its value is the word that the policy's text begins with.
+    :ivar hosts: names, or ``*.name`` for all names below one.
+    :ivar cidrs: networks.
+    :ivar ports: ports of TCP and UDP; none means all of them.
+    :ivar connections: the number of TCP connections and UDP flows that go out at once, 0 to 2048.
+    :ivar bytes_per_second: of both directions and all connections together; ``None`` is no limit.
     :raises ConfigError: a value makes no sense.
+
+    Example::
+
+        from trio_supermachine import EgressPolicy, Vm, VmConfig
+
+        policy = EgressPolicy.allow(hosts=["pypi.org", "*.pythonhosted.org"], ports=[443])
+        async with Vm.start(image, VmConfig(egress=policy)) as vm:
+            ...
     """
 
     kind: PolicyKind = attrs.field(validator=attrs.validators.instance_of(PolicyKind))
-    #: Names, or ``*.name`` for all names below one.
     hosts: tuple[str, ...] = attrs.field(default=(), converter=_hosts)
     cidrs: tuple[Network, ...] = attrs.field(default=(), converter=_cidrs)
-    #: Ports of TCP and UDP; none means all of them.
     ports: tuple[int, ...] = attrs.field(default=(), converter=_ports)
-    #: TCP connections and UDP flows that go out at once.
     connections: int = attrs.field(default=DEFAULT_CONNECTIONS)
-    #: Bytes per second, of both directions and all connections together; ``None`` is no limit.
     bytes_per_second: int | None = attrs.field(default=None)
 
     @connections.validator
@@ -135,17 +145,17 @@ class EgressPolicy:
 
     @classmethod
     def allow_all(cls) -> EgressPolicy:
-        """Everything that the host can reach, but for its loopback."""
+        """Allow everything that the host can reach, but for its loopback."""
         return cls(kind=PolicyKind.ALLOW_ALL)
 
     @classmethod
     def deny_all(cls) -> EgressPolicy:
-        """Nothing, and no names."""
+        """Allow nothing, and no names."""
         return cls(kind=PolicyKind.DENY_ALL)
 
     @classmethod
     def deny_private(cls) -> EgressPolicy:
-        """The public Internet: no private address, and none that the host itself has."""
+        """Allow the public Internet: no private address, and none that the host itself has."""
         return cls(kind=PolicyKind.DENY_PRIVATE)
 
     @classmethod
@@ -155,13 +165,14 @@ class EgressPolicy:
         cidrs: Iterable[str | Network | Address] = (),
         ports: Iterable[int] = (),
     ) -> EgressPolicy:
-        """Only what is listed; with nothing listed, :meth:`deny_all`.
+        """Allow only what is listed; with nothing listed, it is :meth:`deny_all`.
 
         :param hosts: names (``*.name`` for those below it): the guest may look these up, and
             connect to the addresses that it was told for them, if they are public or in ``cidrs``.
             ``host.supermachine.internal`` is the host's loopback.
         :param cidrs: networks that it may connect to, private ones too.
-        :param ports: only these ports of all that; alone, of public addresses and any name.
+        :param ports: the ports to which all that is restricted; alone, they are ports of public
+            addresses, and any name may be looked up.
         """
         return cls._of_list(PolicyKind.ALLOW, PolicyKind.DENY_ALL, hosts, cidrs, ports)
 
@@ -172,13 +183,15 @@ class EgressPolicy:
         cidrs: Iterable[str | Network | Address] = (),
         ports: Iterable[int] = (),
     ) -> EgressPolicy:
-        """Everything but what is listed, as :meth:`allow` lists it, private addresses included.
+        """Allow everything but what is listed, private addresses included.
 
-        With nothing listed, :meth:`allow_all`.
+        With nothing listed, it is :meth:`allow_all`.
 
-        :param hosts: names that it may not look up; with ``ports`` it may, but not connect to
-            these ports of the addresses that it was told.
-        :param ports: only these ports of the hosts and networks are refused; alone, of all
+        :param hosts: names (``*.name`` for those below it) that the guest may not look up. With
+            ``ports`` it may look them up, but not connect to these ports of the addresses that it
+            was told.
+        :param cidrs: networks that it may not connect to.
+        :param ports: the ports to which the refusal is restricted; alone, they are refused at all
             addresses.
         """
         return cls._of_list(PolicyKind.DENY, PolicyKind.ALLOW_ALL, hosts, cidrs, ports)
@@ -194,12 +207,12 @@ class EgressPolicy:
 
     @classmethod
     def parse(cls, text: str) -> EgressPolicy:
-        """Read what :class:`str` of a policy gives, its limits apart.
+        """Read a policy from text, which :class:`str` of a policy gives without its limits.
 
-        That is ``allow_all``, ``deny_all``, ``deny_private``, or ``allowlist:`` or ``denylist:``
-        and, separated by commas, networks, names of hosts, and ports written as ``:443``.
-
-        :raises ConfigError: it is nothing of this.
+        :param text: ``allow_all``, ``deny_all``, ``deny_private``, or ``allowlist:`` or
+            ``denylist:`` followed by networks, names of hosts, and ports written as ``:443``, with
+            commas between them.
+        :raises ConfigError: it is none of these.
         """
         if not isinstance(text, str):
             raise ConfigError(f"an egress policy must be text, not {text!r}")
@@ -218,7 +231,12 @@ class EgressPolicy:
     def with_limits(
         self, connections: int = DEFAULT_CONNECTIONS, bytes_per_second: int | None = None
     ) -> EgressPolicy:
-        """A copy with these limits: see the fields of the same names."""
+        """Give a copy with these limits.
+
+        :param connections: TCP connections and UDP flows that go out at once, 0 to 2048.
+        :param bytes_per_second: of both directions and all connections together; ``None`` is no
+            limit.
+        """
         return attrs.evolve(self, connections=connections, bytes_per_second=bytes_per_second)
 
     def __str__(self) -> str:
@@ -252,7 +270,7 @@ def _parse_list(text: str, kind: PolicyKind, rest: str) -> EgressPolicy:
 
 
 def _looks_numeric(item: str) -> bool:
-    """Whether an item is meant as an address or a network."""
+    """Say whether an item is written like an address or a network."""
     if "/" in item or ":" in item or _is_address(item):
         return True
     return bool(_NUMBER.fullmatch(item.rpartition(".")[2]))

@@ -1,4 +1,4 @@
-"""A limit on bytes per second, and streams that keep it."""
+"""A limit on bytes per second, and streams that keep to it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MIN_BURST: Final = 2048
 @final
 @attrs.define
 class TokenBucket:
-    """A token bucket without I/O: who takes more than there is leaves a debt that takes time.
+    """A token bucket without I/O. More may be taken than there is, which leaves a debt.
 
     :ivar rate: tokens per second.
-    :ivar burst: the most that is there at once.
+    :ivar burst: the most tokens that gather: an eighth of a second's, at least 2048.
     """
 
     rate: int
@@ -33,13 +33,13 @@ class TokenBucket:
         self._level = self.burst
 
     def take(self, amount: int, now: float) -> float:
-        """Take ``amount``, and give the seconds to wait until the debt is paid."""
+        """Take ``amount``, and return the seconds to wait until the debt is paid."""
         self._fill(now)
         self._level -= amount
         return max(0.0, -self._level / self.rate)
 
     def try_take(self, amount: int, now: float) -> bool:
-        """Take ``amount`` unless there is a debt; gives whether it was taken."""
+        """Take ``amount`` unless there is a debt. Return whether it was taken."""
         self._fill(now)
         if self._level <= 0:
             return False
@@ -54,10 +54,9 @@ class TokenBucket:
 
 @final
 class PacedStream(trio.abc.HalfCloseableStream):
-    """A stream whose bytes, in both directions, are taken out of a bucket.
+    """A stream that takes a token out of a bucket for each byte, in both directions.
 
-    The bytes of a cancelled :meth:`send_all` are paid for, those of a cancelled
-    :meth:`receive_some` are lost: cancel to give the stream up.
+    A cancelled :meth:`receive_some` loses bytes: cancel only to give the stream up.
     """
 
     def __init__(self, stream: VsockStream, bucket: TokenBucket) -> None:
@@ -93,7 +92,7 @@ class PacedStream(trio.abc.HalfCloseableStream):
         await self._stream.aclose()
 
     def when_gone(self, call: Callable[[], None]) -> None:
-        """See :meth:`.VsockStream.when_gone`."""
+        """Register a call as :meth:`.VsockStream.when_gone` does."""
         self._stream.when_gone(call)
 
     def abort(self) -> None:

@@ -1,4 +1,23 @@
-"""Moves bytes between two streams, so that each end sees what the other one does."""
+"""The relay of bytes between two streams, so that each end sees what the other one does.
+
+A relay has two directions, each with a task that takes a chunk from its source and sends it to its
+sink. The pace of the slower side passes through, since a direction holds one chunk of 64 KiB at
+most, and none while it waits for data. A direction ends in one of three ways:
+
+- *The source ends orderly* (a FIN, close_notify, SHUTDOWN of one direction). All has been moved, so
+  the sink is told the end of data. The opposite direction goes on. When both have ended so, both
+  streams are closed.
+- *The source breaks off* (a reset, or somebody has closed it). What was under way is lost, and the
+  other end must hear of it: both directions stop, and both streams are reset.
+- *The sink takes no more.* Its peer may still be sending, so only this direction stops. The
+  opposite one goes on to its end, and then both streams are reset.
+
+A reset is to be told from an orderly end, or a client would take a truncated answer for a whole
+one. Two cases are hard. On TCP, Linux tells a reset once: if sending hears of it, receiving sees an
+orderly end. So at an end of data the socket is asked whether both its directions are gone
+(``POLLHUP``). And a guest's stream whose data has ended may be reset later, when nobody receives
+from it any more; the stream calls back then (``when_gone``), and the relay stops as for a reset.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +30,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import trio
 
-#: What is taken from one stream before it goes to the other: all that a direction ever holds.
+#: Bytes that are taken from one stream before they go to the other: all that a direction holds.
 _CHUNK: Final = 65536
 
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
@@ -33,9 +52,9 @@ class _Watchable(Protocol):
 async def reset(stream: trio.abc.AsyncResource) -> None:
     """Leave ``stream`` at once, so that its peer sees a reset and not an orderly end.
 
-    What was sent and not read may be lost. The work is done at once, also when cancelled; then
-    this is a checkpoint. A unix socket knows no reset: its peer sees an end, or ``ECONNRESET``
-    if it had sent what nobody read.
+    Data that was sent and not read may be lost. The work is done at once, also when cancelled;
+    then this is a checkpoint. A unix socket knows no reset: its peer sees an end, or
+    ``ECONNRESET`` if data of its own is unread.
     """
     if isinstance(stream, trio.SocketStream):
         reset_socket(stream)
@@ -48,7 +67,7 @@ async def reset(stream: trio.abc.AsyncResource) -> None:
 
 
 def reset_socket(stream: trio.SocketStream) -> None:
-    """:func:`reset` of a socket's stream. Plain and idempotent."""
+    """Leave a socket's stream as :func:`reset` does. Plain and idempotent."""
     if stream.socket.fileno() != -1:
         if stream.socket.family in _TCP:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
@@ -63,15 +82,9 @@ async def relay(
 ) -> None:
     """Move bytes both ways until both directions have ended, then close both streams.
 
-    The end of data of one stream becomes that of the other, while the opposite direction goes
-    on. A stream whose data breaks off resets the other, and so does a guest's whose data has
-    ended when it is reset. A stream that takes no more data, but
-    still gives some, gives it to its end, and then both are reset. In each direction at most
-    64 KiB are held.
-
     Both streams are closed on return by any path; cancelled, it resets both.
 
-    :param early: what was received from ``one`` already.
+    :param early: bytes that were received from ``one`` already.
     """
     there = _Direction(one, other, early)
     back = _Direction(other, one)
@@ -90,9 +103,9 @@ async def relay(
 
 
 def _was_reset(stream: object) -> bool:
-    """Whether an end of data on a stream, whose own data has not ended, was a reset.
+    """Say whether the end of data that a stream has given was a reset.
 
-    Linux tells a reset once. If sending hears of it, receiving sees an end, but the socket knows.
+    It makes sense while nobody has ended sending on it.
     """
     if not isinstance(stream, trio.SocketStream) or stream.socket.family not in _TCP:
         return False
@@ -113,7 +126,7 @@ class _Direction:
         self._source = source
         self._sink = sink
         self._early = early
-        #: All was moved, and the end told.
+        #: All was moved, and the sink was told the end.
         self.ended = False
 
     async def move(self, opposite: _Direction, both: trio.CancelScope) -> None:
@@ -127,7 +140,7 @@ class _Direction:
                     await sink.send_all(data)
                 except _GONE:
                     return
-                data = b""  # while it waits it holds nothing
+                data = b""  # hold nothing while waiting
             try:
                 data = await source.receive_some(_CHUNK)
             except _GONE:

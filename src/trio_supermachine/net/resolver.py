@@ -1,4 +1,27 @@
-"""Answers a guest's questions for names, as its policy allows."""
+"""The name server of a guest, which answers as its policy allows.
+
+``/etc/resolv.conf`` in the guest names 192.0.0.1, and questions to it come here. A question goes
+through these steps, any of which may answer it:
+
+1. :mod:`.dnsmessage` parses it. Nonsense is refused or ignored there; what is left has one name, of
+   one class, and is short.
+2. A question for the name of an address (PTR) has its own decision. Any other needs a name that
+   could be a host's; the rest do not exist (``NXDOMAIN``).
+3. :func:`~.decisions.decide_name` says whether the guest may ask. If not, the answer is
+   ``REFUSED``, with the reason as an extended error.
+4. Names below ``supermachine.internal`` are answered here: the host's loopback is all that there
+   is.
+5. Addresses (A, AAAA) come from the host's own ``getaddrinfo``. Each must pass
+   :func:`~.decisions.decide_answer`; the others are left out. The rest is entered into
+   :class:`~.names.ToldNames` *before* the answer goes out, so that a connection to it finds its
+   name there.
+6. Other types come from the host's name servers. Addresses in their answers are left out, since
+   nothing has decided on them.
+
+The guest chooses the questions, and the owners of names choose the answers; neither is trusted. A
+question has 5 s in all, a VM 64 questions at once and 8 threads of lookups, and an answer tells 256
+addresses at most. Parsing an answer of a name server happens in a thread (:mod:`.nameserver`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +38,7 @@ from .lookup import HostLookups, LookupFailed, NoSuchName
 from .names import ToldNames
 from .policy import EgressPolicy
 
-#: Seconds that the addresses of a name are good for. (``getaddrinfo`` does not tell.)
+#: Seconds that the guest may keep an answer: ``getaddrinfo`` does not tell the real TTL.
 TTL: Final = 30
 #: Seconds for one question.
 TIMEOUT: Final = 5.0
@@ -29,7 +52,7 @@ _ZONE: Final = HOST_NAME.partition(".")[2]
 
 
 class Report(Protocol):
-    """Hears of each decision about a name."""
+    """A function that is called with each decision about a name."""
 
     def __call__(self, decision: Decision, name: str) -> None: ...
 
@@ -51,7 +74,7 @@ class Resolver:
         self._report = report
 
     async def answer(self, query: bytes, *, datagram: bool) -> bytes | None:
-        """The answer to a query, within :data:`TIMEOUT`; ``None`` if it deserves none.
+        """Answer a query, within :data:`TIMEOUT`; ``None`` if it deserves no answer.
 
         :param datagram: cut the answer to what the guest takes in a datagram.
         """
@@ -123,7 +146,7 @@ class Resolver:
                 else:
                     decision = fit
         finally:
-            # A name may lead to addresses of both kinds: it counts what the guest is told.
+            # Some addresses may be refused. If the guest is told any, the name is allowed.
             if told:
                 decision = decide_name(self._policy, name)
             self._report(decision, name)

@@ -1,4 +1,4 @@
-"""Accepts connections on the host, a task for each, and as many as are allowed."""
+"""Servers of host ports and unix sockets: a task for each connection, up to a limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .relay import reset
 #: Seconds until the next try, where the host has no descriptor or memory for a connection.
 _PAUSE: Final = 0.1
 
-#: What may end one connection, and nothing more than that.
+#: Errors that end one connection and nothing more.
 CONNECTION_ERRORS: Final = (
     OSError,
     SupermachineError,
@@ -29,10 +29,13 @@ CONNECTION_ERRORS: Final = (
 
 @final
 class Server:
-    """Accepts on ``listener``, which it owns, and has ``handle`` called with each connection.
+    """A server of stream connections.
 
-    At most ``limit`` are handled at once; others wait in the listener's backlog. What is left
-    of a connection when ``handle`` is done with it is reset.
+    A connection that is still open when ``handle`` returns is reset.
+
+    :param listener: accepts the connections; the server closes it.
+    :param handle: an async function that is called with each connection.
+    :param limit: the number of connections at once; others wait in the listener's backlog.
     """
 
     def __init__(
@@ -47,8 +50,6 @@ class Server:
         self._accepting = trio.CancelScope()
         self._everything = trio.CancelScope()
         self._ended = trio.Event()
-        #: The host's address and port that it listens on.
-        self.local_addr = local_addr(listener.socket)
 
     async def run(self) -> None:
         """Serve until :meth:`stop`, and then until the last connection ends, or :meth:`cancel`.
@@ -105,7 +106,7 @@ class Server:
 
 
 async def bind(host: str, port: int, kind: socket.SocketKind) -> trio.socket.SocketType:
-    """A socket that has this address of the host; port 0 is a free one.
+    """Make a socket with this address of the host; port 0 is a free one.
 
     :param host: an address, or a name, of which the first address counts.
     :raises OSError: it cannot be had (``EADDRINUSE`` and so on); the message names the address.
@@ -139,11 +140,11 @@ async def bind(host: str, port: int, kind: socket.SocketKind) -> trio.socket.Soc
 
 
 def local_addr(sock: trio.socket.SocketType) -> tuple[str, int]:
-    """The address and the port that a socket is bound to."""
+    """Give the address and the port that a socket is bound to."""
     address = sock.getsockname()
     return str(address[0]), int(address[1])
 
 
 def format_address(host: str, port: int) -> str:
-    """An address and a port as people write them."""
+    """Write an address and a port as people do."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,4 +1,4 @@
-"""Unix sockets on the host that lead into a guest, for programs that are not this one."""
+"""Unix sockets on the host that lead into a guest, for other programs of the same user."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAGIC: Final = b"SMUX-PORT-V1".ljust(16, b"\0")
 _PORT: Final = struct.Struct(">I")
 _HEADER_SIZE: Final = len(MAGIC) + _PORT.size
 
-#: Seconds of silence from the start that mean: there is no header.
+#: Seconds of silence from the start after which there is no header.
 SILENCE: Final = 0.02
 #: Seconds for a header that has begun.
 PATIENCE: Final = 5.0
@@ -43,8 +43,9 @@ _RECEIVE: Final = 65536
 
 @attrs.frozen
 class Route:
-    """Where a connection goes: a port of the guest, or 0, the first listener.
+    """The destination of a connection.
 
+    :ivar port: a TCP port of the guest; 0 is that of the first listener.
     :ivar rest: bytes that came behind the header, or in the place of one.
     """
 
@@ -53,18 +54,18 @@ class Route:
 
 
 class HeaderSniffer:
-    """Bytes of a new connection in any chunking in, its :class:`Route` out."""
+    """A decoder of the :class:`Route` of a new connection, from bytes in any chunking."""
 
     def __init__(self) -> None:
         self._seen = b""
 
     @property
     def begun(self) -> bool:
-        """Whether something came that may become a header."""
+        """Whether bytes have come that may become a header."""
         return bool(self._seen)
 
     def feed(self, data: bytes | bytearray) -> Route | None:
-        """Add what was received; ``None`` until there is a decision.
+        """Add what was received, and return the route; ``None`` until it is known.
 
         :raises ValueError: the header names no TCP port.
         """
@@ -80,12 +81,12 @@ class HeaderSniffer:
         return Route(port, seen[_HEADER_SIZE:])
 
     def end(self) -> Route:
-        """No more comes: what came was no header."""
+        """Return the route of a connection that ended, or fell silent, before a whole header."""
         return Route(0, self._seen)
 
 
 async def sniff(stream: trio.abc.ReceiveStream) -> Route | None:
-    """Find out where a new connection goes; ``None`` for one that begins a header and no more.
+    """Find out where a new connection goes; ``None`` if it begins a header and says no more.
 
     :raises ValueError: the header names no TCP port.
     """
@@ -103,11 +104,11 @@ async def sniff(stream: trio.abc.ReceiveStream) -> Route | None:
 
 @final
 class UnixSockets:
-    """The two unix sockets of a VM: there from the start, gone after :meth:`run`.
+    """The two unix sockets of a VM, which :meth:`run` serves and removes.
 
-    They are for the user that runs this program alone, by mode 0600 from the first moment.
+    They are there when this is made, with mode 0600 from the first moment.
 
-    :param directory: where; it is made if it is missing. ``None`` is a private one.
+    :param directory: their place, which is made if it is missing; ``None`` is a private one.
     :param connect: connects to a TCP port of the guest.
     :param dial: connects to the guest's agent.
     :ivar vsock_path: leads to TCP ports; see :class:`HeaderSniffer`.
@@ -132,8 +133,8 @@ class UnixSockets:
                 check.socket_directory(directory)
                 directory.mkdir(mode=0o700, exist_ok=True)
             name = directory.absolute() / f"vm-{secrets.token_hex(8)}"
-            self.vsock_path = Path(f"{name}-vsock.sock")
-            self.exec_path = Path(f"{name}-exec.sock")
+            self.vsock_path: Path = Path(f"{name}-vsock.sock")
+            self.exec_path: Path = Path(f"{name}-exec.sock")
             self._servers = [
                 Server(_listen(path, stack), handle, MAX_CONNECTIONS)
                 for path, handle in (
@@ -169,7 +170,7 @@ class UnixSockets:
 def _listen(path: Path, stack: ExitStack) -> trio.SocketListener:
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     stack.callback(sock.close)
-    os.fchmod(sock.fileno(), _MODE)  # which bind gives to the file
+    os.fchmod(sock.fileno(), _MODE)  # bind gives the file this mode
     # Not the coroutine of Trio's socket, which resolves names: this has none.
     with socket.socket(fileno=os.dup(sock.fileno())) as plain:
         plain.bind(os.fspath(path))
@@ -179,5 +180,5 @@ def _listen(path: Path, stack: ExitStack) -> trio.SocketListener:
 
 
 def _remove(remove: Callable[[], None]) -> None:
-    with suppress(OSError):  # somebody was faster, or has put something there
+    with suppress(OSError):  # somebody has removed it, or has put something into it
         remove()

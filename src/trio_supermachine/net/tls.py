@@ -1,4 +1,4 @@
-"""TLS in front of a guest: the configuration, and a stream whose halves can be closed."""
+"""TLS in front of a guest: its configuration, and a stream whose halves end apart."""
 
 from __future__ import annotations
 
@@ -52,25 +52,25 @@ def _alpn(values: Any) -> tuple[str, ...]:
 @public
 @attrs.frozen
 class TlsConfig:
-    """How :meth:`Vm.expose_tls` listens, and who it says it is. Files are PEM.
+    """The address and the certificate of :meth:`Vm.expose_tls`. All files are PEM.
 
+    :ivar listen_addr: the host's address and port; port 0 is a free one.
+    :ivar certificate: the server's certificate, followed by those between it and its CA.
+    :ivar key: the certificate's private key, not encrypted.
+    :ivar client_ca: certificates of CAs; then each client must have a certificate of one of them.
+    :ivar alpn: names of protocols for ALPN, the preferred first. A client that offers none of them
+        is served all the same, with none agreed on.
+    :ivar guest_port: the guest's port; 0 is that of its first listener.
     :raises ConfigError: a value makes no sense.
     """
 
-    #: The host's address and port; port 0 is a free one.
     listen_addr: tuple[str, int] = attrs.field(default=("127.0.0.1", 0), converter=_address)
-    #: The server's certificate, and those between it and its CA.
     certificate: Path = attrs.field(converter=check.host_path, kw_only=True)
-    #: Its private key, not encrypted.
     key: Path = attrs.field(converter=check.host_path, kw_only=True)
-    #: Certificates of CAs; then a client must have a certificate of one of them.
     client_ca: Path | None = attrs.field(
         default=None, converter=attrs.converters.optional(check.host_path), kw_only=True
     )
-    #: Names of protocols for ALPN, the preferred first. A client that offers none of them is
-    #: served all the same, with none agreed on.
     alpn: tuple[str, ...] = attrs.field(default=(), converter=_alpn, kw_only=True)
-    #: The guest's port; 0 is that of its first listener.
     guest_port: int = attrs.field(default=0, kw_only=True)
 
     @guest_port.validator
@@ -79,8 +79,9 @@ class TlsConfig:
 
 
 async def load_context(config: TlsConfig) -> ssl.SSLContext:
-    """Read the files, in a thread. :raises ConfigError: one is no such PEM; it names the file.
+    """Read the files of a configuration, in a thread.
 
+    :raises ConfigError: a file is not the PEM that it should be; the message names it.
     :raises OSError: one cannot be read.
     """
     return await trio.to_thread.run_sync(_load_context, config)
@@ -126,11 +127,12 @@ def _load_certificates(context: ssl.SSLContext, file: Path) -> None:
 class TlsStream(trio.abc.HalfCloseableStream):
     """One side of a TLS connection, each of whose directions ends by its own close_notify.
 
-    It is a server's, unless it is told which server it shall find.
+    RFC 8446, 6.1, lets the directions end apart; :class:`trio.SSLStream` cannot receive any more
+    once it has sent its close_notify. An end without close_notify is
+    :exc:`trio.BrokenResourceError`, since somebody may have cut the connection.
 
-    RFC 8446, 6.1, has it so; :class:`trio.SSLStream` cannot go on receiving once it has said
-    its end. An end without close_notify is :exc:`trio.BrokenResourceError`: somebody may have
-    cut the connection.
+    :param server_hostname: the name of the server that this client expects; ``None`` makes this
+        side the server.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             server_side=server_hostname is None,
             server_hostname=server_hostname,
         )
-        self._early = bytearray()  # what was decrypted before anybody asked for it
+        self._early = bytearray()  # decrypted before anybody asked for it
         self._ended = False  # by send_eof
         self._broken = False
         self._sending = OneAtATime("another task is sending on this stream")
@@ -158,14 +160,14 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
     @property
     def protocol(self) -> str | None:
-        """What ALPN agreed on."""
+        """The protocol that ALPN agreed on."""
         return self._tls.selected_alpn_protocol()
 
     async def shake_hands(self, seconds: float = HANDSHAKE) -> None:
-        """Agree with the peer; before anything else.
+        """Make the handshake, before anything else.
 
-        :raises trio.TooSlowError: the peer took longer than this.
-        :raises trio.BrokenResourceError: it went away, or is not one we talk to.
+        :raises trio.TooSlowError: the peer took longer than ``seconds``.
+        :raises trio.BrokenResourceError: it went away, or there is no agreement with it.
         """
         with self._sending, self._receiving, trio.fail_after(seconds):
             try:
@@ -173,10 +175,10 @@ class TlsStream(trio.abc.HalfCloseableStream):
                     await self._flush()
                     await self._fill()
             finally:
-                await self._flush()  # also the alert that says what was wrong
+                await self._flush()  # also an alert, which tells the peer what is wrong
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As :class:`trio.abc.SendStream` has it. Cancelled, it leaves a stream of no use."""
+        """Send all of ``data``. Cancelled, it leaves a broken stream."""
         with self._sending:
             self._check_open()
             if self._ended:
@@ -198,8 +200,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
             self._check_open()
             if not self._ended:
                 self._ended = True
-                # OpenSSL looks for the peer's own close_notify meanwhile, and takes data that
-                # it finds there for a fault.
+                # OpenSSL looks for the peer's close_notify in unwrap, and fails if it finds data
+                # instead.
                 while data := self._read(_PIECE):
                     self._early += data
                 self._attempt(self._tls.unwrap)
@@ -207,7 +209,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """As :class:`trio.abc.ReceiveStream` has it; empty after the peer's close_notify."""
+        """Receive up to ``max_bytes`` of data; ``b""`` is the peer's close_notify."""
         if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
         size = min(max_bytes or _RECEIVE, _RECEIVE)
@@ -224,7 +226,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             return received
 
     def _read(self, size: int) -> bytes | None:
-        """What can be decrypted; empty at the peer's end, ``None`` if more has to come first."""
+        """Decrypt what is here; ``b""`` at the peer's end, ``None`` if more has to come first."""
         try:
             return self._tls.read(size)
         except ssl.SSLWantReadError:
@@ -235,7 +237,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             raise self._break(exc) from exc
 
     def _attempt(self, step: Callable[[], object]) -> bool:
-        """Take a step; false if data of the peer is needed to complete it."""
+        """Take a step. Return false if it needs more data of the peer."""
         try:
             step()
         except ssl.SSLWantReadError:
@@ -249,7 +251,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         return trio.BrokenResourceError(f"TLS: {exc.reason or exc}")
 
     async def _flush(self) -> None:
-        """Send what there is to send, in the order in which it was encrypted."""
+        """Send what was encrypted, in order."""
         if not self._outgoing.pending:
             return
         async with self._flushing:
@@ -276,7 +278,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError("TLS has failed on this stream")
 
     async def aclose(self) -> None:
-        """Leave, after close_notify. What was not read is lost. Cancelled, it just leaves."""
+        """Send close_notify and leave; data that was not read is lost. Cancelled, just leave."""
         try:
             if self._transport.socket.fileno() != -1 and not (self._ended or self._broken):
                 with suppress(trio.BrokenResourceError, trio.BusyResourceError):

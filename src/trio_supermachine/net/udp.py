@@ -1,4 +1,11 @@
-"""UDP ports of the host that lead to UDP ports of a guest."""
+"""Forwards of datagrams: UDP ports of the host that lead to UDP ports of a guest.
+
+Each client's address is a *flow* of its own, with a connection to the agent and a task that carries
+answers back. A flow ends after 60 s without a datagram in either direction, or when it has been
+silent for the longest while a 257th client comes. Nothing is queued: a datagram for which the
+guest's connection has no room is dropped and counted. Only while the connection is being made are a
+few kept, 16 or 64 KiB at most.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +33,17 @@ IDLE: Final = 60.0
 #: Flows of one forward; of more, the one that has been silent for the longest goes.
 MAX_FLOWS: Final = 256
 
-# What a client may send before the guest is connected.
+# The datagrams of a client that are kept until the guest is connected.
 _EARLY_DATAGRAMS: Final = 16
 _EARLY_BYTES: Final = 65536
 
 _RECEIVE: Final = 65536
-_PAUSE: Final = 0.1  # seconds, where the host has no memory for a datagram
+_PAUSE: Final = 0.1  # seconds, after an error in the place of a datagram
 
 
 @attrs.define(eq=False)
 class _Flow:
-    """What one client says to the guest, and hears from it."""
+    """The flow of one client's datagrams."""
 
     address: Any
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
@@ -66,11 +73,11 @@ class _Flow:
 
 @final
 class UdpServer:
-    """Serves a UDP port of the host, of which :class:`UdpForwarder` is the public view.
+    """The server of a UDP port of the host; :class:`UdpForwarder` is its public view.
 
     :ivar local_addr: the host's address and port that it listens on.
-    :ivar guest_port: the port it leads to.
-    :ivar dropped: datagrams of clients that found no room, as the guest was slow.
+    :ivar guest_port: the guest's port.
+    :ivar dropped: the number of datagrams of clients that were dropped.
     """
 
     def __init__(
@@ -84,9 +91,9 @@ class UdpServer:
         self._flows: OrderedDict[Any, _Flow] = OrderedDict()
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
-        self.local_addr = local_addr(sock)
+        self.local_addr: tuple[str, int] = local_addr(sock)
         self.guest_port = guest_port
-        self.dropped = 0
+        self.dropped: int = 0
 
     def __repr__(self) -> str:
         return f"<UdpForwarder {format_address(*self.local_addr)} to port {self.guest_port}>"
@@ -101,7 +108,7 @@ class UdpServer:
         await self._ended.wait()
 
     async def run(self) -> None:
-        """Serve until :meth:`cancel`. Cancelled, it does the same."""
+        """Serve until :meth:`cancel`. Cancelled, it ends in the same way."""
         try:
             with self._scope, suppress(trio.ClosedResourceError):
                 async with trio.open_nursery() as nursery:
@@ -130,7 +137,7 @@ class UdpServer:
 
     def _touch(self, flow: _Flow) -> None:
         flow.touch()
-        if self._flows.get(flow.address) is flow:  # not one that had to go
+        if self._flows.get(flow.address) is flow:  # it may have had to go
             self._flows.move_to_end(flow.address)
 
     async def _serve(self, flow: _Flow) -> None:
@@ -165,11 +172,11 @@ class UdpServer:
 class UdpForwarder(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
     """A UDP port of the host that leads into a VM: :meth:`Vm.expose_udp`.
 
-    Each client's address is a flow of its own, so that answers find their way. It is there
+    Each client's address has a flow of its own, so that answers find their way. It is there
     until :meth:`aclose`, or the VM's end.
 
     :ivar local_addr: the host's address and port that it listens on.
-    :ivar guest_port: the port it leads to.
+    :ivar guest_port: the guest's port.
     """
 
     _made_by = "Vm.expose_udp"
@@ -184,7 +191,7 @@ class UdpForwarder(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
 
     @property
     def dropped(self) -> int:
-        """Datagrams of clients that found no room, as the guest was slow."""
+        """The number of datagrams of clients that were dropped, as the guest was slow."""
         return self._server.dropped
 
     async def aclose(self) -> None:

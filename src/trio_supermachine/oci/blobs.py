@@ -1,4 +1,4 @@
-"""Where the blobs of a local image are: a layout's directory, or an archive read in place."""
+"""Blobs of local images, in a layout's directory or in an archive that is read in place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Files(Protocol):
     """Named files, such as ``index.json``."""
 
     def find(self, name: str) -> Blob | None:
-        """Where the file ``name`` is, if it is there."""
+        """Find the file ``name``, if it is there.
+
+        :raises MalformedError: something else than a file is there.
+        """
 
 
 class Directory:
@@ -93,11 +96,14 @@ class Archive:
             if not isinstance(found, str):
                 return found
             found = self._members.get(found)
-        raise MalformedError(f"{name!r} is a link too many")
+        raise MalformedError(f"{name!r} leads through too many links")
 
 
 def read_bytes(blob: Blob) -> bytes:
-    """A whole document. :raises MalformedError: it is too large."""
+    """Read a whole document.
+
+    :raises MalformedError: it is too large.
+    """
     if blob.size > MAX_DOCUMENT:
         raise MalformedError(f"a document of {blob.size} bytes is too large")
     with opened(blob) as file:
@@ -108,7 +114,10 @@ def read_bytes(blob: Blob) -> bytes:
 
 
 def read_json(data: bytes, what: str) -> Any:
-    """Parse untrusted JSON, in UTF-8. :raises MalformedError: it is none."""
+    """Parse untrusted JSON in UTF-8.
+
+    :raises MalformedError: it is no JSON.
+    """
     try:
         return json.loads(data.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -120,21 +129,27 @@ def _no_constant(name: str) -> object:
 
 
 def as_object(document: object, what: str) -> Mapping[str, Any]:
-    """``document`` itself. :raises MalformedError: it is not a JSON object."""
+    """Check that ``document`` is a JSON object, and return it.
+
+    :raises MalformedError: it is not.
+    """
     if not isinstance(document, dict):
         raise MalformedError(f"{what} is not a JSON object")
     return document
 
 
 def as_list(document: object, what: str, limit: int) -> list[Any]:
-    """``document`` itself. :raises MalformedError: it is no JSON array of ``limit`` at most."""
+    """Check that ``document`` is a JSON array of at most ``limit`` items, and return it.
+
+    :raises MalformedError: it is not.
+    """
     if not isinstance(document, list) or len(document) > limit:
         raise MalformedError(f"{what} is not a JSON array of at most {limit} items")
     return document
 
 
 def is_digest(text: str) -> bool:
-    """Whether ``text`` is a digest by any algorithm, as the image specification writes them."""
+    """Give whether ``text`` is a digest by any algorithm, as OCI descriptors have them."""
     if len(text) > _MAX_DIGEST or not _DIGEST.fullmatch(text):
         return False
     algorithm, _, encoded = text.partition(":")
@@ -143,10 +158,10 @@ def is_digest(text: str) -> bool:
 
 
 def as_digest(value: object, what: str) -> str:
-    """``value`` itself, which is one of the digests that can be checked here: sha256.
+    """Check that ``value`` is a digest by sha256, which can be verified here, and return it.
 
     :raises MalformedError: it is no digest.
-    :raises NotSupported: it is one by another algorithm.
+    :raises NotSupported: it is a digest by another algorithm.
     """
     if not isinstance(value, str) or not is_digest(value):
         raise MalformedError(f"{what} is not a digest")
@@ -160,5 +175,5 @@ def as_digest(value: object, what: str) -> str:
 
 
 def sha256(data: bytes) -> str:
-    """The digest of ``data``."""
+    """Compute the digest of ``data``."""
     return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""The part of an image's configuration that says how to run it."""
+"""The ``config`` object of an image configuration: how the image is run."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ _MAX_SIGNAL = 64
 @public
 @attrs.frozen(kw_only=True)
 class ImageConfig:
-    """The part of an image's configuration that says how to run it."""
+    """Settings with which an image is to be run, from its configuration."""
 
-    #: The environment: ``NAME=value`` strings.
+    #: The environment variables, as ``NAME=value``.
     env: tuple[str, ...] = ()
-    #: The program that runs, with arguments that stay in front of the command.
+    #: The program to run, with arguments that stay in front of the command. May be empty.
     entrypoint: tuple[str, ...] = ()
     #: The command, which ``with_cmd`` and the command line replace.
     cmd: tuple[str, ...] = ()
-    #: The directory in which programs start.
+    #: The directory in which programs start, an absolute path in the guest.
     workdir: str = "/"
     #: The user of programs, ``name|uid[:group|gid]``; empty for root.
     user: str = ""
-    #: The signal, a number of Linux's, that asks the workload to end.
+    #: The signal that asks the workload to end, by its number on Linux.
     stop_signal: int = 15
-    #: The ports that the image serves, in the form ``"80/tcp"``.
+    #: The ports that the workload serves, such as ``"80/tcp"``.
     exposed_ports: tuple[str, ...] = ()
-    #: What the image's maker noted about it.
+    #: Notes of the image's maker.
     labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """The workload: the entrypoint with the command after it. May be empty."""
+        """The workload's argument vector: :attr:`entrypoint` and :attr:`cmd`. May be empty."""
         return self.entrypoint + self.cmd
 
     @classmethod
     def from_json(cls, document: object) -> ImageConfig:
-        """Take the ``config`` object of an image configuration, which is not trusted.
+        """Parse the ``config`` object of an image configuration, which is not trusted.
 
         :raises MalformedError: a value has the wrong type, or is out of bounds.
         """
@@ -72,7 +72,7 @@ class ImageConfig:
         )
 
     def to_json(self) -> dict[str, object]:
-        """The ``config`` object that :meth:`from_json` takes."""
+        """Make the ``config`` object that :meth:`from_json` parses."""
         return {
             "Env": list(self.env),
             "Entrypoint": list(self.entrypoint),
@@ -86,7 +86,7 @@ class ImageConfig:
 
 
 def parse_signal(text: str) -> int:
-    """A signal's Linux number from ``"SIGQUIT"``, ``"QUIT"`` or ``"3"``; 15 if empty.
+    """Give a signal's Linux number from ``"SIGQUIT"``, ``"QUIT"`` or ``"3"``; 15 if empty.
 
     :raises MalformedError: there is no such signal.
     """
@@ -144,7 +144,7 @@ def _ports(value: object) -> tuple[str, ...]:
     for key in value:
         match = _PORT.fullmatch(key)
         if match is None or not 0 < int(match[1]) < 65536:
-            raise MalformedError(f"the image exposes {key[:40]!r}, which is no port")
+            raise MalformedError(f"the image exposes {key[:40]!r}, which is not a port")
         ports.append((int(match[1]), match[2] or "tcp"))
     return tuple(f"{port}/{protocol}" for port, protocol in sorted(set(ports)))
 

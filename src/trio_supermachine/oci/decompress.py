@@ -1,4 +1,9 @@
-"""Layer blobs as streams: a slice of a file, hashed, decompressed, and hashed again."""
+"""Layer blobs as streams: a slice of a file, hashed, decompressed, bounded, and hashed again.
+
+A blob may still be on its way. Its reader is in a worker thread of Trio's, and waits there for each
+part that has not come yet. What it reads is checked against the digests only at the end, so nothing
+that it makes of a layer may be used before that.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +24,25 @@ from . import MalformedError
 from .tar import Source
 
 CHUNK = 1 << 18
-_ZSTD_WINDOW = 1 << 27  # bytes; what the zstd tool itself takes by default
+_ZSTD_WINDOW = 1 << 27  # bytes; the largest that the zstd tool takes by default
 
 
 class Arrival(Protocol):
-    """A file that still grows, from its beginning on."""
+    """A file that grows, from its beginning on."""
 
     async def open(self) -> int:
-        """Wait until there is a file; a descriptor of it, which the caller closes."""
+        """Wait until there is a file, and give a descriptor of it, which the caller closes."""
 
     async def reach(self, count: int) -> int:
-        """Wait until ``count`` bytes are there; how many are."""
+        """Wait until ``count`` bytes are there, and give how many are."""
 
 
 @attrs.frozen
 class Blob:
-    """Where a blob's bytes are: a slice of a file.
+    """A blob's place: a slice of a file.
 
-    While it is still on its way there, its ``arrival`` tells how far it has come; such a blob is
-    read in a worker thread of Trio's, which waits for what is to come.
+    :ivar arrival: of a blob that is on its way: tells how far it has come. Such a blob is read in a
+        worker thread of Trio's, which waits for the rest.
     """
 
     path: Path
@@ -46,7 +51,7 @@ class Blob:
     arrival: Arrival | None = attrs.field(default=None, eq=False)
 
     def wait(self, count: int) -> int:
-        """Wait until the first ``count`` bytes are there; how many are. Cancellable."""
+        """Wait until the first ``count`` bytes are there, and give how many are. Cancellable."""
         if self.arrival is None:
             return self.size
         return trio.from_thread.run(self.arrival.reach, count)
@@ -55,7 +60,7 @@ class Blob:
 class BlobStream:
     """A blob's bytes as they are stored, hashed on the way (sha256).
 
-    ``check`` runs before each chunk: it raises to stop.
+    :param check: is called before each chunk, and raises to stop.
     """
 
     def __init__(self, file: BinaryIO, blob: Blob, check: Callable[[], None]) -> None:
@@ -71,7 +76,7 @@ class BlobStream:
         size = min(size, self._blob.size - self._done)
         if size and self._done == self._there:
             self._there = self._blob.wait(self._done + 1)
-        # The writer of a growing file has the same open file, and with it the same position.
+        # pread: the writer of a growing file has the same open file, with one position for both.
         size = min(size, self._there - self._done)
         data = os.pread(self._file.fileno(), size, self._blob.offset + self._done)
         if not data and size:
@@ -81,14 +86,14 @@ class BlobStream:
         return data
 
     def digest(self) -> str:
-        """The digest of the whole blob, as ``sha256:...``; reads what is left."""
+        """Read the rest, and give the digest of the whole blob, ``sha256:...``."""
         while self.read(CHUNK):
             pass
         return "sha256:" + self._hash.hexdigest()
 
 
 class _Gunzip:
-    """Gzip, several members in a row too, never more than a chunk in memory."""
+    """A gzip stream (RFC 1952), of several members perhaps. It keeps one chunk in memory."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -105,7 +110,7 @@ class _Gunzip:
                     return b""
             if self._inflate.eof:
                 if not self._pending.strip(b"\0"):
-                    self._pending = b""  # padding after the last member, as gzip itself allows
+                    self._pending = b""  # padding after the last member, which gzip allows, too
                     continue
                 self._inflate = zlib.decompressobj(wbits=31)
             try:
@@ -120,7 +125,7 @@ class _Gunzip:
 class _Unzstd:
     def __init__(self, source: Source) -> None:
         self._reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(
-            cast(BinaryIO, source),  # of which it only calls read
+            cast(BinaryIO, source),  # the reader calls nothing but read
             read_across_frames=True,
         )
 
@@ -132,7 +137,7 @@ class _Unzstd:
 
 
 class LayerStream:
-    """The uncompressed bytes of a layer, hashed on the way, and no more than ``limit`` of them."""
+    """The uncompressed bytes of a layer, hashed on the way; at most ``limit`` bytes."""
 
     def __init__(self, source: Source, limit: int) -> None:
         self._source = source
@@ -149,7 +154,7 @@ class LayerStream:
         return data
 
     def digest(self) -> str:
-        """The diff_id of the whole layer; reads what is left."""
+        """Read the rest, and give the diff_id of the whole layer."""
         while self.read(CHUNK):
             pass
         return "sha256:" + self._hash.hexdigest()
@@ -157,12 +162,12 @@ class LayerStream:
 
 @contextmanager
 def opened(blob: Blob) -> Iterator[BinaryIO]:
-    """Open a blob's file, which must be a regular one as large as the blob needs."""
+    """Open a blob's file. It must be a regular file, and as large as the blob needs."""
     if blob.arrival is not None:
         with os.fdopen(trio.from_thread.run(blob.arrival.open), "rb", buffering=0) as file:
             yield file
         return
-    # Not blocking: a FIFO in the place of a file would wait for a writer for ever.
+    # O_NONBLOCK: opening a FIFO, in the place of a file, would wait for a writer for ever.
     fd = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(fd, "rb", buffering=0) as file:
         status = os.fstat(fd)
@@ -177,7 +182,7 @@ def opened(blob: Blob) -> Iterator[BinaryIO]:
 def open_layer(
     blob: Blob, limit: int, check: Callable[[], None]
 ) -> Iterator[tuple[BlobStream, LayerStream]]:
-    """Open a layer that is stored plain, gzipped or zstd-compressed; its first bytes tell."""
+    """Open a layer that is stored plain, or compressed by gzip or zstd: its first bytes tell."""
     with ExitStack() as stack:
         file = stack.enter_context(opened(blob))
         blob.wait(min(4, blob.size))

@@ -1,8 +1,8 @@
 """The JSON documents of an image: descriptors, indexes, manifests and configurations.
 
-They follow the OCI image specification 1.1 and Docker's schema 2, which is its ancestor. What is
-read here was written by strangers: every type and bound is checked, and what is of no use here
-(dates, annotations that nobody reads) is left alone. Which documents to read is not decided here.
+They follow the OCI image specification 1.1, and its ancestor, Docker's schema 2. Strangers wrote
+them: every type and bound of a field that is used is checked, and other fields, such as dates, are
+left alone. :mod:`.manifest` decides which documents are read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIGS = (
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
 )
-#: What registries of Docker's early years wrote for its configurations, and Docker still takes.
+#: Media types of configurations from Docker's early years, which Docker still takes.
 _OLD_CONFIGS = ("application/octet-stream", "application/json", "text/html", "text/plain")
 _RESTRICTED = r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}"  # RFC 6838
 _MEDIA_TYPE = re.compile(rf"{_RESTRICTED}/{_RESTRICTED}")
@@ -50,9 +50,10 @@ _MAX_URLS = 64
 
 @attrs.frozen(kw_only=True)
 class Descriptor:
-    """What a document says of another blob: its type, its digest and its size in bytes.
+    """A document's description of another blob (OCI image specification, descriptors).
 
-    ``data`` is the blob itself where the descriptor embeds it; its digest is not checked yet.
+    :ivar size: the blob's size in bytes.
+    :ivar data: the blob itself, if the descriptor embeds it; its digest has not been checked.
     """
 
     media_type: str
@@ -72,7 +73,11 @@ class Descriptor:
 
     @classmethod
     def from_json(cls, document: object, what: str) -> Descriptor:
-        """:raises MalformedError: it is no descriptor."""
+        """Parse a descriptor.
+
+        :param what: the descriptor, for messages.
+        :raises MalformedError: it is no descriptor.
+        """
         found = as_object(document, what)
         media_type = found.get("mediaType")
         if not isinstance(media_type, str) or not _MEDIA_TYPE.fullmatch(media_type):
@@ -105,7 +110,7 @@ class Manifest:
 
 @attrs.frozen(kw_only=True)
 class Configuration:
-    """An image's configuration: how to run it, its layers' diff_ids, and what it says it is for."""
+    """An image's configuration: settings to run it, its layers' diff_ids, and its platform."""
 
     config: ImageConfig
     diff_ids: tuple[str, ...]
@@ -113,9 +118,9 @@ class Configuration:
 
 
 def read_index(data: bytes, what: str = "an index") -> tuple[Descriptor, ...]:
-    """The descriptors in an index, or in an OCI layout's ``index.json``, in its order.
+    """Parse an index, or an OCI layout's ``index.json``, into its descriptors, in their order.
 
-    :raises MalformedError: it is none, or could be taken for a manifest too.
+    :raises MalformedError: it is no index, or could be taken for a manifest, too.
     """
     document = _versioned(data, what, INDEXES)
     if "layers" in document or "config" in document:
@@ -125,17 +130,17 @@ def read_index(data: bytes, what: str = "an index") -> tuple[Descriptor, ...]:
 
 
 def read_manifest(data: bytes) -> Manifest:
-    """The image in a manifest. An unknown layer is refused here, before anything is fetched.
+    """Parse a manifest. Refuse layers of an unknown kind now, before anything is fetched.
 
-    :raises MalformedError: it is none, or could be taken for an index too.
-    :raises NotSupported: it is an artifact's, or one that has other layers than tar files.
+    :raises MalformedError: it is no manifest, or could be taken for an index, too.
+    :raises NotSupported: it is the manifest of an artifact, or has other layers than tar files.
     """
     what = "a manifest"
     document = _versioned(data, what, MANIFESTS)
     if "manifests" in document:
         raise MalformedError(f"{what} has manifests like an index")
     about = as_object(document.get("config"), f"{what}'s config")
-    # Docker's own rule: what has no type, or one that was written by default, is an image's.
+    # Docker takes a configuration without a type, or with a server's default, for an image's.
     kind = about.get("mediaType") or _OLD_CONFIGS[0]
     config = Descriptor.from_json({**about, "mediaType": kind}, f"{what}'s config")
     listed = as_list(document.get("layers"), f"{what}'s layers", MAX_LAYERS)
@@ -162,7 +167,10 @@ def read_manifest(data: bytes) -> Manifest:
 
 
 def read_configuration(data: bytes) -> Configuration:
-    """An image's configuration. :raises MalformedError: it is none."""
+    """Parse an image's configuration.
+
+    :raises MalformedError: it is no configuration.
+    """
     what = "the image configuration"
     document = as_object(read_json(data, what), what)
     rootfs = as_object(document.get("rootfs"), what + "'s rootfs")
@@ -183,9 +191,9 @@ def read_configuration(data: bytes) -> Configuration:
 
 
 def read_layout(data: bytes) -> None:
-    """Check an OCI layout's ``oci-layout``.
+    """Check an OCI layout's file ``oci-layout``.
 
-    :raises MalformedError: it is none.
+    :raises MalformedError: it is no such file.
     :raises NotSupported: the layout has another version.
     """
     version = as_object(read_json(data, "oci-layout"), "oci-layout").get("imageLayoutVersion")
@@ -196,7 +204,7 @@ def read_layout(data: bytes) -> None:
 
 
 def foreign_missing(layer: Descriptor) -> NotSupported:
-    """The error for a ``foreign`` layer whose blob is not where the image is."""
+    """Make the error for a ``foreign`` layer whose blob is not where the image is."""
     where = f" (it is said to be at {', '.join(layer.urls)[:400]})" if layer.urls else ""
     return NotSupported(
         "foreign layers",
@@ -215,7 +223,7 @@ def _versioned(data: bytes, what: str, kinds: tuple[str, ...]) -> Mapping[str, A
     if type(version) is not int or version != 2:
         raise MalformedError(f"{what} has no proper schemaVersion")
     if document.get("mediaType") not in (None, "", *kinds):
-        raise MalformedError(f"{what} says that it is something else")
+        raise MalformedError(f"{what} has the media type of something else")
     return document
 
 
@@ -252,7 +260,7 @@ def _urls(found: Mapping[str, Any], what: str) -> tuple[str, ...]:
         return ()
     urls = as_list(found["urls"], f"the urls of {what}", _MAX_URLS)
     if not all(isinstance(url, str) and url.isprintable() and _URL.fullmatch(url) for url in urls):
-        raise MalformedError(f"{what} has a URL that is none")
+        raise MalformedError(f"{what} has a malformed URL")
     return tuple(urls)
 
 

@@ -1,24 +1,29 @@
-"""A layer's tar stream, made into one that ``sqfstar`` turns into an overlayfs layer.
+"""Filter of a layer's tar stream: ``sqfstar`` makes an overlayfs layer of its output.
 
-A pass over the stream builds the layer's tree and writes files as they come; directories and
-whiteouts come at the end, when their final attributes are known. ``sqfstar`` keeps the first
-of two entries with the same name where tar keeps the last, so when a later entry changes what
-was already written, :class:`Conflict` ends the output, and a second pass that knows the final
-tree writes the winners only.
+The first pass over the stream builds the layer's tree, and writes files as they come. Directories
+and whiteouts follow at the end, when their final attributes are known. Of two entries with the same
+name ``sqfstar`` keeps the first, but tar keeps the last. So when a later entry changes something
+that is already written, the output ends with :class:`Conflict`, though the pass reads on; and a
+second pass, which knows the final tree, writes the last entries only.
 
-What becomes of things that an image layer and an overlayfs layer say differently:
+Image layers (OCI image specification, layer filesystem changesets) and overlayfs layers differ:
 
-- ``.wh.NAME`` becomes a character device 0:0, unless the layer has ``NAME`` too: then the
-  layer's own wins, and if that is a directory it becomes opaque;
-- ``.wh..wh..opq`` becomes ``trusted.overlay.opaque=y`` on its directory; in the root it is
-  told in :class:`LayerInfo`, since a layer below such a root need not be mounted at all;
-- a directory with whiteouts gets ``trusted.overlay.origin``: where no layer below has that
-  directory, overlayfs would list them otherwise, taking what it need not merge for free of them;
-- other ``.wh..wh.`` names (AUFS's own) are left out, as are ``trusted.overlay.*`` attributes and
-  character devices 0:0, which overlayfs would take for its own marks;
-- an entry below what is a symbolic link in the layers below, such as ``bin/tool`` over
-  ``bin -> usr/bin``, goes where the link leads: a directory of this layer's would hide the link.
-  A layer's own links are never followed.
+- ``.wh.NAME`` becomes a character device 0:0, unless the layer has ``NAME``, too. Then the layer's
+  own ``NAME`` stays, and becomes opaque if it is a directory.
+- ``.wh..wh..opq`` becomes ``trusted.overlay.opaque=y`` on its directory. In the root it is noted in
+  :class:`LayerInfo`, since layers below such a root need not be mounted at all.
+- A directory with whiteouts gets ``trusted.overlay.origin``. Overlayfs would list the whiteouts
+  otherwise, if no layer below has that directory: it expects none in a directory that it does not
+  merge.
+- Other names with ``.wh..wh.`` (AUFS's own) are left out, and so are ``trusted.overlay.*``
+  attributes and character devices 0:0, which overlayfs would take for its own marks.
+- An entry below a symbolic link of the layers below, such as ``bin/tool`` over
+  ``bin -> usr/bin``, goes where the link leads: a directory in its place would hide the link. A
+  layer's own links are never followed.
+
+A hostile layer cannot leave its root: names with ``..`` are refused, links are followed within the
+root, and hard links lead to files of the same layer only. The number of entries, the bytes of all
+names, of all files and of attributes, and the links on one path are bounded.
 """
 
 from __future__ import annotations
@@ -47,17 +52,19 @@ _KNOWN_XATTRS = (b"user.", b"trusted.", b"security.")
 
 
 class Conflict(Exception):
-    """What was written is not what the layer says in the end: start again."""
+    """Something was written that a later entry changes: a second pass has to write the layer."""
 
 
 class Sink(ABC):
-    """Where the filtered tar goes. ``begin`` comes first, with the root directory's attributes."""
+    """A receiver of the filtered tar stream."""
 
     @abstractmethod
-    def begin(self, root: DirectoryInfo) -> None: ...
+    def begin(self, root: DirectoryInfo) -> None:
+        """Take the attributes of the root directory, before anything is written."""
 
     @abstractmethod
-    def write(self, data: bytes | memoryview) -> None: ...
+    def write(self, data: bytes | memoryview) -> None:
+        """Take the next bytes of the stream."""
 
 
 @attrs.define
@@ -73,8 +80,9 @@ class _Node:
 class LayerFilter:
     """The two passes over one layer.
 
-    ``limit`` bounds the bytes of all files together, holes included. ``resolve`` tells what the
-    layers below have where the layer implies a directory: its attributes, or a link.
+    :param limit: the most bytes of all files together, holes included.
+    :param resolve: finds what the layers below have in the place of a directory that this layer
+        implies: a directory's attributes, or a link.
     """
 
     def __init__(self, limit: int, resolve: Resolve) -> None:
@@ -89,9 +97,9 @@ class LayerFilter:
         self._root: DirectoryInfo | None = None
 
     def first_pass(self, reader: TarReader, sink: Sink) -> None:
-        """Read the whole layer, writing as it goes.
+        """Read the whole layer, and write it on the way.
 
-        :raises Conflict: the layer was read to its end, but a second pass must write it.
+        :raises Conflict: the layer was read to its end, but a second pass has to write it.
         """
         conflict = False
         expanded = 0
@@ -132,7 +140,7 @@ class LayerFilter:
         self._finish(sink)
 
     def info(self) -> LayerInfo:
-        """What there is to know of the layer, after the first pass."""
+        """Describe the layer, after the first pass."""
         return LayerInfo(
             {path: n.info for path, n in self._nodes.items() if n.info is not None},
             tuple(p for p, n in self._nodes.items() if n.directory and n.info is None),
@@ -143,7 +151,7 @@ class LayerFilter:
         )
 
     def _admit(self, entry: Entry) -> bytes | None:
-        """The clean path of an entry that makes something of its own, its parents made."""
+        """Give the clean path of an entry, with its parents made; ``None`` for a mere mark."""
         path = clean(entry.name)
         parent, _, name = path.rpartition(b"/")
         if name.startswith(_WHITEOUT) or b"/" + _WHITEOUT in b"/" + parent:
@@ -184,20 +192,23 @@ class LayerFilter:
             raise MalformedError(f"{show_name(path)} is below a whiteout")
         parent, name = self._real(b"/".join(parts[:-1])), parts[-1]
         if not name.startswith(_WHITEOUT) or not self._nearest(parent).directory:
-            return  # umoci hides what was in a directory that the layer replaces, too
+            return  # umoci also writes whiteouts below a directory that the layer replaces
         if name == _OPAQUE_MARK:
             self._parent(parent).opaque = True
             self._hidden.add(parent + b"/")
         elif not name.startswith(_AUFS):
             hidden = name[len(_WHITEOUT) :]
             if hidden in (b"", b".", b".."):
-                raise MalformedError(f"{show_name(path)} hides nothing that can be")
+                raise MalformedError(f"the whiteout {show_name(path)} names no file")
             self._parent(parent)
             self._whiteouts.add(join(parent, hidden))
             self._hidden.add(join(parent, hidden))
 
     def _real(self, path: bytes) -> bytes:
-        """The directory ``path`` with the links of the layers below followed, within the root."""
+        """Follow the links of the layers below on the way to the directory ``path``.
+
+        Like the kernel in a chroot, do not leave the root.
+        """
         if path in self._nodes:
             return path
         real, left, links = b"", path.split(b"/")[::-1], 0
@@ -235,13 +246,13 @@ class LayerFilter:
         return self._followed[path]
 
     def _nearest(self, path: bytes) -> _Node:
-        """What the layer has of ``path`` or the nearest above it."""
+        """Find the node of ``path``, or the nearest one above it."""
         while (node := self._nodes.get(path)) is None:
             path = path.rpartition(b"/")[0]
         return node
 
     def _parent(self, path: bytes) -> _Node:
-        """The directory ``path``, made with those above it if they are not there yet."""
+        """Give the node of the directory ``path``. Make it, and those above it, if need be."""
         node = self._nodes.get(path)
         if node is None:
             above = path.rpartition(b"/")[0]
@@ -271,7 +282,7 @@ class LayerFilter:
         return node
 
     def _place(self, number: int, path: bytes, entry: Entry) -> bool:
-        """Put an entry into the tree; whether this changes what may have been written."""
+        """Put an entry into the tree. Give whether that changes something that may be written."""
         old = self._nodes.get(path)
         if entry.type == tar.DIRECTORY:
             info = DirectoryInfo(entry.mode, entry.uid, entry.gid, entry.mtime, entry.xattrs)
@@ -288,7 +299,7 @@ class LayerFilter:
             number = self._nodes[entry.linkname].inode
             target = self._nodes[entry.linkname].target
             if old is not None and old.inode == number:
-                return True  # a link to itself: writing it again would be an error
+                return True  # a link to itself, which must not be written
         self._count(path, old)
         self._add(path, _Node(False, number, target=target))
         if entry.type == tar.LINK:
@@ -368,7 +379,7 @@ def _as_link(entry: Entry, target: bytes) -> Entry:
 
 
 def sanitise(entry: Entry) -> None:
-    """Keep the times and extended attributes that squashfs and overlayfs can.
+    """Reduce an entry to the times and extended attributes that squashfs and overlayfs take.
 
     :raises MalformedError: the attributes are too large, or have no proper names.
     """

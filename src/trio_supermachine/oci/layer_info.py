@@ -1,4 +1,4 @@
-"""What is known of a layer once it was read, for the layers above it."""
+"""Facts about a layer that was read, which the layers above it need."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ class DirectoryInfo:
 
 @attrs.frozen
 class Link:
-    """A symbolic link that is met where a directory is needed."""
+    """A symbolic link in the place of a directory."""
 
     target: bytes
 
 
 @attrs.frozen
 class LayerInfo:
-    """What the layers above and the image need to know of a layer.
+    """Facts about a layer. Paths are clean, and the root is ``b""``.
 
-    ``directories`` are those with an entry of their own, ``implied`` those without, whose
-    attributes come from the layers below; the root is ``b""``. ``links`` are the layer's symbolic
-    links and their targets, ``hidden`` its whiteouts, and its opaque directories with a slash
-    after them; ``followed`` are the links of the layers below through which it has entries.
+    :ivar directories: the directories that have an entry of their own.
+    :ivar implied: the directories that have none. Their attributes come from the layers below.
+    :ivar root_opaque: whether the layer hides all layers below.
+    :ivar links: the layer's symbolic links, and their targets.
+    :ivar hidden: the layer's whiteouts; and its opaque directories, with a slash after them.
+    :ivar followed: the links of the layers below through which the layer has entries.
     """
 
     directories: Mapping[bytes, DirectoryInfo]
@@ -43,18 +45,18 @@ class LayerInfo:
     followed: tuple[bytes, ...] = ()
 
     def find(self, path: bytes) -> DirectoryInfo | Link | None:
-        """What the layer has at ``path``, if that is a directory with attributes or a link."""
+        """Find the directory with attributes, or the link, that the layer has at ``path``."""
         if (target := self.links.get(path)) is not None:
             return Link(target)
         return self.directories.get(path)
 
     def hides(self, path: bytes) -> bool:
-        """Whether ``path`` in the layers below cannot be seen above this one."""
+        """Give whether this layer hides the ``path`` of the layers below."""
         return hides(self.hidden, path)
 
 
 def hides(hidden: Collection[bytes], path: bytes) -> bool:
-    """Whether whiteouts and opaque directories, as in :class:`LayerInfo`, hide ``path``."""
+    """Give whether marks, as in :attr:`LayerInfo.hidden`, hide ``path`` or a directory above it."""
     while hidden and path:
         if hides_here(hidden, path):
             return True
@@ -63,9 +65,9 @@ def hides(hidden: Collection[bytes], path: bytes) -> bool:
 
 
 def hides_here(hidden: Collection[bytes], path: bytes) -> bool:
-    """The same, of nothing but ``path`` itself and the directory that it is in."""
+    """Give whether a mark hides ``path`` itself, or the content of the directory that it is in."""
     return path in hidden or path.rpartition(b"/")[0] + b"/" in hidden
 
 
-#: What the layers below have where a directory is implied.
+#: Finds what the layers below have in the place of an implied directory.
 Resolve = Callable[[bytes], DirectoryInfo | Link]

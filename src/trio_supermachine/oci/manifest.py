@@ -1,7 +1,9 @@
-"""From a transport's files to one image: its configuration and where its layers are.
+"""The choice of one image among those of a layout, an archive or a registry.
 
-:func:`choose` decides and reads nothing itself: it asks for one document after the other, and
-whoever drives it gets them, from a directory, an archive or a registry.
+:func:`choose` decides, without I/O. It is a generator that yields the descriptor of each document
+that it needs, and is sent the document. Its driver reads documents from a directory or an archive
+(:func:`drive`), or from the content store and a registry; the driver checks digests and sizes. The
+search is bounded in the number and the size of documents, and in the depth of indexes.
 """
 
 from __future__ import annotations
@@ -37,21 +39,21 @@ from .reference import Reference, normalise_name
 REF_NAME = "org.opencontainers.image.ref.name"
 
 _MAX_DEPTH = 4
-_MAX_READ = 256  # documents that are read to find one image
+_MAX_READ = 256  # documents of one search
 _MAX_READ_BYTES = 64 << 20
 
 _Found = TypeVar("_Found")
-#: Yields the descriptor of a document that it needs and is sent the document, whose digest and
-#: size were checked; returns what it was looking for.
+#: A generator that yields descriptors of documents, is sent the documents, whose digests and sizes
+#: were checked, and returns what it was looking for.
 Search = Generator[Descriptor, bytes, _Found]
 
 
 @attrs.frozen
 class LayerSource:
-    """A layer's blob; ``digest`` is the blob's, if the transport has one.
+    """A layer's blob, and the digests that it has to have.
 
-    ``checked`` says that the blob is in the library's own store, where nothing comes in with
-    another digest.
+    :ivar digest: the blob's digest; ``None`` if the transport has none.
+    :ivar checked: whether the blob is in the content store, which checks digests itself.
     """
 
     blob: Blob
@@ -60,7 +62,10 @@ class LayerSource:
     checked: bool = False
 
     def check(self, digest: str, diff_id: str) -> None:
-        """Compare with what was found. :raises MalformedError: a digest differs."""
+        """Compare with the digests that the blob has.
+
+        :raises MalformedError: one differs.
+        """
         if self.digest is not None and digest != self.digest:
             raise MalformedError(f"the blob {self.digest} has the digest {digest}")
         if diff_id != self.diff_id:
@@ -69,7 +74,10 @@ class LayerSource:
 
 @attrs.frozen
 class LocalImage:
-    """An image as it was found: :attr:`digest` is its manifest's, or its configuration's."""
+    """An image as it was found.
+
+    :ivar digest: the digest of its manifest; without a manifest, of its configuration.
+    """
 
     digest: str
     config: ImageConfig
@@ -78,8 +86,9 @@ class LocalImage:
 
 @attrs.frozen(kw_only=True)
 class Choice:
-    """The image that was chosen: its manifest's descriptor, what its configuration says, and its
-    layers with their diff_ids, the lowest first.
+    """The image that was chosen, by its documents.
+
+    :ivar layers: descriptors of its layers, with their diff_ids, the lowest first.
     """
 
     manifest: Descriptor
@@ -88,13 +97,13 @@ class Choice:
 
     @property
     def size(self) -> int:
-        """The bytes of all layers as they are stored, each once."""
+        """Bytes of all layers as they are stored, each counted once."""
         return sum({layer.digest: layer.size for layer, _ in self.layers}.values())
 
 
 @attrs.define
 class _Search:
-    """What one search has seen."""
+    """The state of one search: what it wants, was offered, and has read."""
 
     wanted: Platform
     offered: dict[str, None] = attrs.field(factory=dict)
@@ -126,7 +135,7 @@ class _Search:
         return None
 
     def _rank(self, descriptor: Descriptor) -> int:
-        """Of several variants the nearest is tried first."""
+        """Give a key that sorts the nearest of several variants first."""
         stated = descriptor.platform
         return 0 if stated is None else max(0, self.wanted.distance(stated))
 
@@ -148,11 +157,11 @@ class _Search:
 
 
 def choose(tops: Iterable[Descriptor], reference: Reference, platform: Platform) -> Search[Choice]:
-    """Choose the first image for ``platform`` in what ``tops`` describe, indexes within indexes.
+    """Choose the first image for ``platform`` among ``tops`` and all that these name.
 
-    :raises ImageNotFound: there is none; it tells which there are.
+    :raises ImageNotFound: there is none; the message names the platforms that there are.
     :raises MalformedError: a document does not follow its format, or there are too many.
-    :raises NotSupported: it is no image of layers.
+    :raises NotSupported: it is something else than an image of layers.
     """
     search = _Search(platform)
     found = yield from search.find(tops, 0)
@@ -162,7 +171,10 @@ def choose(tops: Iterable[Descriptor], reference: Reference, platform: Platform)
 
 
 def drive(files: Files, search: Search[_Found]) -> _Found:
-    """Run a search on files that are here. :raises MalformedError: also for a missing one."""
+    """Run a search on the documents in ``files``.
+
+    :raises MalformedError: a document is missing, or has another digest or size.
+    """
     try:
         wanted = next(search)
         while True:
@@ -176,14 +188,14 @@ def find_in_layout(files: Files, reference: Reference, platform: Platform) -> Lo
     """Find an image in an OCI layout.
 
     :raises ImageNotFound: there is no such image, or not for this platform.
-    :raises MalformedError: a document is damaged or lies about its digest.
+    :raises MalformedError: a document is damaged, or has another digest.
     """
     chosen = _tagged(read_tops(files, reference), reference)
     return on_disk(files, drive(files, choose(chosen, reference, platform)))
 
 
 def read_tops(files: Files, reference: Reference) -> tuple[Descriptor, ...]:
-    """What an OCI layout's index has. Raises as :func:`find_in_layout` does."""
+    """Read the index of an OCI layout. The errors are those of :func:`find_in_layout`."""
     index, layout = files.find("index.json"), files.find("oci-layout")
     if index is None or layout is None:
         raise ImageNotFound(str(reference), "there is no OCI layout (no oci-layout or index.json)")
@@ -192,7 +204,11 @@ def read_tops(files: Files, reference: Reference) -> tuple[Descriptor, ...]:
 
 
 def on_disk(files: Files, choice: Choice, *, checked: bool = False) -> LocalImage:
-    """The chosen image with its layers' blobs. :raises MalformedError: one is missing."""
+    """Find the blobs of the layers of a chosen image.
+
+    :raises MalformedError: one is missing, or has another size.
+    :raises NotSupported: a missing one is a foreign layer.
+    """
     layers = tuple(
         LayerSource(_layer_blob(files, layer), layer.digest, diff_id, checked)
         for layer, diff_id in choice.layers
@@ -201,12 +217,12 @@ def on_disk(files: Files, choice: Choice, *, checked: bool = False) -> LocalImag
 
 
 def find_in_docker_archive(files: Files, reference: Reference, platform: Platform) -> LocalImage:
-    """Find an image in the output of ``docker save``; raises as :func:`find_in_layout` does."""
+    """Find an image in a file of ``docker save``. Errors are those of :func:`find_in_layout`."""
     return read_saved(files, _saved(saved_images(files, reference), reference), reference, platform)
 
 
 def saved_images(files: Files, reference: Reference) -> list[Mapping[str, Any]]:
-    """What ``docker save`` lists in ``manifest.json``."""
+    """Read the list of images in the ``manifest.json`` of ``docker save``."""
     manifest = files.find("manifest.json")
     if manifest is None:
         raise ImageNotFound(str(reference), "there is no docker archive (no manifest.json)")
@@ -218,13 +234,13 @@ def saved_images(files: Files, reference: Reference) -> list[Mapping[str, Any]]:
 
 
 def saved_names(image: Mapping[str, Any]) -> list[str]:
-    """The names of one of :func:`saved_images`."""
+    """Give the names of one of :func:`saved_images`."""
     names = as_list(image.get("RepoTags") or [], "RepoTags", MAX_MANIFESTS)
     return [name for name in names if isinstance(name, str)]
 
 
 def saved_configuration(files: Files, image: Mapping[str, Any]) -> bytes:
-    """The configuration of one of :func:`saved_images`, whose name may be its digest."""
+    """Read the configuration of one of :func:`saved_images`, and check its digest if it has one."""
     data = read_bytes(_member(files, image.get("Config"), "Config"))
     stem = str(image["Config"]).rpartition("/")[2].removesuffix(".json")
     if re.fullmatch("[0-9a-f]{64}", stem) and sha256(data) != "sha256:" + stem:
@@ -235,7 +251,10 @@ def saved_configuration(files: Files, image: Mapping[str, Any]) -> bytes:
 def read_saved(
     files: Files, image: Mapping[str, Any], reference: Reference, platform: Platform | None
 ) -> LocalImage:
-    """One of :func:`saved_images`; ``None`` takes it for whichever platform it is."""
+    """Read one of :func:`saved_images`.
+
+    :param platform: the platform that it has to be for; ``None`` takes any.
+    """
     data = saved_configuration(files, image)
     found = read_configuration(data)
     if platform is not None and not platform.accepts(found.platform):
@@ -317,7 +336,10 @@ def _paired(found: Sequence[_Item], diff_ids: Sequence[str]) -> tuple[tuple[_Ite
 
 
 def find_blob(files: Files, descriptor: Descriptor) -> Blob | None:
-    """Where a blob is, if it is there. :raises MalformedError: it has another size."""
+    """Find a blob, if it is there.
+
+    :raises MalformedError: it has another size.
+    """
     as_digest(descriptor.digest, "a descriptor's digest")
     blob = files.find("blobs/" + descriptor.digest.replace(":", "/"))
     if blob is not None and descriptor.size != blob.size:
@@ -337,7 +359,10 @@ def _layer_blob(files: Files, layer: Descriptor) -> Blob:
 
 
 def read_document(files: Files, descriptor: Descriptor) -> bytes:
-    """A document, whose digest is checked. :raises MalformedError: also if it is missing."""
+    """Read a document, and check its digest.
+
+    :raises MalformedError: it is missing, or has another digest or size.
+    """
     data = descriptor.data
     if data is None:
         blob = find_blob(files, descriptor)
@@ -352,5 +377,6 @@ def read_document(files: Files, descriptor: Descriptor) -> bytes:
 def _no_platform(
     reference: Reference, platform: Platform, offered: Mapping[str, None]
 ) -> ImageNotFound:
-    there = ", ".join(o for o in list(offered)[:32] if o != "unknown/unknown") or "nothing to run"
-    return ImageNotFound(str(reference), f"there is none for {platform}, but {there}")
+    there = ", ".join(o for o in list(offered)[:32] if o != "unknown/unknown")
+    what = f"{there}, but nothing" if there else "nothing"
+    return ImageNotFound(str(reference), f"it has {what} for {platform}")

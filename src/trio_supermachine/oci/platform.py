@@ -1,4 +1,4 @@
-"""Which of an image's variants to take."""
+"""Platforms: operating systems, architectures and variants, and which will do for which."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import attrs
 from ..errors import ConfigError
 from . import MalformedError
 
-#: Other names of architectures that people and tools write, with the variant that they imply.
+#: Other names of architectures, which people and tools write, with the variants that they imply.
 _ALIASES = {
     "x86_64": ("amd64", None),
     "aarch64": ("arm64", None),
@@ -27,7 +27,7 @@ _PLATFORM = re.compile(r"([a-z0-9_]+)/([a-z0-9_]+)(?:/([a-z0-9_.]+))?", re.ASCII
 
 @attrs.frozen
 class Platform:
-    """An operating system, an architecture in Go's words and its variant, if that matters."""
+    """An operating system and an architecture, by Go's names, and the architecture's variant."""
 
     os: str
     architecture: str
@@ -51,9 +51,9 @@ class Platform:
 
     @staticmethod
     def of(document: Mapping[str, object]) -> Platform | None:
-        """The platform that a descriptor or configuration states, if it does.
+        """Read the platform that a descriptor or configuration states; ``None`` if it states none.
 
-        :raises MalformedError: what it states is not even text.
+        :raises MalformedError: a part of it is no proper text.
         """
         stated = [document.get(key) or "" for key in ("os", "architecture", "variant")]
         for value in stated:
@@ -63,9 +63,10 @@ class Platform:
         return _normal(os, architecture, variant or None) if os and architecture else None
 
     def accepts(self, other: Platform | None) -> bool:
-        """Whether an image for ``other`` will do; one that says nothing will.
+        """Give whether an image for ``other`` will do on this platform.
 
-        A lower variant will do for a higher one, as programs for ARMv6 run on ARMv7.
+        An image that states no platform will do. So will a lower variant for a higher one: programs
+        for ARMv6 run on ARMv7.
         """
         if other is None:
             return True
@@ -74,9 +75,9 @@ class Platform:
         return other.variant in (None, self.variant) or self.distance(other) >= 0
 
     def distance(self, other: Platform | None) -> int:
-        """How far ``other``'s variant is below this one: of what is accepted, take the least.
+        """Give how many variants ``other`` is below this one. The nearest is the best to run.
 
-        Negative for a variant that is above this one, or that is not known.
+        It is negative for a variant that is above this one, or is not known.
         """
         mine, theirs = self._level(), self._level() if other is None else other._level()
         return -1 if mine is None or theirs is None else mine - theirs

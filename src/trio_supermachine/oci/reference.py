@@ -25,13 +25,13 @@ _DOCKER = re.compile(
     rf"(?P<path>{_COMPONENT}(?:/{_COMPONENT})*)(?::(?P<tag>{_TAG}))?(?:@(?P<digest>[^@]+))?"
 )
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}")
-#: What containers-transports allows as the reference in an OCI layout.
+#: The names of images in an OCI layout that containers-transports(5) allows.
 _LAYOUT_TAG = re.compile(r"[A-Za-z0-9]+(?:[-._:@+/][A-Za-z0-9]+|--[A-Za-z0-9]+)*")
 _IDENTIFIER = re.compile(r"[a-f0-9]{64}")
 
 
 class Transport(StrEnum):
-    """Where an image comes from; the value is the prefix of its references."""
+    """A kind of place that images come from. The value is the prefix of its references."""
 
     OCI = "oci"
     OCI_ARCHIVE = "oci-archive"
@@ -48,9 +48,14 @@ LOCAL = tuple(transport for transport in Transport if transport is not Transport
 class Reference:
     """A parsed reference.
 
-    For a local transport :attr:`path` is the absolute path (or the name of a builtin) and
-    :attr:`tag` what follows it. For ``docker`` :attr:`domain`, :attr:`path`, :attr:`tag` and
-    :attr:`digest` are as Docker understands the name, its defaults filled in.
+    A reference of the transport ``docker`` has the parts of a name as Docker understands it, with
+    all defaults.
+
+    :ivar path: for ``docker`` the repository; for a local transport the absolute path, or the
+        name of a builtin.
+    :ivar tag: for ``docker`` the tag; for a local transport the part behind the path.
+    :ivar domain: for ``docker`` the registry, ``HOST[:PORT]``.
+    :ivar digest: for ``docker`` the digest.
     """
 
     transport: Transport
@@ -61,7 +66,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Understand ``text``; relative paths are taken from the current directory.
+        """Parse ``text``. Relative paths are taken from the current directory.
 
         :raises ReferenceInvalid: it does not follow the syntax of any transport.
         """
@@ -77,7 +82,7 @@ class Reference:
             return cls(local, rest)
         tag = None
         if local is not Transport.ROOTFS:
-            # As in containers/image: the path ends at the first colon.
+            # The path ends at the first colon, as in containers/image.
             rest, colon, tag_text = rest.partition(":")
             tag = tag_text or None
             if colon and tag is None:
@@ -111,7 +116,10 @@ class Reference:
 
 
 def normalise_name(name: str) -> str:
-    """A Docker name with all of its defaults. :raises ReferenceInvalid: it is none."""
+    """Give a Docker name with all defaults.
+
+    :raises ReferenceInvalid: it is no name.
+    """
     return str(_docker(name, name)).removeprefix("docker://")
 
 
@@ -139,7 +147,7 @@ def _is_host(domain: str) -> bool:
             ipaddress.IPv6Address(match["address"])
         except ValueError:
             return False
-    # Docker's grammar has ports of any number; nobody listens on those.
+    # Docker's grammar allows ports of any number. Nobody can listen on most of them.
     return match["port"] is None or (len(match["port"]) < 6 and 0 < int(match["port"]) < 65536)
 
 

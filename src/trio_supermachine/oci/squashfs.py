@@ -1,4 +1,10 @@
-"""From a layer blob to a squashfs file, by ``sqfstar``, without privileges."""
+"""Conversion of layer blobs to squashfs files, by ``sqfstar``, without privileges.
+
+All work is in a worker thread of Trio's: it reads and decompresses the blob, filters its tar
+stream (:mod:`.layer`) and writes that to the pipe of ``sqfstar``. The thread asks before each chunk
+whether its task is cancelled, and kills the tool if so. ``sqfstar`` reads headers that this package
+wrote, not those of the blob.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +31,14 @@ from .tar import TarReader
 
 _PIPE = 1 << 20
 _STDERR_TAIL = 2000
-#: LZ4 decompresses fastest by far where instructions are emulated. A fixed creation time makes
-#: the file a function of its input, and inodes that are not compressed let the root's be mended.
+#: LZ4 decompresses fastest by far where instructions are emulated. A fixed creation time makes the
+#: file a function of its input. Inodes are not compressed, so that the root's can be mended.
 _OPTIONS = ("-comp", "lz4", "-noI", "-mkfs-time", "0", "-no-progress", "-quiet", "-exit-on-error")
 
 
 @attrs.frozen
 class Converted:
-    """What a conversion found out."""
+    """The result of a conversion."""
 
     blob_digest: str
     diff_id: str
@@ -42,20 +48,23 @@ class Converted:
 async def convert(blob: Blob, dest: Path, *, limit: int, resolve: Resolve) -> Converted:
     """Write the layer in ``blob`` to ``dest`` as squashfs. The caller compares the digests.
 
-    ``limit`` bounds the bytes of the layer, before and after the expansion of holes.
-    Cancellation kills the tool and waits for it; what ``dest`` then holds is of no use.
+    Cancellation kills the tool and waits for its end. Then, and after an error, ``dest`` is of no
+    use.
 
-    :raises MalformedError: the layer is damaged or tries to leave its root.
+    :param limit: the most bytes of the layer, before and after the expansion of holes.
+    :param resolve: as for :class:`~.layer.LayerFilter`.
+    :raises MalformedError: the layer is damaged, or tries to leave its root.
     :raises AssetNotFound: ``sqfstar`` is not installed.
+    :raises DiskFull: there is no room for the file.
     """
     tool = find_tool("sqfstar")
     return await trio.to_thread.run_sync(_convert, tool, blob, dest, limit, resolve)
 
 
 async def write_squashfs(dest: Path, write: Callable[[Sink], None]) -> None:
-    """Write to ``dest`` the squashfs of the tar stream that ``write`` writes, in a thread.
+    """Write to ``dest`` a squashfs of the tar stream that ``write`` writes, in a worker thread.
 
-    Cancellation as for :func:`convert`. :raises AssetNotFound: ``sqfstar`` is not installed.
+    Cancellation and errors are those of :func:`convert`.
     """
     tool = find_tool("sqfstar")
 
@@ -68,7 +77,10 @@ async def write_squashfs(dest: Path, write: Callable[[Sink], None]) -> None:
 
 
 def find_tool(name: str) -> str:
-    """The path of a program of squashfs-tools."""
+    """Find a program of squashfs-tools.
+
+    :raises AssetNotFound: it is not installed.
+    """
     found = shutil.which(name)
     if found is None:
         raise AssetNotFound(
@@ -88,7 +100,7 @@ def _convert(tool: str, blob: Blob, dest: Path, limit: int, resolve: Resolve) ->
             again = False
         except Conflict:
             again = True
-        # The stream beyond the archive's end belongs to the digests too.
+        # The digests are those of the whole stream, also of what is behind the archive's end.
         diff_id = layer.digest()
         digest = stored.digest()
         if not again:
@@ -103,9 +115,9 @@ def _convert(tool: str, blob: Blob, dest: Path, limit: int, resolve: Resolve) ->
 
 
 class SqfsTar(Sink):
-    """A running ``sqfstar``; leaving the block without :meth:`finish` kills it.
+    """A running ``sqfstar``, in a worker thread of Trio's.
 
-    To be used in a worker thread of Trio's.
+    Leaving the block without :meth:`finish` kills it.
     """
 
     def __init__(self, tool: str, dest: Path) -> None:
@@ -152,7 +164,7 @@ class SqfsTar(Sink):
             try:
                 fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE)
             except PermissionError:
-                pass  # the user's pipes hold too much already; a small one works as well
+                pass  # the user's pipes hold too much already; a smaller pipe will do
 
     def write(self, data: bytes | memoryview) -> None:
         assert self._pipe is not None
@@ -196,7 +208,7 @@ _MTIME = 8  # the offset in an inode
 
 
 def _set_root_time(path: Path, mtime: int) -> None:
-    """Set the root's time: ``sqfstar`` 4.5 takes ``-root-time``, and writes the time of day."""
+    """Set the time of the root: ``sqfstar`` 4.5 ignores ``-root-time``, and writes the present."""
     with path.open("r+b") as file:
         root, table = _SUPERBLOCK.unpack(file.read(_SUPERBLOCK.size))
         block, offset = table + (root >> 16), (root & 0xFFFF) + _MTIME

@@ -1,9 +1,12 @@
-"""Tar, read and written as far as image layers need it.
+"""Tar archives, read and written as far as image layers need it.
 
-Layers are untrusted, and what this module reads is handed to another tar reader
-(``sqfstar``). So the standard library's module does not fit: it reads an extended header of
-any size into memory, and what it would pass through might be understood differently further
-on. Here every length is bounded before it is read, and headers are written anew.
+Read are POSIX ustar and pax, the long names and sparse files of GNU tar, and the headers of tar
+before POSIX. Written are ustar, and pax for what does not fit.
+
+Layers are not trusted, and another tar reader, ``sqfstar``, reads them next. The standard library's
+module does not fit: it reads an extended header of any size into memory, and headers that it passed
+through might mean something else to the next reader. Here every length is bounded before it is
+read, and headers are written anew.
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ _SPACES = b" " * 8
 
 @attrs.define(slots=True)
 class Entry:
-    """One member of an archive; ``size`` is that of its body after sparse expansion."""
+    """A member of an archive.
+
+    :ivar size: the bytes of its body, with its holes.
+    """
 
     name: bytes
     type: bytes
@@ -50,15 +56,16 @@ class Entry:
 
 
 class Source(Protocol):
-    """A stream of bytes: up to ``size`` of them, and none only at its end."""
+    """A stream of bytes."""
 
-    def read(self, size: int, /) -> bytes: ...
+    def read(self, size: int, /) -> bytes:
+        """Give the next bytes, at most ``size``; none says that the stream has ended."""
 
 
 class TarReader:
-    """Iterates over the entries of a tar stream; :meth:`body` gives the current one's bytes.
+    """An iterator over the entries of a tar stream.
 
-    ``skip(n)``, where the stream has it, passes over ``n`` bytes that are certainly there.
+    :param skip: passes over so many bytes of the stream, faster than to read them; may be ``None``.
     """
 
     def __init__(self, source: Source, skip: Callable[[int], None] | None = None) -> None:
@@ -71,17 +78,17 @@ class TarReader:
         self._size = 0
         self._sparse: list[tuple[int, int]] | None = None
         self._global: dict[bytes, bytes] = {}
-        #: How many bytes of the stream have been read.
-        self.offset = 0
+        #: Bytes of the stream that have been read.
+        self.offset: int = 0
         #: Where the current entry's stored body begins, counted from the stream's start.
-        self.body_offset = 0
+        self.body_offset: int = 0
 
     def __iter__(self) -> Iterator[Entry]:
         while (entry := self._next()) is not None:
             yield entry
 
     def body(self) -> Iterator[bytes | memoryview]:
-        """The current entry's bytes, holes as zeros."""
+        """Give the bytes of the current entry; holes are zeros."""
         if self._sparse is None:
             yield from self._stored(self._size)
             return
@@ -300,7 +307,7 @@ class TarReader:
 
 
 def header(entry: Entry) -> bytes:
-    """The header blocks of ``entry``: plain ustar, with a PAX header for what does not fit."""
+    """Make the header blocks of ``entry``: ustar, after a pax header for what does not fit."""
     pax: list[tuple[bytes, bytes]] = []
     name, linkname = entry.name, entry.linkname
     if len(name) > 100:

@@ -149,7 +149,7 @@ class PoolCore(Generic[T]):
         settings: PoolSettings,
         nursery: trio.Nursery,
     ) -> None:
-        self.settings = settings
+        self.settings: PoolSettings = settings
         self._open_one = open_one
         self._is_alive = is_alive
         self._nursery = nursery

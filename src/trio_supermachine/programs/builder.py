@@ -37,19 +37,24 @@ OpenExec: TypeAlias = Callable[[ExecRequest], AbstractAsyncContextManager[Runnin
 @public
 @attrs.frozen(kw_only=True)
 class ExecOutcome:
-    """The result of a program that was run to its end."""
+    """The result of a program that was run to its end.
 
-    #: The return code; negative for a signal.
+    :ivar returncode: the return code, negative for a signal.
+    :ivar stdout: all that it wrote there.
+    :ivar stderr: all that it wrote there; empty for a terminal.
+    :ivar duration: seconds from its start to its end, measured in the guest.
+    :ivar timed_out: :meth:`ExecBuilder.timeout` ended it.
+    :ivar cancelled: the event of :meth:`ExecBuilder.output_with_cancel` ended it.
+    :ivar peak_rss_kib: the largest resident set, in KiB, of the program and the children that it
+        waited for.
+    """
+
     returncode: int
     stdout: bytes
     stderr: bytes
-    #: Seconds from the start to the end, measured in the guest.
     duration: float
-    #: Whether ``timeout`` ended it.
     timed_out: bool
-    #: Whether the event of ``output_with_cancel`` ended it.
     cancelled: bool
-    #: The largest resident set of the program and the children that it waited for.
     peak_rss_kib: int
 
     @property
@@ -60,7 +65,7 @@ class ExecOutcome:
 
 @attrs.frozen(kw_only=True)
 class _Spec:
-    """What a builder has been told so far."""
+    """The settings of a builder."""
 
     chain: tuple[tuple[StrOrBytes, ...], ...] = ()
     environment: tuple[StrOrBytes, ...] = ()
@@ -72,6 +77,7 @@ class _Spec:
     files: tuple[StagedFile, ...] = ()
 
     def request(self, flags: ExecFlags) -> ExecRequest:
+        """Make the request. :raises ConfigError: there is nothing to run."""
         if not self.chain:
             raise ConfigError("nothing to run; call argv() first")
         return exec_request(

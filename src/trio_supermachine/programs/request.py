@@ -1,7 +1,7 @@
-"""The request of an exec: what a caller asks for, checked, as the agent's wire has it.
+"""Requests of execs: the caller's values, checked and converted to those of the wire.
 
-Every exec goes through :func:`exec_request`, whoever asks: :meth:`Vm.exec`,
-:meth:`Vm.run_process`, :class:`ExecBuilder`.
+Every exec goes through :func:`exec_request`: those of :meth:`Vm.exec`, of :meth:`Vm.run_process`
+and of :class:`ExecBuilder`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def exec_request(
 
     :param chain: the argument vectors, as :func:`command_argv` gives them.
     :param env: the whole environment; ``None`` is the image's.
-    :param extra_env: what is added to the environment, as :func:`env_entry` gives it.
+    :param extra_env: variables to add, as :func:`env_entry` gives them.
+    :param timeout: seconds after which the guest kills the process group.
+    :param empty_stdin: there is no input, so its end follows at once.
     :raises ValueError: a value does not fit.
     """
     columns, rows = (0, 0) if winsize is None else check_winsize(*winsize)
@@ -56,7 +58,7 @@ def exec_request(
 
 
 def command_argv(command: Command, *, shell: bool = False) -> list[StrOrBytes]:
-    """Give an argument vector as the wire has it.
+    """Convert a command to an argument vector of the wire.
 
     :raises TypeError: a string without ``shell``, or a sequence with it.
     :raises ValueError: it is empty, or holds NUL.
@@ -77,7 +79,7 @@ def command_argv(command: Command, *, shell: bool = False) -> list[StrOrBytes]:
 
 
 def env_entry(key: StrOrBytes, value: StrOrBytes) -> bytes:
-    """Give a variable as the wire has it. :raises ValueError: ``=`` in its name, or NUL."""
+    """Convert a variable to a field of the wire. :raises ValueError: ``=`` in its name, or NUL."""
     raw_key, raw_value = os.fsencode(key), os.fsencode(value)
     if not raw_key or b"=" in raw_key:
         raise ValueError("illegal environment variable name")
@@ -87,7 +89,7 @@ def env_entry(key: StrOrBytes, value: StrOrBytes) -> bytes:
 
 
 def guest_path(path: StrOrBytesPath) -> StrOrBytes:
-    """Give a guest path as the wire has it. :raises ValueError: it is empty or holds NUL."""
+    """Convert a guest path to a field of the wire. :raises ValueError: it is empty or holds NUL."""
     raw = os.fspath(path)
     if not raw:
         raise ValueError("the path is empty")
@@ -96,7 +98,7 @@ def guest_path(path: StrOrBytesPath) -> StrOrBytes:
 
 
 def user_field(user: str | int) -> str:
-    """Give a user as the wire has it. :raises ValueError: a negative id, empty, or NUL."""
+    """Convert a user to a field of the wire. :raises ValueError: a negative id, empty, or NUL."""
     text = str(user)
     if not text or (isinstance(user, int) and user < 0):
         raise ValueError(f"{user!r} is not a user")

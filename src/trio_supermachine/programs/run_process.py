@@ -1,4 +1,9 @@
-"""``vm.run_process``: :func:`trio.run_process`, with the process in a guest."""
+"""The call :meth:`Vm.run_process`: :func:`trio.run_process`, with the process in a guest.
+
+What is not captured is copied to files of the host, which the process would have inherited there.
+Most programs are fed nothing and print nothing that is not captured, and cost no task. Only stdin,
+or output for a host file, starts some.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ OutputTarget: TypeAlias = int | HasFileno | None
 
 
 class OpenExec(Protocol):
-    """How a VM opens the exec of a call."""
+    """A function that starts the exec of a call, for the length of a block."""
 
     def __call__(
         self, argv: list[StrOrBytes], flags: ExecFlags, empty_stdin: bool
@@ -47,7 +52,7 @@ async def run_process(
     shell: bool,
     task_status: trio.TaskStatus[ExecChild],
 ) -> subprocess.CompletedProcess[bytes]:
-    """See :meth:`Vm.run_process`."""
+    """Run a program to its end as :meth:`Vm.run_process` says."""
     argv = command_argv(command, shell=shell)
     if capture_stdout and stdout is not None:
         raise ValueError("can't specify both stdout and capture_stdout")
@@ -88,7 +93,6 @@ async def run_process(
         if stdin != subprocess.PIPE:
             child.stdin = None
         task_status.started(child)
-        # Most programs are fed nothing and print nothing that is not captured: no tasks then.
         if feed is not None or not await running.collect(captured, tuple(hosted)):
             with trio.CancelScope() as copying:
                 async with open_flat_nursery() as nursery:
@@ -102,8 +106,8 @@ async def run_process(
                     await running.wait()
                     if not captured:
                         # A process on the host would have written its output itself by now.
-                        # Here some may be on its way, but a descendant may also hold the pipe
-                        # for long.
+                        # Here some may be under way, but a descendant may also hold the pipe
+                        # open for long.
                         running.abort()
                         copying.deadline = trio.current_time() + LAST_OUTPUT
         returncode = (await running.wait()).returncode
@@ -145,7 +149,8 @@ def _flags(stdin: object, stdout: OutputTarget, stderr: OutputTarget) -> ExecFla
     return flags
 
 
-# A broken exec breaks all of its streams at once; waiting for the program's end tells why.
+# A broken exec breaks all of its streams at once. The tasks below say nothing of it: the one that
+# waits for the program's end raises the reason.
 
 
 async def _feed(stream: trio.abc.SendStream, data: bytes | bytearray | memoryview) -> None:
@@ -160,7 +165,7 @@ async def _collect(running: RunningExec, captured: Captured) -> None:
 
 
 async def _copy_to_host(stream: trio.abc.ReceiveStream, fd: int) -> None:
-    # A copy of its own: Trio lets one task wait for a descriptor, and two calls may write here.
+    # Trio lets one task wait for a descriptor, and two calls may write to the same file.
     fd = os.dup(fd)
     try:
         async for chunk in stream:
@@ -168,6 +173,6 @@ async def _copy_to_host(stream: trio.abc.ReceiveStream, fd: int) -> None:
     except trio.BrokenResourceError:
         pass
     except BrokenPipeError:
-        await stream.aclose()  # as SIGPIPE would have it
+        await stream.aclose()  # the program gets SIGPIPE, as it would on the host
     finally:
         os.close(fd)

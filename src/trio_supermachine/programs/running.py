@@ -73,9 +73,11 @@ class RunningExec:
         if not flags & _NO_STDERR:
             outputs.append(StreamId.STDERR)
         self.request = request
-        self.has_stdin = bool(flags & _STDIN) and not request.empty_stdin
-        self.protocol = ExecProtocol(request.window, outputs=tuple(outputs), stdin=self.has_stdin)
-        self.receiving = {
+        self.has_stdin: bool = bool(flags & _STDIN) and not request.empty_stdin
+        self.protocol: ExecProtocol = ExecProtocol(
+            request.window, outputs=tuple(outputs), stdin=self.has_stdin
+        )
+        self.receiving: dict[StreamId, OneAtATime] = {
             output: OneAtATime(f"another task is already receiving from this {output.name.lower()}")
             for output in (StreamId.STDOUT, StreamId.STDERR)
         }

@@ -1,4 +1,4 @@
-"""Snapshots as files: their format, how they are verified, and how they come to be."""
+"""Snapshots as files: their format, their verification, and their writing."""
 
 from __future__ import annotations
 

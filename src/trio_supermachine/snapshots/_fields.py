@@ -1,7 +1,7 @@
-"""How the values of a snapshot's metadata are checked, and become JSON and back.
+"""Fields of a snapshot's metadata: their checks, and their way to JSON and back.
 
-The checks run whenever a value is made, so what was written can be read, and what is read from
-a hostile file obeys the same bounds.
+The checks run whenever a value is made. So whatever is written can be read, and a hostile file
+obeys the same bounds.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
 def text(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A string that could be a path or a reference."""
+    """Check that a value is a string, long enough for a path or a reference."""
     _text(attribute.name, value, _MAX_TEXT)
 
 
 def short_text(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A string such as a name."""
+    """Check that a value is a string as short as a name."""
     _text(attribute.name, value, _MAX_SHORT)
 
 
 def path(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """An absolute path."""
+    """Check that a value is an absolute path."""
     if not isinstance(value, Path) or not value.is_absolute():
         raise ValueError(f"{attribute.name} is not an absolute path")
     _text(attribute.name, str(value), _MAX_TEXT)
 
 
 def digest(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A SHA-256 in hexadecimal."""
+    """Check that a value is a SHA-256 in hexadecimal."""
     if not isinstance(value, str) or not _DIGEST.fullmatch(value):
         raise ValueError(f"{attribute.name} is not a SHA-256 in hexadecimal")
 
 
 def mapping_of_text(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    """A mapping of a few strings to strings."""
+    """Check that a value is a mapping of a few strings to strings."""
     if not isinstance(value, Mapping) or len(value) > _MAX_FACTS:
         raise ValueError(f"{attribute.name} is not a mapping, or too large")
     for key, fact in value.items():
@@ -57,7 +57,7 @@ def mapping_of_text(_instance: object, attribute: attrs.Attribute[Any], value: o
 
 
 def integer(low: int, high: int) -> Validator:
-    """An integer of a range, both ends included; JSON's true and false are none."""
+    """Make a check for integers of a range, both ends included. JSON's true and false are none."""
 
     def check(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if type(value) is not int or not low <= value <= high:
@@ -67,7 +67,7 @@ def integer(low: int, high: int) -> Validator:
 
 
 def encode(value: Any) -> Any:
-    """What ``json`` can write of an attrs value, a path, a mapping or a tuple of such."""
+    """Convert an attrs value, a path, a mapping or a tuple of such to what ``json`` can write."""
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Path):
@@ -80,7 +80,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(cls: type[T], document: object) -> T:
-    """Make an attrs value of what :func:`encode` gave; the class's validators do the rest.
+    """Make an attrs value of what :func:`encode` gave; the class's validators check it.
 
     :raises ValueError: a key is missing or not known, or a value is out of bounds.
     """

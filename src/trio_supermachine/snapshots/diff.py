@@ -1,4 +1,4 @@
-"""``memory.diff``: the pages of a guest's memory that changed since the base.
+"""The file ``memory.diff``: the pages of a guest's memory that differ from the base.
 
 The file is a header of one page, the changed pages in ascending order, and a table of runs: for
 each its first page and its count, as little-endian 64-bit numbers. Nothing follows.
@@ -22,7 +22,7 @@ MAGIC = b"TSMdiff\0"
 VERSION = 1
 _HEADER = struct.Struct("<8sIIQQQ")  # magic, version, page size, memory size, pages, runs
 _RUN = struct.Struct("<QQ")
-#: More than the most scattered changes of a guest with 8 GiB can be.
+#: The most runs: more than a guest of 8 GiB can have, with every other page changed.
 MAX_RUNS = 1 << 20
 _CHUNK = 64  # pages compared at once
 _BUFFER = 1 << 20  # bytes
@@ -30,7 +30,12 @@ _BUFFER = 1 << 20  # bytes
 
 @attrs.frozen
 class DiffHeader:
-    """The first page of the file: the memory's size in bytes, and counts of pages and runs."""
+    """The first page of the file.
+
+    :ivar memory_size: the memory's size in bytes.
+    :ivar pages: the number of pages in the file.
+    :ivar runs: the number of runs in the table.
+    """
 
     memory_size: int
     pages: int
@@ -38,7 +43,7 @@ class DiffHeader:
 
     @property
     def table(self) -> int:
-        """Where the table of runs begins, in bytes."""
+        """The offset of the table of runs, in bytes."""
         return PAGE + self.pages * PAGE
 
     @property
@@ -47,7 +52,7 @@ class DiffHeader:
         return self.table + self.runs * _RUN.size
 
     def to_bytes(self) -> bytes:
-        """The whole first page."""
+        """Encode the first page."""
         fields = _HEADER.pack(MAGIC, VERSION, PAGE, self.memory_size, self.pages, self.runs)
         return fields.ljust(PAGE, b"\0")
 
@@ -68,7 +73,7 @@ class DiffHeader:
 
 
 def encode_runs(runs: Iterable[Run]) -> bytes:
-    """The table of runs."""
+    """Encode the table of runs."""
     return b"".join(_RUN.pack(*run) for run in runs)
 
 
@@ -91,7 +96,7 @@ def parse_runs(data: bytes, header: DiffHeader) -> tuple[Run, ...]:
 
 
 def read_patch(path: Path, fd: int, memory_size: int) -> PagePatch:
-    """What the open file ``path`` replaces in a memory of this size.
+    """Read which pages the open file ``path`` replaces in a memory of this size.
 
     :raises MalformedError: it is no such file, or damaged.
     """
@@ -113,8 +118,8 @@ def pack_diff(
     """Write the new file ``dest`` with those pages of ``runs`` that differ from ``base``.
 
     :param captured: a full memory file; pages outside ``runs`` are not looked at.
-    :param runs: which pages may have changed, in any order.
-    :return: the number of pages written.
+    :param runs: the pages that may have changed, in any order.
+    :returns: the number of pages written.
     :raises ValueError: a run is not inside the memory, or the pages make too many runs.
     :raises EOFError: a file became shorter.
     :raises OSError: ``dest`` could not be written.

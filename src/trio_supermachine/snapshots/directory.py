@@ -1,4 +1,4 @@
-"""Opening snapshots: nothing is returned that was not found sound."""
+"""Opening snapshots, each of which is verified first."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["Snapshot", "open_snapshot", "read_metadata", "verify_snapshot"]
 async def open_snapshot(path: str | os.PathLike[str]) -> Snapshot:
     """Find and verify a snapshot, its bases and its layers.
 
-    Memory and layers are read in full only the first time that this host sees them as they
-    are. Cancelling ends the work at once.
+    Memory and layers are read in full the first time that this host sees them. Cancelling ends
+    the work at once.
 
     :param path: a snapshot's directory, or the ``restore.snap`` in it.
     :raises SnapshotIncompatible: a newer library made it.
@@ -26,12 +26,15 @@ async def open_snapshot(path: str | os.PathLike[str]) -> Snapshot:
 
 
 async def verify_snapshot(path: str | os.PathLike[str]) -> Snapshot:
-    """As :func:`open_snapshot`, and everything is read in full, whatever is known of it."""
+    """Verify a snapshot as :func:`open_snapshot`, but read everything in full."""
     return await trio.to_thread.run_sync(_open, path, True)
 
 
 async def read_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """What a snapshot says of itself. No other file is looked at; arguments as above."""
+    """Read a snapshot's metadata and no other file.
+
+    :param path: as of :func:`open_snapshot`.
+    """
     return await trio.to_thread.run_sync(lambda: load_metadata(snapshot_directory(path)))
 
 

@@ -1,4 +1,4 @@
-"""Opening and hashing the files of a snapshot, any of which may be hostile or damaged."""
+"""Reading the files of a snapshot, any of which may be hostile or damaged."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..errors import SnapshotInvalid
 from ..oci import MalformedError
 from .metadata import REMEDY, FileRef
 
-#: Called between pieces of work, to end it by raising: in a worker thread of Trio's
-#: :func:`trio.from_thread.check_cancelled`.
+#: A function that is called between pieces of work, and raises to end it. In a worker thread it
+#: is :func:`trio.from_thread.check_cancelled`.
 Check = Callable[[], None]
 
 METADATA = "metadata.json"
@@ -28,11 +28,11 @@ _PIECE = 1 << 20  # bytes hashed between checks
 
 @contextmanager
 def opened(path: Path, *, follow: bool = False) -> Iterator[int]:
-    """Open a regular file for reading, and say what is wrong with it if that cannot be done.
+    """Open a regular file for reading, for the length of a block.
 
-    Nothing else is ever opened, so that a FIFO cannot block and a device cannot act.
+    Nothing else is ever opened: opening a FIFO could block, and opening a device could act.
 
-    :param follow: whether the file may be a symbolic link to another.
+    :param follow: the file may be a symbolic link to another.
     :raises SnapshotInvalid: it is missing, no regular file, or cannot be read.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -53,7 +53,9 @@ def opened(path: Path, *, follow: bool = False) -> Iterator[int]:
 
 @contextmanager
 def reading(path: Path, *, follow: bool = False) -> Iterator[int]:
-    """As :func:`opened`, and the block only reads: where it fails, the file is at fault.
+    """Open a file as :func:`opened`, for a block that only reads it.
+
+    An error of the block is the file's fault.
 
     :raises SnapshotInvalid: also if the file became shorter, or a disk failed.
     """
@@ -92,7 +94,7 @@ def read_exactly(fd: int, size: int, offset: int) -> bytes:
 
 
 def hash_file(fd: int, check: Check) -> FileRef:
-    """The digest and the size of an open file."""
+    """Compute the digest and the size of an open file."""
     digest = hashlib.sha256()
     size = 0
     while True:

@@ -1,4 +1,4 @@
-"""Guest memory in files: a full, sparse one, and patches of changed pages over it."""
+"""Guest memory in files: a full and sparse one, and patches of changed pages over it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ZERO = bytes(BLOCK)
 
 @attrs.frozen
 class PagePatch:
-    """Pages that replace those of a memory below.
+    """Pages that replace those of the memory below.
 
-    :ivar file: holds the pages, one after another in the order of the runs.
-    :ivar runs: which pages they are, each run with its first page and its count; sorted.
-    :ivar offset: where in the file the first page begins, in bytes.
+    :ivar file: the file that holds the pages, one after another in the order of the runs.
+    :ivar runs: the pages' places in memory, each run with its first page and its count; sorted.
+    :ivar offset: the place of the first page in the file, in bytes.
     """
 
     file: Path
@@ -36,9 +36,11 @@ class PagePatch:
 
 @attrs.frozen
 class MemoryImage:
-    """A guest's memory: a full file, and patches to put over it in this order.
+    """A guest's memory: a full file, and patches over it.
 
-    :ivar size: of the memory, in bytes.
+    :ivar root: the full file.
+    :ivar size: the memory's size in bytes.
+    :ivar patches: the patches, in the order in which they are put over it.
     """
 
     root: Path
@@ -60,7 +62,7 @@ class MemoryImage:
 
 
 class MemoryReader:
-    """Reads pages of a :class:`MemoryImage`, from files that are open."""
+    """The open files of a :class:`MemoryImage`."""
 
     def __init__(self, root: int, size: int, patches: list[_OpenPatch]) -> None:
         self._root = root
@@ -68,7 +70,7 @@ class MemoryReader:
         self._patches = patches
 
     def read(self, page: int, count: int) -> bytes:
-        """The bytes of ``count`` pages.
+        """Read ``count`` pages.
 
         :raises EOFError: a file became shorter.
         """
@@ -78,7 +80,7 @@ class MemoryReader:
         return data
 
     def stored(self) -> list[Run]:
-        """The pages that could be other than zero."""
+        """Give the pages that could be other than zero."""
         runs = list(data_runs(self._root, self._size))
         for patch in self._patches:
             runs.extend(patch.runs)
@@ -115,13 +117,13 @@ class _OpenPatch:
 
 
 def data_runs(fd: int, size: int) -> Iterator[Run]:
-    """The pages of an open file that are not in a hole."""
+    """Give the pages of an open file that are not in a hole."""
     offset = 0
     while offset < size:
         try:
             start = os.lseek(fd, offset, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole up to the end
+            if error.errno == errno.ENXIO:  # a hole up to the end
                 return
             raise
         end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
@@ -132,10 +134,10 @@ def data_runs(fd: int, size: int) -> Iterator[Run]:
 
 
 def digest_memory(fd: int, size: int, check: Check) -> MemoryRef:
-    """What a full memory file of ``size`` bytes holds, wherever its holes are.
+    """Compute the digest of a full memory file of ``size`` bytes, wherever its holes are.
 
-    The digest is the SHA-256 over each block of 64 KiB that is not all zero: its offset as
-    eight little-endian bytes, then the block.
+    It is the SHA-256 over each block of 64 KiB that is not all zero: its offset as eight
+    little-endian bytes, then the block.
 
     :raises EOFError: the file is shorter.
     """

@@ -1,8 +1,9 @@
-"""What a snapshot says of itself: ``metadata.json``, as a value and as bytes.
+"""The metadata of a snapshot: ``metadata.json``, as a value and as bytes.
 
 The encoding is canonical: one value has one encoding, and a file with any other bytes is
-refused. It carries its own SHA-256 as ``checksum``, which is the snapshot's *identity*. As it
-names the digests of all other files, and of the base, an identity stands for every byte.
+refused. The file carries its own SHA-256 as ``checksum``, which is the snapshot's *identity*. Since
+it names the digests of all other files, and the identity of the base, an identity stands for every
+byte.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ._fields import decode, digest, encode, integer, mapping_of_text, path, sho
 FORMAT = 1
 MAX_METADATA = 1 << 20  # bytes
 MAX_LAYERS = 256
-#: What to do about a snapshot that is damaged.
+#: The remedy for a damaged snapshot, for messages.
 REMEDY = "restore it from a copy, or make the snapshot again"
 
 Kind = Literal["full", "diff"]
@@ -43,7 +44,7 @@ class FileRef:
 
 @attrs.frozen(kw_only=True)
 class LayerRef:
-    """A squashfs layer: where it was, its SHA-256 and its size in bytes."""
+    """A squashfs layer: its path at the capture, its SHA-256 and its size in bytes."""
 
     path: Path = attrs.field(validator=path)
     sha256: str = attrs.field(validator=digest)
@@ -54,10 +55,10 @@ class LayerRef:
 class MemoryRef:
     """A memory file.
 
-    :ivar sha256: of a full one the digest of its content, holes or not (see
-        :func:`~.memory.digest_memory`); of a diff that of the file.
+    :ivar sha256: the digest of a full file's content (see :func:`~.memory.digest_memory`), or of a
+        diff's file.
     :ivar size: the file's length in bytes.
-    :ivar data: how many bytes of the guest's memory it stores.
+    :ivar data: the number of bytes of the guest's memory in it.
     """
 
     sha256: str = attrs.field(validator=digest)
@@ -67,9 +68,9 @@ class MemoryRef:
 
 @attrs.frozen(kw_only=True)
 class BaseRef:
-    """The snapshot that a diff was made on: its identity and where it was.
+    """The snapshot that a diff was made on: its identity and its path at the capture.
 
-    :ivar relative: the way to it from the diff's own directory, for when both were moved.
+    :ivar relative: the path to it from the diff's own directory, for when both were moved.
     """
 
     identity: str = attrs.field(validator=digest)
@@ -79,15 +80,17 @@ class BaseRef:
 
 @attrs.frozen(kw_only=True)
 class Draft:
-    """What is known of a snapshot before its files are written.
+    """The part of the metadata that is known before the files are written.
 
-    :ivar engine: the engine's name; :attr:`host` its own facts that a restore must agree with.
-    :ivar kernel: the SHA-256 of the kernel, as :attr:`initramfs` is of the initramfs.
-    :ivar image_config: how the image wants to be run.
+    :ivar engine: the engine's name.
+    :ivar host: the engine's facts about the host with which a restore must agree.
+    :ivar kernel: the SHA-256 of the kernel.
+    :ivar initramfs: the SHA-256 of the initramfs.
+    :ivar image_config: the image's configuration.
     :ivar layers: the image's squashfs files, lowest first.
     :ivar guest_port: the TCP port that the workload listens on, if that is known.
-    :ivar fingerprint: of everything that a bake was made of, if this is one.
-    :ivar created_at: in seconds since 1970.
+    :ivar fingerprint: the fingerprint of everything that a bake was made of, if this is one.
+    :ivar created_at: the time of the capture, in seconds since 1970.
     """
 
     engine: str = attrs.field(validator=short_text)
@@ -124,9 +127,9 @@ class Draft:
 
 @attrs.frozen(kw_only=True)
 class Metadata(Draft):
-    """All that ``metadata.json`` says.
+    """The content of ``metadata.json``.
 
-    Making one that could not be read again raises :exc:`ValueError` or :exc:`TypeError`.
+    Making a value that could not be read again raises :exc:`ValueError` or :exc:`TypeError`.
     """
 
     kind: Kind = attrs.field(validator=attrs.validators.in_(("full", "diff")))
@@ -159,7 +162,7 @@ class Metadata(Draft):
         return _checksum(self._document())
 
     def to_bytes(self) -> bytes:
-        """The content of ``metadata.json``.
+        """Encode the content of ``metadata.json``.
 
         :raises ValueError: it would be larger than a reader takes.
         """
@@ -176,7 +179,7 @@ class Metadata(Draft):
     def parse(cls, data: bytes, name: str) -> Metadata:
         """Read the content of ``metadata.json``, which is not trusted.
 
-        :param name: what errors call the file.
+        :param name: the file's name in errors.
         :raises SnapshotIncompatible: a newer library wrote it.
         :raises SnapshotInvalid: it is damaged, or no such file.
         """

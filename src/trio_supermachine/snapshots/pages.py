@@ -10,7 +10,7 @@ Run = tuple[int, int]
 
 
 def union(*many: Iterable[Run]) -> list[Run]:
-    """The pages that any of these has, as runs with a gap between each and the next."""
+    """Give the pages that any of these has, as runs with a gap between each and the next."""
     merged: list[Run] = []
     for start, count in sorted(run for runs in many for run in runs):
         if merged and start <= merged[-1][0] + merged[-1][1]:
@@ -22,7 +22,7 @@ def union(*many: Iterable[Run]) -> list[Run]:
 
 
 def intersection(left: Iterable[Run], right: Iterable[Run]) -> list[Run]:
-    """The pages that both have; both are as :func:`union` gives them."""
+    """Give the pages that both have; both are as :func:`union` gives them."""
     common = []
     others = iter(right)
     other = next(others, None)
@@ -39,5 +39,5 @@ def intersection(left: Iterable[Run], right: Iterable[Run]) -> list[Run]:
 
 
 def total(runs: Iterable[Run]) -> int:
-    """How many pages these are."""
+    """Count the pages."""
     return sum(count for _, count in runs)

@@ -1,7 +1,29 @@
-"""Finding the files of a snapshot and its bases, and making sure that they are sound.
+"""The verification of a snapshot: find its files and those of its bases, and check them all.
 
-Metadata and device state are read in full each time. Memory and layers are large: each is read
-in full once, and then known by its path, inode, size and time stamps.
+A snapshot is a directory. A diff names its base, so that several make a *chain*, at most 33 long,
+down to a full one. A snapshot that was verified can be restored without another look at its bytes,
+so nothing gets past here that an engine should not load. This is the order:
+
+1. *The chain.* Each ``metadata.json`` is read, from the newest to the full one. It must match its
+   own checksum (:mod:`.metadata`). A base is searched where it was at the capture, then at the same
+   place relative to the diff, in case both were moved; what is found must have the identity that
+   the diff names. Since a diff's identity covers that of its base, no base can be exchanged, and
+   no chain can run in a circle.
+2. *State and memory*, from the full snapshot upwards. The device state is small, and its digest is
+   computed each time. The memory's digest is computed once, see below. The table of a diff is
+   checked on top of its digest, since offsets into the file are made of it.
+3. *Layers*, where they were at the capture, or at the same place in this data directory.
+
+Reading all memory at each restore would take longer than the restore. So memory and layers are read
+in full once, and then known by path, device, inode, size and time stamps (``host/verified``). The
+identity of an open file is taken before it is read and compared afterwards, so that a file that
+changes meanwhile is never recorded as verified. The user of this program can forge time stamps and
+records, and nothing here protects against that. :func:`~.directory.verify_snapshot` reads
+everything, whatever is recorded.
+
+Any file may be hostile: a FIFO, a link, a device, too long, a header that lies. :mod:`.files` opens
+regular files only, every size is compared before content is read, and whatever is wrong becomes
+:exc:`SnapshotInvalid`, which names the file and a remedy.
 """
 
 from __future__ import annotations
@@ -29,7 +51,7 @@ from .files import (
 from .memory import MemoryImage, PagePatch, digest_memory
 from .metadata import MAX_METADATA, REMEDY, BaseRef, FileRef, LayerRef, MemoryRef, Metadata
 
-#: How many snapshots may lie one on another.
+#: The most diffs that may lie on a full snapshot.
 MAX_CHAIN = 32
 _MEMORY, _FILE = "memory", "file"
 
@@ -38,12 +60,12 @@ _MEMORY, _FILE = "memory", "file"
 class Snapshot:
     """A snapshot whose files were found and verified.
 
-    :ivar directory: where it is.
-    :ivar identity: stands for all its bytes, and those of its bases.
+    :ivar directory: its directory.
+    :ivar identity: a digest of all its bytes, and of those of its bases.
     :ivar state: the file with the device state.
     :ivar memory: the guest's memory, bases included.
-    :ivar layers: where the image's layers are, lowest first.
-    :ivar depth: how many snapshots it is made on; 0 for a full one.
+    :ivar layers: the files of the image's layers, lowest first.
+    :ivar depth: the number of snapshots that it lies on; 0 for a full one.
     """
 
     directory: Path
@@ -56,7 +78,7 @@ class Snapshot:
 
 
 def snapshot_directory(path: str | os.PathLike[str]) -> Path:
-    """The directory of the snapshot that a user names by it, or by the device state in it.
+    """Give the directory of a snapshot that a user names by it, or by the device state in it.
 
     :raises SnapshotInvalid: there is no such thing.
     """
@@ -85,15 +107,15 @@ def load_metadata(directory: Path) -> Metadata:
 
 
 def place_of(path: Path) -> str:
-    """What a file's record is kept under."""
+    """Give the key of a file's record."""
     return os.path.abspath(path)
 
 
 class Verifier:
-    """Verifies snapshots, in a thread.
+    """The verification of snapshots, in a thread.
 
-    :param check: is called between pieces of work, and may raise to end it.
-    :param thorough: whether to read everything in full, whatever is known.
+    :param check: called between pieces of work; it may raise to end the work.
+    :param thorough: read everything in full, whatever is known.
     """
 
     def __init__(self, check: Check, *, thorough: bool = False) -> None:
@@ -138,7 +160,7 @@ class Verifier:
         return LayerRef(path=path, sha256=found.sha256, size=found.size)
 
     def trust_memory(self, directory: Path, metadata: Metadata) -> None:
-        """Note that this snapshot's memory is as its metadata says: it was just written so."""
+        """Record that this snapshot's memory is as its metadata says, as it was just written."""
         full = metadata.kind == "full"
         path = directory / (FULL_MEMORY if full else DIFF_MEMORY)
         found = identity(os.stat(path))
@@ -146,7 +168,7 @@ class Verifier:
         self._known.remember(place_of(path), found, kind, metadata.memory.sha256)
 
     def _chain(self, directory: Path) -> list[_Link]:
-        """The snapshot and those below it, down to a full one."""
+        """Read the metadata of a snapshot and of those below it, down to a full one."""
         chain = [_Link(directory, load_metadata(directory))]
         while (base := chain[-1].metadata.base) is not None:
             if len(chain) > MAX_CHAIN:
@@ -224,7 +246,7 @@ class _Link:
 
 
 def _find_base(directory: Path, base: BaseRef) -> _Link:
-    """A diff's base: where it was, or where it is if both were moved."""
+    """Find a diff's base: at its old place, or beside the diff if both were moved."""
     other: str | None = None
     for place in (base.path, Path(os.path.normpath(directory / base.relative))):
         if not os.path.lexists(place):
@@ -243,7 +265,7 @@ def _find_base(directory: Path, base: BaseRef) -> _Link:
 
 
 def _layer_places(path: Path) -> list[Path]:
-    """Where a layer may be: where it was, or at the same place in this data directory."""
+    """Give the places of a layer: its old one, and the same one in this data directory."""
     places = [path]
     parts = path.parts
     if "layers" in parts[:-1]:

@@ -1,7 +1,22 @@
 """Writing snapshots: a directory appears whole, or not at all.
 
-A capture is ``async with new_snapshot(dest) as directory:``, an engine that writes the device
-state and the memory there, then :func:`finish_full` or :func:`finish_diff`.
+A capture goes through these steps:
+
+1. :func:`new_snapshot` makes a temporary directory beside the snapshot's place, and so on the same
+   file system.
+2. The engine writes the device state and the memory there, while the guest stands still.
+3. The guest runs again, and :func:`finish_full` or :func:`finish_diff` hashes the files and writes
+   the metadata. A diff keeps the pages that differ from its base, and the full memory goes. Its
+   base is verified once more, since days may have passed since it was opened, and a diff on
+   anything else would be worthless.
+4. The block of :func:`new_snapshot` ends: the files are synced to the disk, the directory is
+   renamed into its place, and its parent is synced. The order matters. After a power cut the place
+   has nothing or the whole snapshot.
+5. The memory is recorded as verified, so that the first restore need not read it.
+
+Until the rename, cancelling or failing removes everything. The rename is shielded, as it cannot be
+taken back. If another program took the place meanwhile, the rename fails and changes nothing there.
+A killed program leaves a temporary directory, which no reader takes for a snapshot.
 """
 
 from __future__ import annotations
@@ -26,14 +41,14 @@ from .verify import MAX_CHAIN, Snapshot, Verifier, load_metadata
 
 @asynccontextmanager
 async def new_snapshot(dest: str | os.PathLike[str]) -> AsyncIterator[Path]:
-    """Give a temporary directory next to ``dest``; it becomes ``dest`` if the block ends well.
+    """Give a temporary directory beside ``dest``, which becomes ``dest`` if the block ends well.
 
-    It is on the disk, not only in memory, when the block is left. If the block fails or is
-    cancelled nothing is left, and ``dest`` is as it was.
+    When the block is left, the directory is on the disk. If the block fails or is cancelled,
+    nothing is left, and ``dest`` is as it was.
 
     :raises FileExistsError: ``dest`` is there and not an empty directory; before the block
         runs, or after it if another program was faster.
-    :raises OSError: it cannot be written, for instance as the disk is full.
+    :raises OSError: it cannot be written, as on a full disk.
     """
     path = await trio.to_thread.run_sync(_absent, dest)
     pending = hostfiles.new_directory(path)
@@ -68,9 +83,9 @@ async def finish_diff(
     *,
     complete: bool = False,
 ) -> Metadata:
-    """As :func:`finish_full`, keeping of the memory only what differs from ``base``.
+    """Describe a snapshot as :func:`finish_full` does, but keep only what differs from ``base``.
 
-    The full memory file that was written is removed.
+    The full memory file that the engine wrote is removed.
 
     :param captured_runs: the pages that were captured, as pairs of a first page and a count.
     :param complete: all other pages are zero; otherwise they are as they were in ``base``.
@@ -79,7 +94,7 @@ async def finish_diff(
     :raises ValueError: the draft cannot be written, a captured page is not inside the memory, or
         more runs of pages differ than a diff holds.
     """
-    # What is zero now need not have been so in the base.
+    # Pages that are zero now may have had data in the base.
     runs = ((0, (draft.memory_mib << 20) // PAGE),) if complete else tuple(captured_runs)
     return await trio.to_thread.run_sync(_finish_diff, directory, draft, runs, base)
 
@@ -93,7 +108,7 @@ async def layer_refs(paths: Iterable[Path]) -> tuple[LayerRef, ...]:
 
 
 def _absent(dest: str | os.PathLike[str]) -> Path:
-    """The place of a new snapshot as an absolute path, if it is free."""
+    """Give the absolute path of a new snapshot. :raises FileExistsError: something is there."""
     path = Path(os.path.abspath(dest))
     try:
         if not path.is_symlink() and not os.listdir(path):
@@ -101,7 +116,7 @@ def _absent(dest: str | os.PathLike[str]) -> Path:
     except FileNotFoundError:
         return path
     except NotADirectoryError:
-        if not os.path.lexists(path):  # it is one of the parents that is no directory
+        if not os.path.lexists(path):  # one of the parents is no directory
             raise
     raise FileExistsError(errno.EEXIST, "there is something at the snapshot's place", str(path))
 
@@ -151,7 +166,7 @@ def _finish_diff(directory: Path, draft: Draft, runs: tuple[Run, ...], base: Sna
     full.unlink()
     found = _hash(path, check)
     memory = MemoryRef(sha256=found.sha256, size=found.size, data=pages * PAGE)
-    # Both lie in their places already, as a temporary directory is next to its final place.
+    # The temporary directory is beside its final place, so the relative path will hold there.
     way = os.path.relpath(os.path.realpath(base.directory), os.path.realpath(directory))
     ref = BaseRef(identity=base.identity, path=base.directory, relative=way)
     state = _hash(directory / STATE, check)
@@ -177,4 +192,4 @@ def _layer_refs(paths: tuple[Path, ...]) -> tuple[LayerRef, ...]:
 
 
 def _never() -> None:
-    """Nothing ends this work."""
+    """End nothing: this work is short."""

@@ -26,7 +26,7 @@ class GuestFiles:
     async def write_file(
         self, path: StrOrBytesPath, data: bytes | bytearray | memoryview, *, mode: int = 0o644
     ) -> None:
-        """Write a guest file atomically: a temporary sibling is renamed to ``path``.
+        r"""Write a guest file atomically: a temporary sibling is renamed to ``path``.
 
         Cancelled or failed, it leaves the old file as it was.
 

@@ -20,7 +20,7 @@ class GuestNetwork:
     _running: RunningVm
 
     async def connect(self, port: int | None = None) -> trio.abc.HalfCloseableStream:
-        """Connect to a TCP listener in the guest, on its loopback or any address.
+        r"""Connect to a TCP listener in the guest, on its loopback or any address.
 
         The stream is a connection of its own, and ends as TCP's do: by an end of data in each
         direction, or by :exc:`trio.BrokenResourceError` when the guest resets it. Close it when
@@ -65,7 +65,7 @@ class GuestNetwork:
         host: str = "127.0.0.1",
         max_connections: int = MAX_CONNECTIONS,
     ) -> TcpForwarder:
-        """Forward a TCP port of the host to one of the guest.
+        r"""Forward a TCP port of the host to one of the guest.
 
         The forward lasts until it is closed, or the VM ends. Each client's connection is connected
         to the guest when it comes, and reset if nothing listens there. Ends of data and resets

@@ -208,7 +208,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
     def when_gone(self, call: Callable[[], None]) -> None:
         """Call ``call`` when the connection is gone; it becomes the watcher of :meth:`watch`.
 
-        For a user who has received the end of data, and would not hear of a reset behind it.
+        Behind the end of data a user would not hear of a reset otherwise.
         """
 
         def changed() -> None:
@@ -228,7 +228,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         self._connection.like_tcp = True
 
     async def aclose(self) -> None:
-        """Leave. What was sent still reaches the peer; what was not read is lost.
+        """Leave. Data that was sent still reaches the peer; data not yet read is lost.
 
         A checkpoint, behind the work: a cancelled call has closed the stream, too.
         """
@@ -239,7 +239,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     def abort(self) -> None:
-        """Leave by a reset of the connection: what the peer has not read may be lost. Plain."""
+        """Leave by a reset: data that the peer has not read may be lost. Plain."""
         if not self._closed:
             self._closed = True
             self._mux.core.abort(self._connection)
@@ -248,7 +248,7 @@ class VsockStream(trio.abc.HalfCloseableStream):
     def leave(self) -> None:
         """Leave a peer that has said all and is about to close. Plain.
 
-        Unlike :meth:`aclose` this sends nothing: the peer's own end is answered as it comes.
+        This sends nothing: the peer's own end is answered as it comes.
         """
         if not self._closed:
             self._closed = True
@@ -326,7 +326,7 @@ class VsockListener(trio.abc.Listener[VsockStream]):
 class VsockMux:
     """All vsock connections of one machine, over one carrier that it owns.
 
-    Packets move while :meth:`run` runs. Before, the carrier may take what it can at once.
+    Packets move while :meth:`run` runs; some may leave before.
 
     :param max_payload: bytes that a packet to the peer may have.
     """
@@ -340,7 +340,7 @@ class VsockMux:
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
         #: The connections. Its carrier uses them, too: see :class:`~.carrier.Packets`.
-        self.core = Mux(local_cid=local_cid, peer_cid=peer_cid, max_payload=max_payload)
+        self.core: Mux = Mux(local_cid=local_cid, peer_cid=peer_cid, max_payload=max_payload)
         self._carrier = carrier
         self._streams: dict[Connection, VsockStream] = {}
         self._listeners: dict[int, VsockListener] = {}
@@ -420,10 +420,7 @@ class VsockMux:
         return self._carrier.quiet()
 
     def reset_peer(self) -> None:
-        """Tell a peer that was restored that its connections are gone.
-
-        Called before :meth:`run`, or never.
-        """
+        """Tell a restored peer that its connections are gone. Before :meth:`run`, or never."""
         self._carrier.reset_peer()
 
     def close(self, error: Callable[[], BaseException] | None = None) -> None:

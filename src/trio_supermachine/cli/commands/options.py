@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, get_args
 
 import click
 
 from ...config.defaults import EngineName
 from ...images.policy import PullPolicy
+
+Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
+
+
+class Option(Protocol):
+    """The decorator that gives a command an option."""
+
+    def __call__(self, command: Command, /) -> Command: ...
 
 
 def variables(
@@ -28,7 +36,7 @@ def variables(
     return tuple(found)
 
 
-environment = click.option(
+environment: Option = click.option(
     "-e",
     "--env",
     "environment",
@@ -37,24 +45,28 @@ environment = click.option(
     metavar="NAME[=VALUE]",
     help="Add a variable to the image's environment; without a value, this program's own.",
 )
-user = click.option(
+user: Option = click.option(
     "-u", "--user", metavar="USER", help="User name or id, with an optional :GROUP."
 )
-workdir = click.option("-w", "--workdir", metavar="DIR", help="Working directory in the guest.")
-engine = click.option(
+workdir: Option = click.option(
+    "-w", "--workdir", metavar="DIR", help="Working directory in the guest."
+)
+engine: Option = click.option(
     "--engine",
     type=click.Choice(get_args(EngineName)),
     default="auto",
     show_default=True,
     help="What runs the VM.",
 )
-platform = click.option("--platform", metavar="OS/ARCH", help="Which variant of the image to take.")
-pull = click.option(
+platform: Option = click.option(
+    "--platform", metavar="OS/ARCH", help="Which variant of the image to take."
+)
+pull: Option = click.option(
     "--pull",
     type=click.Choice([policy.value for policy in PullPolicy]),
     default="missing",
     show_default=True,
     help="When to ask a registry.",
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr.")
+as_json: Option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet: Option = click.option("-q", "--quiet", is_flag=True, help="Show no progress on stderr.")

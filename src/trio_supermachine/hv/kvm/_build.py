@@ -357,7 +357,7 @@ def build() -> Path:
 
 
 def wheel_tag() -> str:
-    """What Pythons and platforms a wheel with the binding is for."""
+    """Name the Pythons and platforms that a wheel with the binding is for."""
     this = f"cp{sys.version_info.major}{sys.version_info.minor}"
     if _is_free_threaded():
         return f"{this}-{this}t-{_PLATFORM}"

@@ -1,10 +1,9 @@
 """The kernel's KVM interface, as thin classes over :mod:`_kvm`.
 
-Each method is one ioctl (the kernel's *KVM API documentation* tells what it does) and may be
-called from any thread. All raise :exc:`OSError` with the ioctl's name, such as
-``KVM_SET_SREGS: Invalid argument``.
-A vCPU's wait while it runs.
-Importing this module raises :exc:`ImportError` where the package was built without the binding.
+Each method is one ioctl, which the kernel's *KVM API documentation* describes, and may be called
+from any thread; those of a vCPU wait while it runs. All raise :exc:`OSError` with the ioctl's name,
+such as ``KVM_SET_SREGS: Invalid argument``. Importing this module raises :exc:`ImportError` where
+the package was built without the binding.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ _API_VERSION: Final = 12
 _IOAPIC_PINS: Final = 24
 _PIC_PINS: Final = 16
 
-#: The structure of one of the three interrupt controllers, and of the PIT.
+#: Sizes of the structures of one of the three interrupt controllers, and of the PIT.
 IRQCHIP_SIZE: Final = ffi.sizeof("struct kvm_irqchip")
 PIT_SIZE: Final = ffi.sizeof("struct kvm_pit_state2")
 IRQCHIPS: Final = (lib.KVM_IRQCHIP_PIC_MASTER, lib.KVM_IRQCHIP_PIC_SLAVE, lib.KVM_IRQCHIP_IOAPIC)
 
 
 class MsiRoute(NamedTuple):
-    """What an interrupt line raised by an irqfd sends: an MSI message."""
+    """MSI message that an interrupt line sends when an irqfd raises it."""
 
     gsi: int
     address: int
@@ -52,7 +51,7 @@ class MsiRoute(NamedTuple):
 
 @final
 class Kvm(Descriptor):
-    """The device itself: what this host's KVM can do, and new machines."""
+    """The device itself: the abilities of this host's KVM, and new machines."""
 
     @classmethod
     def open(cls, path: str = "/dev/kvm") -> Kvm:
@@ -72,15 +71,15 @@ class Kvm(Descriptor):
         return kvm
 
     def check_extension(self, name: str) -> int:
-        """The host's answer for a capability such as ``"KVM_CAP_TSC_CONTROL"``; 0 if missing."""
+        """Ask the host for a capability such as ``"KVM_CAP_TSC_CONTROL"``; 0 if it is missing."""
         return call_value(self._fd, "KVM_CHECK_EXTENSION", getattr(lib, name))
 
     def supported_cpuid(self) -> list[CpuidEntry]:
-        """All that KVM and the processor support for a guest (KVM_GET_SUPPORTED_CPUID)."""
+        """Read all that KVM and the processor support for a guest (KVM_GET_SUPPORTED_CPUID)."""
         return read_cpuid(self._fd, "KVM_GET_SUPPORTED_CPUID")
 
     def msr_indices(self) -> list[int]:
-        """The MSRs that make up a vCPU's state (KVM_GET_MSR_INDEX_LIST)."""
+        """List the MSRs that make up a vCPU's state (KVM_GET_MSR_INDEX_LIST)."""
         count = 0
         while True:
             msrs = ffi.new("struct kvm_msr_list *", {"nmsrs": count, "indices": count})
@@ -94,7 +93,7 @@ class Kvm(Descriptor):
                 return [msrs.indices[i] for i in range(msrs.nmsrs)]
 
     def create_vm(self) -> KvmVm:
-        """A machine without memory, devices and vCPUs."""
+        """Make a machine without memory, devices and vCPUs."""
         return KvmVm(self, call_value(self._fd, "KVM_CREATE_VM"))
 
 
@@ -118,29 +117,29 @@ class KvmVm(Descriptor):
         for vcpu in self._vcpus:
             vcpu.close()
         super().close()
-        # Only now can nothing in the guest reach it any more.
+        # Only now can nothing in the guest reach the memory any more.
         for memory in self._memory.values():
             ffi.release(memory)
         self._memory.clear()
 
     def check_extension(self, name: str) -> int:
-        """This machine's answer for a capability; 0 if missing."""
+        """Ask this machine for a capability; 0 if it is missing."""
         return call_value(self._fd, "KVM_CHECK_EXTENSION", getattr(lib, name))
 
     def set_tss_addr(self, address: int) -> None:
-        """Where three pages lie that Intel processors need, below 4 GiB, outside of memory."""
+        """Place three pages that Intel processors need: below 4 GiB, outside of memory."""
         call_value(self._fd, "KVM_SET_TSS_ADDR", address)
 
     def set_identity_map_addr(self, address: int) -> None:
-        """Where one page lies that Intel processors need; before the first vCPU."""
+        """Place one page that Intel processors need, before the first vCPU is made."""
         call(self._fd, "KVM_SET_IDENTITY_MAP_ADDR", ffi.new("uint64_t *", address))
 
     def create_irqchip(self) -> None:
-        """Two PICs, an IOAPIC, and a local APIC in each vCPU made later, all in the kernel."""
+        """Make two PICs, an IOAPIC, and a local APIC in each later vCPU, all in the kernel."""
         call(self._fd, "KVM_CREATE_IRQCHIP")
 
     def create_pit(self) -> None:
-        """A PIT in the kernel, with a port 0x61 that answers."""
+        """Make a PIT in the kernel, with a port 0x61 that answers."""
         config = ffi.new("struct kvm_pit_config *", {"flags": lib.KVM_PIT_SPEAKER_DUMMY})
         call(self._fd, "KVM_CREATE_PIT2", config)
 
@@ -155,8 +154,8 @@ class KvmVm(Descriptor):
     ) -> None:
         """Make a writable buffer the guest's memory at a guest-physical address.
 
-        The buffer is held, so that it cannot be unmapped, until the machine is closed or the slot
-        is given another. Address and size are multiples of the page size.
+        The buffer cannot be unmapped until the machine is closed or the slot is given another.
+        Address and size are multiples of the page size.
         """
         held = ffi.from_buffer("char[]", memory, require_writable=True)
         flags = (readonly and lib.KVM_MEM_READONLY) | (log_dirty and lib.KVM_MEM_LOG_DIRTY_PAGES)
@@ -180,7 +179,7 @@ class KvmVm(Descriptor):
         call(self._fd, "KVM_SET_USER_MEMORY_REGION", region)
 
     def dirty_log(self, slot: int) -> bytes:
-        """A bit for each page of a slot with ``log_dirty``, set if written since the last call."""
+        """Give a bit for each page of a slot with ``log_dirty``: written since the last call."""
         size = (len(self._memory[slot]) // 4096 + 63) // 64 * 8
         bitmap = bytearray(size)
         with ffi.from_buffer("char[]", bitmap, require_writable=True) as target:
@@ -198,7 +197,7 @@ class KvmVm(Descriptor):
         port: bool = False,
         deassign: bool = False,
     ) -> None:
-        """Have a guest's write signal an eventfd instead of leaving the guest.
+        """Let a guest's write signal an eventfd instead of leaving the guest.
 
         :param length: bytes of the write: 1, 2, 4, 8, or 0 for any.
         :param datamatch: only this value counts; needs a length.
@@ -214,7 +213,7 @@ class KvmVm(Descriptor):
         call(self._fd, "KVM_IOEVENTFD", ffi.new("struct kvm_ioeventfd *", event))
 
     def irqfd(self, eventfd: int, gsi: int, *, deassign: bool = False) -> None:
-        """Have an eventfd raise an interrupt line, without a thread in between."""
+        """Let an eventfd raise an interrupt line, without a thread in between."""
         flags = deassign and lib.KVM_IRQFD_FLAG_DEASSIGN
         call(self._fd, "KVM_IRQFD", ffi.new("struct kvm_irqfd *", (eventfd, gsi, flags)))
 
@@ -228,7 +227,7 @@ class KvmVm(Descriptor):
         return call(self._fd, "KVM_SIGNAL_MSI", ffi.new("struct kvm_msi *", message)) > 0
 
     def set_gsi_routing(self, routes: Iterable[MsiRoute]) -> None:
-        """Replace the interrupt routing: PIC and IOAPIC on lines 0 to 23 as at first, and MSIs."""
+        """Replace the interrupt routing: pins of PIC and IOAPIC as at first, and these MSIs."""
         msis = list(routes)
         count = _PIC_PINS + _IOAPIC_PINS + len(msis)
         table = ffi.new("struct kvm_irq_routing *", {"nr": count, "entries": count})
@@ -242,35 +241,35 @@ class KvmVm(Descriptor):
         call(self._fd, "KVM_SET_GSI_ROUTING", table)
 
     def get_irqchip(self, chip: int) -> bytes:
-        """One of :data:`IRQCHIPS`, as ``struct kvm_irqchip``."""
+        """Read one of :data:`IRQCHIPS`, as ``struct kvm_irqchip``."""
         state = ffi.new("struct kvm_irqchip *", {"chip_id": chip})
         call(self._fd, "KVM_GET_IRQCHIP", state)
         return bytes(ffi.buffer(state))
 
     def set_irqchip(self, state: bytes) -> None:
-        """What :meth:`get_irqchip` gave; :raises ValueError: of another size."""
+        """Load what :meth:`get_irqchip` gave. :raises ValueError: it has another size."""
         write(self._fd, "KVM_SET_IRQCHIP", state, IRQCHIP_SIZE)
 
     def get_pit(self) -> bytes:
-        """The PIT, as ``struct kvm_pit_state2``."""
+        """Read the PIT, as ``struct kvm_pit_state2``."""
         return read(self._fd, "KVM_GET_PIT2", PIT_SIZE)
 
     def set_pit(self, state: bytes) -> None:
-        """What :meth:`get_pit` gave; :raises ValueError: of another size."""
+        """Load what :meth:`get_pit` gave. :raises ValueError: it has another size."""
         write(self._fd, "KVM_SET_PIT2", state, PIT_SIZE)
 
     def get_clock(self) -> int:
-        """The guest's kvmclock in nanoseconds."""
+        """Read the guest's kvmclock, in nanoseconds."""
         data = ffi.new("struct kvm_clock_data *")
         call(self._fd, "KVM_GET_CLOCK", data)
         return int(data.clock)
 
     def set_clock(self, nanoseconds: int) -> None:
-        """Have the guest's kvmclock go on from here."""
+        """Let the guest's kvmclock go on from here."""
         call(self._fd, "KVM_SET_CLOCK", ffi.new("struct kvm_clock_data *", (nanoseconds, 0)))
 
     def create_vcpu(self, index: int) -> KvmVcpu:
-        """A vCPU; its APIC id is its index until its CPUID says otherwise."""
+        """Make a vCPU; its APIC id is its index until its CPUID says otherwise."""
         fd = call_value(self._fd, "KVM_CREATE_VCPU", index)
         try:
             vcpu = KvmVcpu(fd, index, self._run_size, self._xsave_size)

@@ -1,4 +1,12 @@
-"""All of one machine's hardware: memory, vCPUs, interrupt controllers, buses and devices."""
+"""The board: all hardware of one machine, its memory, vCPUs, interrupt controllers and devices.
+
+*Order.* The kernel's machine holds memory of this process. So memory is made first and unmapped
+last, and the kernel's machine is closed before the descriptors of devices. A restored machine's
+memory is complete before its devices load their state, as they look at their rings in it.
+
+*The lock* is held by whoever touches registers of devices: vCPUs' threads in their exits, and the
+Trio thread for a reset, an interrupt or a capture. Nobody waits for a thread while holding it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +41,7 @@ from .x86 import layout
 from .x86.boot import BOOT_MSRS, BootRegisters, SegmentRegister, load_linux
 from .x86.cpuid import address_bits, vcpu_cpuid
 
-# The same places as on the QEMU engine: slot 0 is the host bridge, slot 1 has the channel and the
+# Places are those of the QEMU engine: slot 0 is the host bridge, slot 1 has the channel and the
 # random number generator; disks take the others, eight functions each.
 _FIRST_DISK_SLOT: Final = 2
 _FUNCTIONS: Final = 8
@@ -47,18 +55,21 @@ _CMDLINE: Final = (*COMMON_WORDS, "supermachine.channel=vsock")
 
 @final
 class Board:
-    """The hardware of ``spec``, standing still: with its kernel loaded, or the state to go on from.
+    """The hardware of ``spec``, standing still: with its kernel loaded, or its state to go on from.
 
-    Making one takes some milliseconds of system calls, and a boot reads two files: do it in a
-    thread. :meth:`close` is for when vCPUs and devices have ended.
+    To make one blocks for some milliseconds: do it in a thread.
 
-    :param own: what ``spec.devices`` have made.
+    :param own: the devices that ``spec.devices`` have made.
     :param console: gets the console's output, in a vCPU's thread.
     :param power: told that the guest wants to end, in a vCPU's thread.
-    :raises OSError: KVM refused something, by its name; or a file cannot be read.
+    :ivar lock: held by whoever touches registers of devices.
+    :ivar mux: the connections of the machine.
+    :ivar memory: the machine's memory.
+    :ivar vcpus: the vCPUs, in the order of their APIC ids.
+    :raises OSError: KVM refused something, which the error names; or a file cannot be read.
     :raises ConfigError: more disks or vCPUs than there are places, or too little memory.
     :raises AssetNotFound: the kernel cannot be used.
-    :raises ValueError: what is to be gone on from is not the state of such a machine.
+    :raises ValueError: the file to go on from has no state of such a machine.
     """
 
     def __init__(
@@ -71,16 +82,16 @@ class Board:
     ) -> None:
         if len(spec.disks) > MAX_DISKS:
             raise ConfigError(f"{len(spec.disks)} disks; the KVM engine has {MAX_DISKS} at most")
-        #: Held by whoever touches registers of devices.
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         vsock = VsockDevice()
-        #: The connections of the machine.
-        self.mux = VsockMux(vsock)
-        # The kernel's machine goes first, with all that it has of ours; memory goes last.
+        self.mux: VsockMux = VsockMux(vsock)
+        # On failure, too, the kernel's machine goes first and memory last.
         with ExitStack() as stack, ExitStack() as machine:
             restore = spec.restore
             self._stack = stack
-            self.memory = MachineMemory(spec.memory_mib, restore.memory if restore else None)
+            self.memory: MachineMemory = MachineMemory(
+                spec.memory_mib, restore.memory if restore else None
+            )
             stack.callback(self.memory.close)
             if restore is not None:
                 self.memory.patch(restore.patches)
@@ -121,7 +132,7 @@ class Board:
             self._stack = stack.pop_all()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back. vCPUs and devices have ended."""
         self._stack.close()
 
     def _open(self, disk: Disk) -> BlkDevice:
@@ -193,10 +204,10 @@ class Board:
             trace("kvm", "not restored: %s", msr)
         restore_vm(self._vm, vm)
 
-    # --- later ones ---
+    # --- later states ---
 
     def save(self) -> bytes:
-        """The state of all but memory, for a board that goes on; vCPUs and devices stand still."""
+        """Save all state but memory. vCPUs and devices stand still."""
         machine = encode_state(save_vcpus(self._kvm, self.vcpus), save_vm(self._vm))
         with self.lock:
             described = {
@@ -206,12 +217,12 @@ class Board:
         return json.dumps(described).encode() + b"\n" + machine
 
     def flush_console(self) -> None:
-        """Give out what the UART has kept to send together; vCPUs stand still."""
+        """Send the bytes that the UART still holds. vCPUs stand still."""
         with self.lock:
             self._serial.flush()
 
     def stood_still(self) -> None:
-        """Tell the guest that it did not run for a while; its watchdogs would complain."""
+        """Tell the guest that it did not run for a while, lest its watchdogs complain."""
         for vcpu in self.vcpus:
             vcpu.kvmclock_ctrl()
 
@@ -219,7 +230,7 @@ class Board:
 
     @property
     def handlers(self) -> ExitHandlers:
-        """What answers the accesses that leave the guest."""
+        """Functions that answer the guest's exits."""
         return ExitHandlers(
             port_in=self._port_in,
             port_out=self._port_out,

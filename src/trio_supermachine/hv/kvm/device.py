@@ -1,4 +1,23 @@
-"""A virtio device of a running machine: its queues' descriptors, and the task that serves it."""
+"""A virtio device of a running machine: its queues' descriptors, and the task that serves it.
+
+Theory of operation. Two threads meet here. The driver reads and writes registers in a vCPU's
+thread, with the machine's lock held; the device's ``run`` is a task in the Trio thread. Most
+notifications take neither lock nor exit: the kernel signals a descriptor when the driver kicks a
+queue, and raises an interrupt when one is written to.
+
+:meth:`MachineDevice.serve` is a loop over one decision: the device runs if its driver wants it
+    (``function.running``) and nobody holds it. Whatever changes the answer calls ``_look``, in the
+    Trio thread: it wakes the loop if it waits, and cancels ``run`` if that is not wanted any more.
+    At each turn a reset that the driver waits for is finished first, as ``run`` has ended then.
+
+:meth:`MachineDevice.hold` returns when ``run`` has ended, so that nothing touches guest memory. A
+device that is held and released in the same moment may not have stopped at all.
+
+*Lost wake-ups.* A queue's kick may have come before its descriptor is waited for, or been lost by a
+snapshot. So a queue's first ``wait`` returns at once, and later ones look at the ring behind asking
+for kicks. Likewise each start interrupts, for the last ``run`` may have ended between a push and
+its interrupt.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +41,9 @@ _EVENTFD: Final = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 
 @final
 class MachineDevice:
-    """One virtio device as a PCI function, between the vCPUs' threads and the Trio thread.
+    """One virtio device as a PCI function. Its PCI function calls it as :class:`.TransportEvents`.
 
-    The kernel signals a descriptor when the driver kicks a queue, and raises an interrupt when
-    one is written to: neither takes an exit. What the driver does with registers comes from a
-    vCPU's thread (the methods of :class:`~..devices.virtio_pci.TransportEvents`, with the
-    machine's lock held), and the task :meth:`serve` acts on it.
+    :param lock: the machine's lock, for registers.
     """
 
     def __init__(
@@ -38,7 +54,7 @@ class MachineDevice:
         routes: InterruptRoutes,
         lock: threading.Lock,
     ) -> None:
-        self.function = VirtioPciFunction(device, memory, self)
+        self.function: VirtioPciFunction = VirtioPciFunction(device, memory, self)
         self._device = device
         self._vm = vm
         self._routes = routes
@@ -63,11 +79,11 @@ class MachineDevice:
         return fd
 
     def close(self) -> None:
-        """Close the descriptors and let go of guest memory; :meth:`serve` has ended."""
+        """Close the descriptors and let go of guest memory. :meth:`serve` has ended."""
         self.function.virtqueues = ()
         self._files.close()
 
-    # --- what the driver does; called with the lock held ---
+    # --- calls of the PCI function, with the lock held ---
 
     def driver_ok(self) -> None:
         self._tell()
@@ -101,7 +117,7 @@ class MachineDevice:
     # --- in the Trio thread ---
 
     async def serve(self) -> None:
-        """Run the device whenever its driver wants it and it is not held; until cancelled."""
+        """Run the device whenever its driver wants it and nobody holds it, until cancelled."""
         self._token = trio.lowlevel.current_trio_token()
         try:
             while True:
@@ -123,9 +139,9 @@ class MachineDevice:
         self._waiters.unpark_all()
 
     async def hold(self) -> None:
-        """Have the device stand still: it touches no guest memory until :meth:`release`.
+        """Let the device stand still: it touches no guest memory until :meth:`release`.
 
-        Returns when it does, or has been released again.
+        Return when it does, or has been released again.
         """
         self._held = True
         self._look()
@@ -133,7 +149,7 @@ class MachineDevice:
             await self._waiters.park()
 
     def release(self) -> None:
-        """Let it go on."""
+        """Let the device go on."""
         self._held = False
         self._waiters.unpark_all()
         self._look()
@@ -156,7 +172,6 @@ class MachineDevice:
                 queues.append(_LiveQueue(self, index, virtqueue))
         with trio.CancelScope() as self._scope:
             try:
-                # The last run may have ended between a push and its interrupt.
                 for queue in queues:
                     queue.interrupt()
                 await self._device.run(queues)
@@ -169,7 +184,7 @@ class MachineDevice:
 
 @final
 class _LiveQueue:
-    """A virtqueue with its two descriptors."""
+    """A virtqueue with the descriptor that its driver kicks."""
 
     def __init__(self, device: MachineDevice, index: int, virtqueue: Virtqueue) -> None:
         self._device = device
@@ -182,7 +197,6 @@ class _LiveQueue:
 
     async def wait(self) -> None:
         virtqueue = self._virtqueue
-        # One that was kicked before, or goes on from a snapshot, has no kick to come.
         if self._fresh or virtqueue.enable_kicks():
             self._fresh = False
             await trio.lowlevel.checkpoint()

@@ -17,13 +17,13 @@ from .machine import KvmMachine
 from .probe import probe_kvm
 from .x86.cpuid import vcpu_cpuid
 
-#: Changes whenever the hardware that a guest finds does.
+#: Version of the hardware that a guest finds; change it with that.
 _MACHINE: Final = "1"
 
 
 @final
 class KvmEngine(Engine):
-    """Runs machines in threads of this process, by the kernel's KVM."""
+    """Engine that runs machines in threads of this process, by the kernel's KVM."""
 
     name = "kvm"
 
@@ -56,7 +56,7 @@ class KvmEngine(Engine):
 
 
 def _cpuid_digest() -> str:
-    """What a guest's vCPUs can do on this host, as a digest."""
+    """Compute a digest of the abilities of a guest's vCPUs on this host."""
     with Kvm.open() as kvm:
         leaves = vcpu_cpuid(kvm.supported_cpuid(), index=0, vcpus=1, tsc_deadline=True)
     text = "\n".join(repr(attrs.astuple(leaf)) for leaf in leaves)

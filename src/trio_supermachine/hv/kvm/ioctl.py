@@ -1,4 +1,4 @@
-"""Calls of the kernel's KVM interface by name, and what holds its descriptors."""
+"""Calls of the kernel's KVM interface by name, and the base of its descriptors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _check(name: str, result: int) -> int:
 
 
 def call(fd: int, name: str, argument: object = ffi.NULL) -> int:
-    """An ioctl with a pointer; :raises OSError: with its name."""
+    """Make an ioctl with a pointer. :raises OSError: with the ioctl's name."""
     request: int = getattr(lib, name)
     while (result := lib.kvm_pointer(fd, request, argument)) == -errno.EINTR:
         pass  # some wait for locks, interruptibly
@@ -42,7 +42,7 @@ def call(fd: int, name: str, argument: object = ffi.NULL) -> int:
 
 
 def call_value(fd: int, name: str, argument: int = 0) -> int:
-    """An ioctl with a number; :raises OSError: with its name."""
+    """Make an ioctl with a number. :raises OSError: with the ioctl's name."""
     request: int = getattr(lib, name)
     while (result := lib.kvm_value(fd, request, argument)) == -errno.EINTR:
         pass
@@ -50,7 +50,7 @@ def call_value(fd: int, name: str, argument: int = 0) -> int:
 
 
 class Descriptor:
-    """A file descriptor that is closed once, and never used afterwards."""
+    """File descriptor that is closed once, and never used afterwards."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -59,7 +59,7 @@ class Descriptor:
         return self._fd
 
     def close(self) -> None:
-        """Release it; idempotent."""
+        """Close the descriptor. Idempotent."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -77,21 +77,21 @@ class Descriptor:
 
 
 def read(fd: int, name: str, size: int) -> bytes:
-    """A structure that an ioctl fills, as bytes."""
+    """Give the structure that an ioctl fills, as bytes."""
     state = ffi.new("char[]", size)
     call(fd, name, state)
     return bytes(ffi.buffer(state))
 
 
 def write(fd: int, name: str, state: bytes, size: int) -> None:
-    """Give a structure to an ioctl; :raises ValueError: not of the size that the kernel reads."""
+    """Give a structure to an ioctl. :raises ValueError: the kernel reads another size."""
     if len(state) != size:  # the kernel would read beyond its end
         raise ValueError(f"{name}: {len(state)} bytes, where this host has {size}")
     call(fd, name, ffi.from_buffer("char[]", state))
 
 
 def read_cpuid(fd: int, name: str) -> list[CpuidEntry]:
-    """The leaves that an ioctl gives."""
+    """Give the leaves that an ioctl fills."""
     count = _MAX_CPUID_ENTRIES
     table = ffi.new("struct kvm_cpuid2 *", {"nent": count, "entries": count})
     call(fd, name, table)

@@ -1,4 +1,35 @@
-"""One machine that this process runs itself."""
+"""One machine that this process runs itself.
+
+Theory of operation. A machine is a :class:`~.board.Board` of hardware, a thread for each vCPU, and
+tasks in the Trio thread: one for each vCPU's thread, one for each virtio device, and the muxer's.
+
+*Standing still* is needed for a pause and for a capture, in this order: vCPUs first, so that
+devices have no more coming in; then the devices, which finish what they have begun. It is shielded:
+half of it is nothing to go on from, as a call to KVM about a vCPU that runs would block, perhaps
+for ever. Going on is the reverse, and plain. ``_moving`` is held while they come to stand, so that
+nothing is told to go meanwhile.
+
+*A pause and a capture may overlap.* Each has a flag (``_paused``, ``_capturing``). A resume during
+a capture only clears its flag; the capture lets the machine go on at its end, if it is not paused.
+
+*A capture*: the caller's ``at_rest`` freezes the guest's programs; then the muxer is quiet, so that
+nothing is said to the guest that its copies would hear, too; then the machine stands, and its state
+and memory are written. Afterwards the guest is told that it stood still, lest its watchdogs
+complain.
+
+*The end* has a cause, of which the first counts: a guest's power register, the end of a vCPU, a
+refusal of the kernel's, :meth:`KvmMachine.kill`. It stops all vCPUs. When their threads have ended,
+the rest follows in one step: the console's last bytes, the exit, the ends of console and streams.
+Only then are tasks cancelled, so that those who wait hear how the machine ended.
+
+*Ownership.* The engine's ``open`` owns the task :meth:`KvmMachine.run`, which is shielded so that
+clean-up of the block's body can still call the guest. Afterwards the hardware is given back in a
+thread.
+
+*Threads.* Exits are handled in vCPUs' threads with the board's lock held. What they have for the
+Trio thread (console bytes, the end, news for a device) goes through the Trio token; the console's
+bytes on their way are bounded.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +64,7 @@ _ENDS: Final[dict[VcpuEnd, ExitReason]] = {
 
 @final
 class ConsoleFeed:
-    """Brings the console's bytes from the vCPUs' threads to its ring in the Trio thread."""
+    """Way of the console's bytes from the vCPUs' threads to the ring in the Trio thread."""
 
     def __init__(self, ring: ConsoleRing) -> None:
         self._ring = ring
@@ -41,7 +72,7 @@ class ConsoleFeed:
         self._waiting = bytearray()
 
     def write(self, data: bytes) -> None:
-        """Called in a vCPU's thread. What the ring would not keep is not kept here."""
+        """Take bytes, in a vCPU's thread; drop those that the ring would not keep."""
         waiting = self._waiting
         waiting.extend(data)
         if len(waiting) > 2 * RING_BYTES:
@@ -49,7 +80,8 @@ class ConsoleFeed:
         self._token.run_sync_soon(self.flush, idempotent=True)
 
     def flush(self) -> None:
-        # Each step is atomic, and what comes in between stays for the next call.
+        """Feed the ring, in the Trio thread."""
+        # Each step is atomic: bytes that come in between stay for the next call.
         data = bytes(self._waiting)
         del self._waiting[: len(data)]
         if data:
@@ -58,7 +90,7 @@ class ConsoleFeed:
 
 @final
 class KvmMachine(Machine):
-    """Only :meth:`KvmEngine.open` makes one."""
+    """A machine that this process runs. Only :meth:`KvmEngine.open` makes one."""
 
     engine = "kvm"
 
@@ -68,7 +100,7 @@ class KvmMachine(Machine):
         self._spec = spec
         self._made: Board | None = None
         self._paused = spec.restore is not None
-        self._moving = trio.Lock()  # a vCPU cannot be told to go while it is waited for to stand
+        self._moving = trio.Lock()  # held while vCPUs and devices come to stand
         self._capturing = False
         self._cause: MachineExit | None = None
         self._exit: MachineExit | None = None
@@ -76,7 +108,8 @@ class KvmMachine(Machine):
         self._vcpus: tuple[VcpuThread, ...] = ()
 
     async def set_up(self) -> None:
-        """Make the hardware. Cancelled, it does so first; :meth:`close` in any case.
+        """Make the hardware; a cancellation takes effect afterwards. Call :meth:`close` in any
+        case.
 
         :raises SnapshotInvalid: this host's KVM does not take the state to go on from.
         :raises VmExited: KVM refused to make the machine.
@@ -104,9 +137,9 @@ class KvmMachine(Machine):
         self._made = Board(self._spec, own, console=self._feed.write, power=self.power)
 
     def close(self) -> None:
-        """Give the hardware back; :meth:`run` has ended or was never called.
+        """Give the hardware back. :meth:`run` has ended or was never called.
 
-        The kernel takes some milliseconds for it: call it in a thread.
+        It blocks for some milliseconds: call it in a thread.
         """
         if self._made is not None:
             self._made.close()
@@ -118,7 +151,7 @@ class KvmMachine(Machine):
 
     @property
     def exits(self) -> dict[str, int]:
-        """How often a vCPU has left the guest for this program, by reason."""
+        """Counts of the exits of all vCPUs, by reason."""
         counts: dict[str, int] = {}
         for vcpu in self._vcpus:
             for reason, count in vcpu.exits.items():
@@ -145,11 +178,7 @@ class KvmMachine(Machine):
         self._check_alive()
 
     async def _stand(self) -> None:
-        """vCPUs first: then the devices have no more coming in, and finish what they have.
-
-        Shielded, for it takes a moment only, and half of it is nothing to go on from: a call to
-        KVM about a vCPU that runs would block, if need be for ever.
-        """
+        """Bring vCPUs and devices to stand. Shielded; it takes a moment only."""
         with trio.CancelScope(shield=True):
             for vcpu in self._vcpus:
                 await vcpu.pause()
@@ -175,7 +204,6 @@ class KvmMachine(Machine):
             os.ftruncate(memory_fd, self._board.memory.size)
             copying = Copying.of(self._board.memory.pages, memory_fd, self._spec.restore, since)
             await trio.to_thread.run_sync(copying.prepare)
-            # In the innermost block nothing is said to the guest that its copies would hear, too.
             async with at_rest, self._board.mux.quiet():
                 standstill = await self._capture_at_rest(state_fd, copying.finish)
         return Captured(runs=copying.runs, complete=copying.whole, standstill=standstill)
@@ -218,11 +246,10 @@ class KvmMachine(Machine):
         assert exit_ is not None
         return VmExited(exit_.reason, exit_.detail, console=self.console.text_tail())
 
-    # The machine's life. All below runs in tasks that the engine's ``open`` owns, but for what
-    # vCPUs' threads call.
+    # --- the machine's life, in tasks that the engine's ``open`` owns, and in vCPUs' threads ---
 
     def power(self, event: PowerEvent) -> None:
-        """The guest wants to end; called in a vCPU's thread."""
+        """End the machine as the guest wants it. Called in a vCPU's thread."""
         self._end(MachineExit(reason=event))
 
     def _end(self, cause: MachineExit) -> None:
@@ -232,11 +259,7 @@ class KvmMachine(Machine):
             vcpu.stop()
 
     async def run(self) -> None:
-        """Run the machine until it ends by itself or by :meth:`kill`, and tell how it did.
-
-        Shielded: while the owner is being cancelled, calls to the guest that clean up still go
-        through; the owner ends this by killing the machine.
-        """
+        """Run the machine until it ends by itself or by :meth:`kill`, and tell how it ended."""
         try:
             with trio.CancelScope(shield=True):
                 async with open_flat_nursery() as nursery:
@@ -252,7 +275,7 @@ class KvmMachine(Machine):
             self._tell_end()
 
     def _tell_end(self) -> None:
-        """End what others wait for, before its tasks are cancelled and can only say so."""
+        """Tell all that wait for the machine how it has ended. Idempotent."""
         if self._exit is not None:
             return
         self._board.flush_console()
@@ -260,14 +283,14 @@ class KvmMachine(Machine):
         cause = self._cause or MachineExit(reason="failed", detail="the engine broke off")
         self._exit = attrs.evolve(cause, detail=self.console.last_words() or cause.detail)
         self.console.end()
-        # All at once: who asks why a stream broke finds the answer.
+        # In one step: whoever sees a broken stream can ask why, and is answered.
         self._board.mux.close(self._vm_exited)
         self._exited.set()
 
     async def _run_vcpu(self, vcpu: VcpuThread) -> None:
         try:
             exit_ = await vcpu.run()
-        except OSError as exc:  # KVM, or the system, refused what a device needs
+        except OSError as exc:  # the kernel refused something that a device needs
             self._end(MachineExit(reason="failed", detail=str(exc)))
             return
         trace("kvm", "a vCPU has ended: %s %s", exit_.end, exit_.detail)

@@ -1,4 +1,4 @@
-"""The guest's memory: one mapping of this process."""
+"""A guest's memory: one mapping of this process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ _NORESERVE: Final = 0x4000  # MAP_NORESERVE: what a guest never touches costs no
 
 @final
 class MachineMemory:
-    """All of a guest's memory, as one mapping: its own, or a file's that it may change privately.
+    """All memory of a guest as one mapping: anonymous, or private and of a file.
 
-    A page of the file is shared by all machines that began with it until one of them writes.
+    All machines that were restored from a file share its pages, each until it writes to one.
 
-    :param memory_mib: its size in MiB.
-    :param file: what it holds at first, of that size; zeros without.
+    :param memory_mib: the size in MiB.
+    :param file: its first contents, of that size; zeros without one.
+    :ivar guest: the memory, for devices.
+    :ivar pages: the memory, for captures.
+    :ivar size: in bytes.
     :raises OSError: the file cannot be mapped.
     """
 
@@ -42,7 +45,7 @@ class MachineMemory:
                 self._mapping = mmap.mmap(fd, size, flags=flags, prot=prot)
             finally:
                 os.close(fd)
-        # A child that this program starts has no use for it, and would double each write's cost.
+        # A child of this program has no use for it, and would make writes cost twice as much.
         self._mapping.madvise(mmap.MADV_DONTFORK)
         self._mapping.madvise(mmap.MADV_DONTDUMP)
         self._bytes = memoryview(self._mapping)
@@ -51,25 +54,22 @@ class MachineMemory:
         for start, length in ram_ranges(memory_mib):
             parts.append((start, self._bytes[at : at + length]))
             at += length
-        #: As the guest's devices see it.
-        self.guest = GuestMemory(parts)
+        self.guest: GuestMemory = GuestMemory(parts)
         with ffi.from_buffer("char[]", self._mapping) as address:
-            #: As its pages are seen.
-            self.pages = ProcessMemory(
+            self.pages: ProcessMemory = ProcessMemory(
                 os.getpid(), int(ffi.cast("uintptr_t", address)), size, restored=file is not None
             )
-        #: In bytes.
         self.size = size
 
     def give_to(self, vm: KvmVm) -> None:
-        """Make it the memory of ``vm``, which holds it until it is closed."""
+        """Make it the memory of ``vm``, which holds it until ``vm`` is closed."""
         for slot, (start, view) in enumerate(self.guest.ranges):
             vm.set_memory(slot, start, view)
 
     def patch(self, patches: Iterable[PagePatch]) -> None:
-        """Put the pages of ``patches`` in, the oldest first, before the guest runs.
+        """Write the pages of ``patches`` into memory, the oldest first, before the guest runs.
 
-        :raises ValueError: a file has less than it should, or pages that there are not.
+        :raises ValueError: a file ends early, or has pages beyond the memory.
         """
         for patch in patches:
             fd = os.open(patch.file, os.O_RDONLY | os.O_CLOEXEC)
@@ -84,7 +84,7 @@ class MachineMemory:
                 os.close(fd)
 
     def close(self) -> None:
-        """Unmap it; nothing may use it any more. Idempotent."""
+        """Unmap the memory, which nothing uses any more. Idempotent."""
         self.guest.close()
         self._bytes.release()
         self._mapping.close()

@@ -1,7 +1,7 @@
-"""Does ``/dev/kvm`` open here, and does it run kernel code at the speed of the hardware?
+"""The probe of ``/dev/kvm``: whether it opens, and runs kernel code at the speed of the hardware.
 
-Some hosts have a ``/dev/kvm`` that interprets supervisor code one instruction after the other:
-the module ``kvm_pvm`` does with ordinary guest kernels. Tiny guests work there, Linux does not
+Some hosts have a ``/dev/kvm`` that interprets supervisor code one instruction after the other: the
+module ``kvm_pvm`` does so with ordinary guest kernels. Tiny guests work there, but Linux does not
 get through its boot. So the probe runs a loop in 64-bit supervisor mode and times it.
 """
 
@@ -31,8 +31,8 @@ _LOOPS: Final = 1000
 _CHUNK: Final = _ROUNDS * _LOOPS * 5
 _CHUNKS: Final = 50
 
-#: Instructions per second that divide hardware, with some 10**9, and translated KVM inside QEMU,
-#: with 5 * 10**7 at least, from emulation, with some 10**6.
+#: Instructions per second between emulation, which has some 10**6, and both hardware, with some
+#: 10**9, and a translated KVM inside QEMU, with 5 * 10**7 at least.
 _BOUND: Final = 5_000_000
 #: Seconds of processor time that the chunks may take, and of wall time on a busy machine.
 _CPU_LIMIT: Final = _CHUNK * _CHUNKS / _BOUND
@@ -50,11 +50,14 @@ _PML4, _PDPT, _PD, _CODE, _STACK = 0x1000, 0x2000, 0x3000, 0x4000, 0x8000
 
 @attrs.frozen(kw_only=True)
 class KvmProbe:
-    """What :func:`probe_kvm` found.
+    """Result of :func:`probe_kvm`.
 
-    ``opens``: this user may use the device. ``hardware_speed``: ``None`` when it could not be
-    measured. ``detail`` says what was found, for people; ``remedy`` what may help.
-    ``instructions_per_second`` is the rate of the probe's guest in supervisor mode.
+    :ivar opens: whether this user may use the device.
+    :ivar hardware_speed: whether it runs at the speed of hardware; ``None`` if that could not be
+        measured.
+    :ivar detail: what was found, for people.
+    :ivar remedy: what may help, for people.
+    :ivar instructions_per_second: the rate of the probe's guest in supervisor mode.
     """
 
     opens: bool
@@ -70,9 +73,9 @@ class KvmProbe:
 
 
 async def probe_kvm(device: str = _DEVICE) -> KvmProbe:
-    """Probe ``device`` by running a tiny guest in a worker thread, 0.3 s at most.
+    """Probe ``device`` by a tiny guest in a worker thread, for 0.3 s at most.
 
-    Never raises for what is wrong with the host. A cancellation is heeded when the guest has
+    Nothing that is wrong with the host raises. A cancellation takes effect when the guest has
     ended; nothing is left open.
     """
     return await trio.to_thread.run_sync(_probe, device)
@@ -154,11 +157,11 @@ def _verdict(device: str, rate: float) -> KvmProbe:
 
 
 class _Unfit(Exception):
-    """The device answers, but not as KVM should."""
+    """Device that answers, but not as KVM should."""
 
 
 def _measure(kvm: Kvm) -> float:
-    """Instructions per second of processor time in 64-bit supervisor mode."""
+    """Measure instructions per second of processor time, in 64-bit supervisor mode."""
     with kvm, mmap.mmap(-1, _MEMORY, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS) as memory:
         _load(memory)
         with kvm.create_vm() as vm:
@@ -185,7 +188,7 @@ def _enter_long_mode(vcpu: KvmVcpu) -> None:
 
 
 def _time_chunks(vcpu: KvmVcpu) -> float:
-    """The rate of the fastest chunk: others are slow where a busy hypervisor is below this host."""
+    """Give the rate of the fastest chunk: below a busy hypervisor, others are slow."""
     fastest = math.inf
     start, wall_limit = time.thread_time(), time.monotonic() + _WALL_LIMIT
     before, chunks = start, 0
@@ -202,7 +205,7 @@ def _time_chunks(vcpu: KvmVcpu) -> float:
 
 
 def _load(memory: mmap.mmap) -> None:
-    """Page tables that map the first 2 MiB to itself, and the code."""
+    """Write page tables that map the first 2 MiB to itself, and the code."""
     present_writable, large_page = 3, 0x80
     entry = struct.Struct("<Q")
     entry.pack_into(memory, _PML4, _PDPT | present_writable)
@@ -213,7 +216,7 @@ def _load(memory: mmap.mmap) -> None:
 
 
 def _guest_code() -> bytes:
-    """For ever: a chunk of work as a booting kernel does it, then one port write."""
+    """Assemble an endless loop: a chunk of a booting kernel's work, then one port write."""
     loop = bytes.fromhex(
         "51"  # push rcx
         "58"  # pop rax

@@ -1,4 +1,4 @@
-"""Which interrupt an event descriptor raises: MSI messages behind numbered lines."""
+"""Interrupt routes: the MSI messages that event descriptors send, behind numbered lines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .x86.layout import IOAPIC_PINS
 
 @final
 class InterruptRoutes:
-    """The interrupt lines of one machine beyond the pins of its IOAPIC.
+    """Interrupt lines of one machine beyond the pins of its IOAPIC.
 
-    A line that has a message is raised through its descriptor without a call of ours. All
+    The kernel itself raises a line that has a message, when its descriptor is written to. All
     methods want the machine's lock held.
     """
 
@@ -27,13 +27,13 @@ class InterruptRoutes:
         self._together = False
 
     def allocate(self, count: int) -> int:
-        """Set ``count`` lines aside; gives the first."""
+        """Set ``count`` lines aside; give the first."""
         first = self._next
         self._next += count
         return first
 
     def route(self, gsi: int, eventfd: int, message: MsixMessage) -> None:
-        """Have ``eventfd`` send ``message`` from now on."""
+        """Let ``eventfd`` send ``message`` from now on."""
         if self._messages.get(gsi) != message:
             self._messages[gsi] = message
             if not self._together:
@@ -44,7 +44,7 @@ class InterruptRoutes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block in which routes change without an effect, and at once at its end."""
+        """Collect the changes of a block, and apply them at once at its end."""
         self._together = True
         try:
             yield

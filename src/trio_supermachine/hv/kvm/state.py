@@ -1,8 +1,21 @@
 """The state of a machine's vCPUs and of its in-kernel devices: saved, and loaded in order.
 
-All vCPUs must stand still (:meth:`.VcpuThread.pause`), and nothing may raise interrupts meanwhile.
-A machine is loaded with :func:`restore_vcpus` first and :func:`restore_vm` second: pending
-interrupts of the IOAPIC go to local APICs, and the clock is computed from the TSCs.
+Theory of operation. All vCPUs stand still (:meth:`.VcpuThread.pause`), and nothing may raise
+interrupts meanwhile. The order of the calls matters, as KVM derives one part from others.
+
+*Saving* a vCPU begins with ``mp_state``: asking for it makes KVM act on a pending INIT or SIPI,
+which changes the others. MSRs come before the local APIC: a TSC deadline that passes in between is
+then seen as pending in one of them, or in both (the guest gets one timer interrupt too many), but
+never in neither. All vCPUs get the TSC of the last one, as if they had been read at once.
+
+*Loading* is, for each vCPU: CPUID, which decides what the rest may be; the TSC's frequency; general
+registers; XCR0 before the XSAVE area that it describes; segment and control registers, which enable
+the local APIC; the APIC; the other MSRs. Then for all vCPUs their TSCs, close to each other, so
+that KVM takes them for one and keeps them synchronized. Then their deadlines, which need both the
+TSC and the APIC, and events last, as other calls drop what is pending.
+
+The machine's own devices (:func:`restore_vm`) follow: pending interrupts of the IOAPIC go to local
+APICs, and the clock is computed from the TSCs.
 """
 
 from __future__ import annotations
@@ -24,9 +37,9 @@ _TSC_TOLERANCE: Final = 250
 
 @attrs.frozen(kw_only=True)
 class VcpuState:
-    """One vCPU. The parts are the kernel's structures, of their sizes on the host that saved them.
+    """State of one vCPU, in the kernel's structures, of the sizes that the saving host has.
 
-    :ivar msrs: (index, value), in KVM's order.
+    :ivar msrs: (index, value) of each MSR, in KVM's order.
     :ivar unread: the MSRs of KVM's list that it refused to read.
     """
 
@@ -46,7 +59,7 @@ class VcpuState:
 
 @attrs.frozen(kw_only=True)
 class VmState:
-    """The interrupt controllers (PICs and IOAPIC), the PIT, and kvmclock in nanoseconds."""
+    """State of the interrupt controllers (PICs and IOAPIC), the PIT, and kvmclock in ns."""
 
     irqchips: tuple[bytes, ...]
     pit: bytes
@@ -55,7 +68,7 @@ class VmState:
 
 @attrs.frozen
 class RefusedMsr:
-    """A model-specific register that KVM would not set to what it was."""
+    """Model-specific register that KVM has refused to set."""
 
     vcpu: int
     index: int
@@ -66,7 +79,7 @@ class RefusedMsr:
 
 
 def save_vcpus(kvm: Kvm, vcpus: Sequence[KvmVcpu]) -> tuple[VcpuState, ...]:
-    """The state of a machine's vCPUs, whose machine has an in-kernel irqchip.
+    """Save the vCPUs of a machine that has an in-kernel irqchip.
 
     :raises OSError: KVM refuses a part, which it then names.
     """
@@ -75,10 +88,7 @@ def save_vcpus(kvm: Kvm, vcpus: Sequence[KvmVcpu]) -> tuple[VcpuState, ...]:
 
 
 def _save_vcpu(vcpu: KvmVcpu, indices: Sequence[int]) -> VcpuState:
-    # First, for asking for it makes KVM act on a pending INIT or SIPI, which changes the others.
     mp_state = vcpu.get_part("mp_state")
-    # Before the local APIC: a deadline that passes in between is seen as pending there, or here,
-    # or in both (then the guest gets one timer interrupt too many), but never in neither.
     msrs, unread = vcpu.get_msrs(indices)
     return VcpuState(
         cpuid=tuple(vcpu.get_cpuid()),
@@ -97,7 +107,7 @@ def _save_vcpu(vcpu: KvmVcpu, indices: Sequence[int]) -> VcpuState:
 
 
 def _with_one_tsc(states: Sequence[VcpuState]) -> tuple[VcpuState, ...]:
-    """As if all TSCs had been read at once, the time of the last."""
+    """Give all vCPUs the latest of their TSCs."""
     latest = max((value for s in states for index, value in s.msrs if index == _TSC), default=0)
     return tuple(
         attrs.evolve(s, msrs=tuple((i, latest if i == _TSC else v) for i, v in s.msrs))
@@ -108,8 +118,8 @@ def _with_one_tsc(states: Sequence[VcpuState]) -> tuple[VcpuState, ...]:
 def restore_vcpus(vcpus: Sequence[KvmVcpu], states: Sequence[VcpuState]) -> list[RefusedMsr]:
     """Load the state of all vCPUs of a machine, new ones or others that stand still.
 
-    Returns the MSRs that have another value now, as KVM refused to set them. That is no failure by
-    itself: the list of a newer kernel may have more of them.
+    Give the MSRs that KVM refused to set. That is no failure by itself: the list of a newer kernel
+    may have more of them.
 
     :raises ValueError: another number of vCPUs, or a part of another size than this host's.
     :raises OSError: KVM refuses a part, which it then names.
@@ -118,13 +128,10 @@ def restore_vcpus(vcpus: Sequence[KvmVcpu], states: Sequence[VcpuState]) -> list
         raise ValueError(f"a state of {len(states)} vCPUs for a machine of {len(vcpus)}")
     pairs = list(zip(vcpus, states, strict=True))
     refused = [msr for vcpu, state in pairs for msr in _restore_vcpu(vcpu, state)]
-    # Written close to each other, so that KVM takes them for one and keeps them synchronized.
     for vcpu, state in pairs:
         refused += _set_msrs(vcpu, [msr for msr in state.msrs if msr[0] == _TSC])
     for vcpu, state in pairs:
-        # A deadline is one of the TSC, and arms a timer of the local APIC: it needs both.
         refused += _set_msrs(vcpu, [msr for msr in state.msrs if msr[0] == _TSC_DEADLINE])
-        # Last, as other calls drop what is pending.
         vcpu.set_part("vcpu_events", state.vcpu_events)
         vcpu.kvmclock_ctrl()
     return refused
@@ -136,9 +143,9 @@ def _restore_vcpu(vcpu: KvmVcpu, state: VcpuState) -> list[RefusedMsr]:
     if abs(here - state.tsc_khz) * 1_000_000 > here * _TSC_TOLERANCE:
         vcpu.set_tsc_khz(state.tsc_khz)
     vcpu.set_part("regs", state.regs)
-    vcpu.set_part("xcrs", state.xcrs)  # what XSAVE may hold depends on it
+    vcpu.set_part("xcrs", state.xcrs)
     vcpu.set_xsave(state.xsave)
-    vcpu.set_part("sregs", state.sregs)  # enables the local APIC and tells its mode
+    vcpu.set_part("sregs", state.sregs)
     vcpu.set_part("debugregs", state.debugregs)
     vcpu.set_part("lapic", state.lapic)
     vcpu.set_part("mp_state", state.mp_state)
@@ -146,8 +153,8 @@ def _restore_vcpu(vcpu: KvmVcpu, state: VcpuState) -> list[RefusedMsr]:
 
 
 def _set_msrs(vcpu: KvmVcpu, values: Sequence[tuple[int, int]]) -> list[RefusedMsr]:
-    # What is as it should be is left alone: some that KVM lets one read it refuses to write, even
-    # with the same value, or complains about in the kernel's log.
+    # MSRs that have their value are left alone: some that KVM reads it refuses to write, even with
+    # the same value, or complains about in the kernel's log.
     present, _ = vcpu.get_msrs(index for index, _ in values)
     others = {index: value for index, value in values if present.get(index) != value}
     refused = vcpu.set_msrs(others.items())
@@ -155,7 +162,7 @@ def _set_msrs(vcpu: KvmVcpu, values: Sequence[tuple[int, int]]) -> list[RefusedM
 
 
 def save_vm(vm: KvmVm) -> VmState:
-    """The state of a machine's in-kernel devices.
+    """Save a machine's in-kernel devices.
 
     :raises OSError: KVM refuses a part, which it then names.
     """

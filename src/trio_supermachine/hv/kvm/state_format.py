@@ -1,7 +1,8 @@
-"""The state of :mod:`.state` as bytes. Sans-io; what is read is checked to the last byte.
+"""The state of :mod:`.state` as bytes, without I/O.
 
 A header (magic, version, number of vCPUs), then fields in a fixed order, each a 32-bit length and
-that many bytes; all numbers are little-endian. The fields that KVM defines are its structures.
+that many bytes; all numbers are little-endian. The fields that KVM defines are its structures. A
+state may come from anybody: all of it is checked, to the last byte.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _XSAVE_SIZES: Final = range(4096, 1 << 16)
 
 
 def encode_state(vcpus: Sequence[VcpuState], vm: VmState) -> bytes:
-    """The state of a whole machine, of 1 to 255 vCPUs, as bytes for :func:`decode_state`."""
+    """Encode the state of a machine, of 1 to 255 vCPUs, for :func:`decode_state`."""
     fields = [*vm.irqchips, vm.pit, _CLOCK.pack(vm.clock)]
     for vcpu in vcpus:
         fields += [
@@ -50,9 +51,9 @@ def encode_state(vcpus: Sequence[VcpuState], vm: VmState) -> bytes:
 
 
 def decode_state(data: bytes) -> tuple[tuple[VcpuState, ...], VmState]:
-    """What :func:`encode_state` made bytes of.
+    """Decode what :func:`encode_state` gave.
 
-    :raises ValueError: it did not, or another version; the message says where it is wrong.
+    :raises ValueError: it is no state, or of another version; the message says where it is wrong.
     """
     if len(data) < _HEADER.size:
         raise ValueError(f"KVM state: {len(data)} bytes are too few")

@@ -1,11 +1,28 @@
 """A vCPU's thread: it runs the guest, and answers its exits, until it is told to stand or stop.
 
-:meth:`VcpuThread.run` is the task that owns the thread. Pausing and stopping are free of races:
-``immediate_exit`` keeps KVM_RUN from running the guest from then on, and a signal interrupts one
-that already does. What was asked is looked at only when KVM_RUN says that it was interrupted, for
-by then the kernel has completed the port or memory access that the guest left for.
+Theory of operation. KVM_RUN runs the guest in the calling thread until the guest needs an answer
+(an access to a port or to a register in memory), ends, or the thread is interrupted. A task cannot
+wait for that, so each vCPU has a thread, and a task that owns it: :meth:`VcpuThread.run`.
 
-The two buses are called in this thread. A handler that raises is a bug and ends the task.
+Three wishes come from the Trio thread, or from any other: *run*, *stand* (:meth:`VcpuThread.pause`)
+and *stop*. Under a lock the wish is noted; then the thread is kicked:
+
+1. ``immediate_exit`` is set, so that KVM_RUN returns at once if it is entered from now on.
+2. A signal is sent, which interrupts a KVM_RUN that has begun.
+
+In whichever order these meet the thread, it returns with "interrupted". Only then does it look at
+the wish, and not behind an access: the kernel completes an access when KVM_RUN is entered *again*,
+so a vCPU that stood before that would have half an access in its state. ``immediate_exit`` is
+cleared under the same lock, so that no wish is lost.
+
+A thread that stands says so to the tasks that wait, through the Trio token, and waits for the next
+wish. However it ends, it stands by then; the vCPU may be closed.
+
+The signal is a real-time one that nothing else in the program uses, with a handler in C that does
+nothing. The thread unblocks it for itself.
+
+*A hostile guest* chooses ports, addresses, sizes and values, and how often it exits. Handlers are
+called in the vCPU's thread, one exit at a time. A handler that raises is a bug and ends the task.
 """
 
 from __future__ import annotations
@@ -39,7 +56,7 @@ VcpuEnd = Literal["stopped", "shutdown", "reset", "halted", "failed"]
 
 @attrs.frozen
 class VcpuExit:
-    """Why a vCPU runs no more.
+    """End of a vCPU.
 
     :ivar end: ``"stopped"`` by :meth:`VcpuThread.stop`; ``"reset"`` by a triple fault or as the
         system's event; ``"shutdown"`` likewise; ``"halted"`` without an interrupt controller that
@@ -53,11 +70,11 @@ class VcpuExit:
 
 @attrs.frozen(kw_only=True)
 class ExitHandlers:
-    """What answers a guest's exits, each called in the thread of the vCPU.
+    """Functions that answer a guest's exits, called in the thread of the vCPU.
 
     Arguments are the port or the guest-physical address, the size in bytes (1, 2 or 4 for a port;
-    1 to 8 for memory, of any alignment), and the value, little-endian. Of what is returned the
-    lowest ``size`` bytes count. A repeated port instruction makes one call for each item.
+    1 to 8 for memory, of any alignment), and the value, little-endian. The lowest ``size`` bytes of
+    a result count. A repeated port instruction makes one call for each item.
     """
 
     port_in: Callable[[int, int], int]
@@ -68,9 +85,9 @@ class ExitHandlers:
 
 @final
 class VcpuThread:
-    """Runs one vCPU in a thread of its own, once.
+    """One vCPU with a thread of its own, which runs once.
 
-    :param standing: do not let it run before :meth:`resume`.
+    :param standing: let the vCPU stand until :meth:`resume`.
     :raises OSError: the program uses all real-time signals itself, and one is needed here.
     """
 
@@ -79,7 +96,7 @@ class VcpuThread:
         self._handlers = handlers
         self._signal = _kick_signal()
         self._exits: dict[int, int] = {}
-        # What is below is written with the lock held, by either side.
+        # The attributes below are written with the lock held, by either side.
         self._changed = threading.Condition()
         self._wanted: Literal["run", "stand", "stop"] = "stand" if standing else "run"
         self._thread: int | None = None
@@ -89,7 +106,7 @@ class VcpuThread:
 
     @property
     def exits(self) -> dict[str, int]:
-        """How often KVM_RUN has returned, by reason."""
+        """Counts of KVM_RUN's returns, by reason."""
         counts: dict[str, int] = {}
         for reason, count in self._exits.copy().items():
             name = _REASONS.get(reason, "end")
@@ -99,8 +116,8 @@ class VcpuThread:
     async def run(self) -> VcpuExit:
         """Run the guest in a thread until it ends or :meth:`stop` is called.
 
-        A cancellation stops the vCPU. However this ends, the thread is out of it by then, and the
-        vCPU may be closed.
+        A cancellation stops the vCPU. However this ends, the thread has left the vCPU by then,
+        which may be closed.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         task = trio.lowlevel.current_task()
@@ -111,7 +128,7 @@ class VcpuThread:
 
         def stop(_: object) -> trio.lowlevel.Abort:
             self.stop()
-            return trio.lowlevel.Abort.FAILED  # the thread is waited for all the same
+            return trio.lowlevel.Abort.FAILED  # wait for the thread all the same
 
         trio.lowlevel.start_thread_soon(self._serve, ended, f"vcpu {self._vcpu.index}")
         result: VcpuExit = await trio.lowlevel.wait_task_rescheduled(stop)
@@ -119,10 +136,10 @@ class VcpuThread:
         return result
 
     async def pause(self) -> None:
-        """Have the vCPU stand still; returns when it does.
+        """Let the vCPU stand still, and wait until it does. Idempotent.
 
         Then its state is complete (no access of the guest is half done) and may be saved, from any
-        thread. Idempotent, and at once if it does not run. If cancelled, it stands still soon.
+        thread. A cancelled call still makes it stand, a moment later.
         """
         stands = trio.Event()
         with self._changed:
@@ -136,14 +153,14 @@ class VcpuThread:
         await stands.wait()
 
     def resume(self) -> None:
-        """Let it run again. Idempotent; from any thread. Not while :meth:`pause` is waiting."""
+        """Let the vCPU run again. Idempotent; from any thread. Not while :meth:`pause` waits."""
         with self._changed:
             if self._wanted == "stand":
                 self._wanted = "run"
                 self._changed.notify()
 
     def stop(self) -> None:
-        """Have :meth:`run` end. Idempotent; from any thread, a handler's too."""
+        """Let :meth:`run` end. Idempotent; from any thread, that of a handler too."""
         with self._changed:
             self._wanted = "stop"
             self._changed.notify()
@@ -155,7 +172,7 @@ class VcpuThread:
             signal.pthread_kill(self._thread, self._signal)
 
     def _serve(self) -> VcpuExit:
-        # The host program may have blocked all signals in the thread that this one comes from.
+        # The host program may have blocked all signals, which threads inherit.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {self._signal})
         with self._changed:
             self._thread = threading.get_ident()
@@ -169,7 +186,7 @@ class VcpuThread:
     def _loop(self) -> VcpuExit:
         enter, exits = self._vcpu.enter, self._exits
         port, memory = lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO
-        reason = -errno.EINTR  # what is wanted may have changed before the thread was there
+        reason = -errno.EINTR  # look at the wish first: it may have changed before the thread ran
         while True:
             if reason == port:
                 self._port()
@@ -189,7 +206,7 @@ class VcpuThread:
                 self._changed.wait()
             if self._wanted == "stop":
                 return False
-            # Whoever sets it has the lock, so that no request is forgotten here.
+            # Whoever sets it has the lock, so that no wish is lost here.
             self._vcpu.run.immediate_exit = 0
             self._still = False
             return True
@@ -256,7 +273,7 @@ _installing: Final = threading.Lock()
 
 
 def _kick_signal() -> int:
-    """The real-time signal that interrupts KVM_RUN; its handler in C does nothing."""
+    """Install the signal that interrupts KVM_RUN, if it is not yet, and give its number."""
     with _installing:
         number = lib.kick_install()
     if number < 0:

@@ -1,4 +1,4 @@
-"""A vCPU's ioctls, and the page that it shares with the kernel."""
+"""The ioctls of a vCPU, and the page that it shares with the kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .ioctl import CpuidEntry, Descriptor, call, call_value, read, read_cpuid, w
 #: KVM_GET_MSRS and KVM_SET_MSRS take fewer than 256 at a time.
 _MSRS_AT_ONCE: Final = 128
 
-#: The parts of a vCPU's state that are one structure each, by the names of their ioctls.
+#: Sizes of the parts of a vCPU's state that are one structure each, by the names of their ioctls.
 VCPU_PARTS: Final = {
     "regs": ffi.sizeof("struct kvm_regs"),
     "sregs": ffi.sizeof("struct kvm_sregs"),
@@ -28,10 +28,13 @@ VCPU_PARTS: Final = {
 class KvmVcpu(Descriptor):
     """One virtual processor, and the page that it shares with the kernel.
 
-    :ivar run: ``struct kvm_run``; :ivar io: and :ivar mmio: its parts for these exits.
-    :ivar shared: the whole of it as bytes. None of them may be used after :meth:`close`.
-
     While one thread is in :meth:`enter`, all other calls but :meth:`close` wait for it to be back.
+    No attribute may be used after :meth:`close`.
+
+    :ivar run: the page, ``struct kvm_run``.
+    :ivar io: its part for exits to a port.
+    :ivar mmio: its part for exits to memory.
+    :ivar shared: all of it as bytes.
     """
 
     def __init__(self, fd: int, index: int, run_size: int, xsave_size: int) -> None:
@@ -45,7 +48,7 @@ class KvmVcpu(Descriptor):
             raise OSError(errno.ENOMEM, "mmap of struct kvm_run: Cannot allocate memory")
         self.io: Any = lib.vcpu_io(self.run)
         self.mmio: Any = lib.vcpu_mmio(self.run)
-        self.shared = memoryview(ffi.buffer(self.run, run_size))
+        self.shared: memoryview = memoryview(ffi.buffer(self.run, run_size))
 
     def close(self) -> None:
         if self.run != ffi.NULL:
@@ -58,58 +61,58 @@ class KvmVcpu(Descriptor):
     def enter(self) -> int:
         """Run the guest until its next exit (KVM_RUN), without the interpreter's lock.
 
-        Returns the exit's reason, or the negative ``errno``.
+        Give the exit's reason, or the negative ``errno``.
         """
         return lib.vcpu_run(self._fd, self.run)
 
     def get_regs(self) -> Any:
-        """``struct kvm_regs``, to be changed and given to :meth:`set_regs`."""
+        """Read ``struct kvm_regs``, to change it and give it to :meth:`set_regs`."""
         regs = ffi.new("struct kvm_regs *")
         call(self._fd, "KVM_GET_REGS", regs)
         return regs
 
     def set_regs(self, regs: object) -> None:
-        """What :meth:`get_regs` gave."""
+        """Load what :meth:`get_regs` gave."""
         call(self._fd, "KVM_SET_REGS", regs)
 
     def get_sregs(self) -> Any:
-        """``struct kvm_sregs``, to be changed and given to :meth:`set_sregs`."""
+        """Read ``struct kvm_sregs``, to change it and give it to :meth:`set_sregs`."""
         sregs = ffi.new("struct kvm_sregs *")
         call(self._fd, "KVM_GET_SREGS", sregs)
         return sregs
 
     def set_sregs(self, sregs: object) -> None:
-        """What :meth:`get_sregs` gave."""
+        """Load what :meth:`get_sregs` gave."""
         call(self._fd, "KVM_SET_SREGS", sregs)
 
     def get_part(self, name: str) -> bytes:
-        """One of :data:`VCPU_PARTS`, as its structure's bytes."""
+        """Read one of :data:`VCPU_PARTS`, as the bytes of its structure."""
         return read(self._fd, f"KVM_GET_{name.upper()}", VCPU_PARTS[name])
 
     def set_part(self, name: str, state: bytes) -> None:
-        """What :meth:`get_part` gave; :raises ValueError: of another size."""
+        """Load what :meth:`get_part` gave. :raises ValueError: it has another size."""
         write(self._fd, f"KVM_SET_{name.upper()}", state, VCPU_PARTS[name])
 
     def get_xsave(self) -> bytes:
-        """The floating-point and vector state in XSAVE's layout."""
+        """Read the floating-point and vector state, in XSAVE's layout."""
         return read(self._fd, self._get_xsave, self._xsave_size)
 
     def set_xsave(self, state: bytes) -> None:
-        """What :meth:`get_xsave` gave; :raises ValueError: of another size than this host's."""
+        """Load what :meth:`get_xsave` gave. :raises ValueError: this host has another size."""
         write(self._fd, "KVM_SET_XSAVE", state, self._xsave_size)
 
     def get_cpuid(self) -> list[CpuidEntry]:
-        """What :meth:`set_cpuid` was given, as the kernel has it now."""
+        """Read the guest's CPUID, as the kernel has it now."""
         return read_cpuid(self._fd, "KVM_GET_CPUID2")
 
     def set_cpuid(self, entries: Iterable[CpuidEntry]) -> None:
-        """The guest's CPUID; before the vCPU has run."""
+        """Set the guest's CPUID, before the vCPU has run."""
         leaves = [(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in entries]
         table = {"nent": len(leaves), "entries": leaves}
         call(self._fd, "KVM_SET_CPUID2", ffi.new("struct kvm_cpuid2 *", table))
 
     def get_msrs(self, indices: Iterable[int]) -> tuple[dict[int, int], list[int]]:
-        """The values of MSRs, and the indices of those that KVM refuses to read."""
+        """Read MSRs; give their values, and the indices of those that KVM refuses to read."""
         values: dict[int, int] = {}
         refused: list[int] = []
         left = list(indices)
@@ -134,11 +137,11 @@ class KvmVcpu(Descriptor):
         return refused
 
     def get_tsc_khz(self) -> int:
-        """The frequency of the guest's TSC."""
+        """Read the frequency of the guest's TSC, in kHz."""
         return call_value(self._fd, "KVM_GET_TSC_KHZ")
 
     def set_tsc_khz(self, khz: int) -> None:
-        """Another frequency than the host's; needs KVM_CAP_TSC_CONTROL."""
+        """Set another TSC frequency than the host's; needs KVM_CAP_TSC_CONTROL."""
         call_value(self._fd, "KVM_SET_TSC_KHZ", khz)
 
     def kvmclock_ctrl(self) -> bool:

@@ -1,7 +1,7 @@
-"""From a :class:`MachineSpec` to QEMU's command line. A pure function.
+"""QEMU's command line for a :class:`MachineSpec`, without I/O.
 
-Nothing in it is a host path but the kernel's and the initramfs's, which QEMU takes as plain
-arguments: disks and channels are descriptors that the process inherits. So no name can be
+The only host paths in it are those of the kernel and the initramfs, which QEMU takes as plain
+arguments. Disks and channels are descriptors that the process inherits. So no name can be
 misread as an option, and the files are the ones that were opened.
 """
 
@@ -18,11 +18,11 @@ from ...errors import ConfigError
 from ..base import COMMON_WORDS, MachineSpec
 from .firmware import FIRMWARE
 
-#: The virtio-serial port that carries vsock packets; the guest looks for this name.
+#: Name of the virtio-serial port that carries vsock packets; the guest looks for it.
 VSOCK_PORT_NAME: Final = "org.trio-supermachine.vsock"
 
-#: Translated code that QEMU keeps, in MiB. Its own default is an eighth of the host's memory, up
-#: to 1 GiB *for each machine*, and grows over a guest's life; beyond this bound it starts over.
+#: MiB of translated code that QEMU keeps; beyond, it starts over. Its own default is an eighth of
+#: the host's memory, up to 1 GiB *for each machine*, and it fills up over a guest's life.
 TB_SIZE_MIB: Final = 128
 
 # Slot 0 is the host bridge, slot 1 has the channel and the random number generator; disks take
@@ -37,32 +37,32 @@ _DISKS_WITH_VECTORS: Final = 64
 
 _SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
-#: Without "enhanced rep movsb": TCG moves byte by byte there, and the kernel copies memory with it
-#: where it is promised to be fast. A virtio-serial port carries three times as much without.
+#: The processor, without "enhanced rep movsb". A kernel that is promised a fast one copies memory
+#: with it, and TCG moves byte by byte. A virtio-serial port carries three times as much without.
 CPU: Final = "max,erms=off,fsrm=off"
 
-#: The machine type. "pit": the guest has better timers, and this one would wake QEMU 36 times a
-#: second. "suppress-vmdesc": a saved state is read by the same version only, so it needs no
+#: The machine type. No "pit": the guest has better timers, and this one would wake QEMU 36 times a
+#: second. "suppress-vmdesc": only the same version reads a saved state, which therefore needs no
 #: description of itself.
 MACHINE: Final = "microvm,acpi=on,pcie=on,pit=off,suppress-vmdesc=on"
 
-#: What the engine adds to the kernel's command line.
+#: Words that the engine adds to the kernel's command line.
 _CMDLINE: Final = (
     *COMMON_WORDS,
-    # Emulated CPUs do not speculate, so the mitigations cost time for nothing.
+    # Emulated processors do not speculate: mitigations would cost time for nothing.
     "mitigations=off",
     # The timer check and the calibration of the TSC against an emulated timer fail at random
     # when the host is busy, and the kernel then hangs.
     "no_timer_check",
-    # Nor does its watchdog of the TSC know that the host was busy: it would take the clock for
-    # broken, and the guest would tick 200 times a second for ever.
+    # The kernel's watchdog of the TSC takes the clock for broken when the host is busy, and the
+    # guest would then tick 200 times a second for ever.
     "tsc=reliable",
 )
 
 
 @attrs.frozen(kw_only=True)
 class RestoreFds:
-    """The files that a machine goes on from."""
+    """Descriptors of the files that a machine goes on from."""
 
     state: int
     memory: int
@@ -70,7 +70,7 @@ class RestoreFds:
 
 @attrs.frozen(kw_only=True)
 class MachineFds:
-    """The descriptors that QEMU inherits."""
+    """Descriptors that QEMU inherits."""
 
     qmp: int
     console: int
@@ -85,7 +85,7 @@ class MachineFds:
 
 
 def kernel_command_line(spec: MachineSpec, tsc_khz: int | None) -> str:
-    """The guest's: the engine's words first, then the caller's, which win."""
+    """Give the guest kernel's: first the engine's words, then the caller's, which win."""
     words = [*_CMDLINE]
     if tsc_khz is not None:
         words.append(f"tsc_early_khz={tsc_khz}")
@@ -97,7 +97,7 @@ def kernel_command_line(spec: MachineSpec, tsc_khz: int | None) -> str:
 def command_line(
     qemu: Path, spec: MachineSpec, fds: MachineFds, *, tsc_khz: int | None
 ) -> list[bytes]:
-    """QEMU's arguments for ``spec``, from the program on.
+    """Give QEMU's arguments for ``spec``, from the program on.
 
     :param tsc_khz: the host's TSC frequency, which is the guest's under emulation.
     :raises ConfigError: more disks than the machine has places for.
@@ -164,7 +164,7 @@ def _memory(spec: MachineSpec, fds: MachineFds) -> tuple[str, str]:
 
 
 def _start(spec: MachineSpec, fds: MachineFds, tsc_khz: int | None) -> list[str | bytes]:
-    """What the machine begins with. A restored one has its kernel in its memory."""
+    """Give the arguments for the kernel to boot, or the state to wait for."""
     if fds.restore is not None:
         return ["-S", "-incoming", "defer"]
     if spec.kernel is None or spec.initramfs is None:

@@ -1,4 +1,9 @@
-"""QEMU as an engine: emulation (TCG) on any host."""
+"""QEMU as an engine: emulation (TCG) on any host.
+
+A block of :meth:`QemuEngine.open` owns, from the outside in: this side's ends of the channels, the
+process, and the task that serves them (:mod:`.machine`). QEMU's own descriptors are this program's
+only until the process has inherited them.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +28,9 @@ from .process import REAP_TIMEOUT, engine_process
 
 @final
 class QemuEngine(Engine):
-    """One QEMU process for each machine, driven over QMP.
+    """Engine with one QEMU process for each machine, driven over QMP.
 
-    :param assets: where to find QEMU, if not where :func:`find_qemu` looks by itself.
+    :param assets: the place of QEMU, if not one where :func:`find_qemu` looks by itself.
     """
 
     name = "qemu"
@@ -47,7 +52,7 @@ class QemuEngine(Engine):
             "qemu": await version(find_qemu(self._assets)),
             "machine": MACHINE,
             "cpu": CPU,
-            # An emulated guest's TSC is the host's, and its kernel knows the frequency.
+            # The TSC of an emulated guest is the host's, and its kernel knows the frequency.
             "host-cpu": host_cpu(),
         }
 
@@ -64,7 +69,7 @@ class QemuEngine(Engine):
         launcher = launcher_binary()
         khz = await tsc_khz(launcher)
         async with AsyncExitStack() as ours:
-            with ExitStack() as theirs:  # QEMU's descriptors: ours only until it has them
+            with ExitStack() as theirs:
                 qmp, qmp_fd = _channel(ours, theirs)
                 console, console_fd = _channel(ours, theirs)
                 vsock, vsock_fd = _channel(ours, theirs)
@@ -74,8 +79,8 @@ class QemuEngine(Engine):
                     qmp=qmp_fd, console=console_fd, vsock=vsock_fd, disks=disks, restore=restore
                 )
                 argv = command_line(qemu, spec, fds, tsc_khz=khz)
-                # Most of what a restored machine has of its own is translated code, and huge
-                # pages for it cost more memory than they save time. A boot gains by them.
+                # The memory that a restored machine has of its own is mostly translated code. Huge
+                # pages cost it more memory than they save time; a boot gains by them.
                 lean = spec.restore is not None
                 process = await ours.enter_async_context(
                     engine_process(launcher, argv, fds.all, lean=lean)
@@ -108,7 +113,7 @@ def _channel(ours: AsyncExitStack, theirs: ExitStack) -> tuple[socket.socket, in
 def _open_restore(files: ExitStack, restore: Restore) -> RestoreFds:
     state = os.open(restore.state, os.O_RDONLY | os.O_CLOEXEC)
     files.callback(os.close, state)
-    # QEMU opens it anew for writing, although what it writes stays in its private mapping.
+    # QEMU opens it again for writing, although its writes stay in its private mapping.
     memory = os.open(restore.memory, os.O_RDWR | os.O_CLOEXEC)
     files.callback(os.close, memory)
     return RestoreFds(state=state, memory=memory)

@@ -1,6 +1,6 @@
-"""The firmware, and why nothing that a guest needs lies over something else.
+"""The firmware, and the room in a new guest's memory.
 
-Theory of operation. Three parties put things into a new guest's memory, and none asks another:
+Theory of operation. Three parties put things into that memory, and none asks another:
 
 1. QEMU loads the kernel to the addresses that the kernel itself names, and chooses a place for the
    initramfs: as high as it goes, on a page boundary, with its last byte in the last page of low
@@ -27,7 +27,7 @@ from typing import Final
 from ...errors import ConfigError
 from ...kernels.image import KernelExtent, kernel_extent
 
-#: QEMU looks for it among its own files.
+#: Name of the firmware; QEMU looks for it among its own files.
 FIRMWARE: Final = "qboot.rom"
 
 _MIB: Final = 1 << 20
@@ -37,7 +37,7 @@ _LOW_RAM_END: Final = 3 << 30
 
 
 def initramfs_start(extent: KernelExtent, size: int, memory_mib: int) -> int:
-    """Where QEMU puts an initramfs of ``size`` bytes; below zero if it does not fit at all."""
+    """Compute where QEMU puts an initramfs of ``size`` bytes; negative if it does not fit."""
     last = min(memory_mib * _MIB, _LOW_RAM_END) - 1
     if extent.initramfs_max is not None:
         last = min(last, extent.initramfs_max)
@@ -47,7 +47,7 @@ def initramfs_start(extent: KernelExtent, size: int, memory_mib: int) -> int:
 def check_room(kernel: Path, initramfs: Path, memory_mib: int) -> None:
     """Refuse a memory in which the initramfs would lie over the kernel.
 
-    A file that is missing or no kernel is left to QEMU, which says what it is.
+    A file that is missing, or no kernel, passes: QEMU says what is wrong with it.
 
     :raises ConfigError: the memory is too small.
     """

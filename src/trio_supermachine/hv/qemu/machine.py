@@ -1,4 +1,41 @@
-"""One machine that QEMU runs."""
+"""One machine that QEMU runs.
+
+Theory of operation. A machine is a process with three socket pairs: *qmp* controls it, *console* is
+its serial port, *vsock* carries the agent's packets.
+
+*The start.* A boot begins as the process does. A restore is, in this order:
+
+1. QEMU stands still with its memory mapped from the snapshot's file.
+2. The pages of diffs are written into that memory. Devices look at their rings in it when they are
+   loaded, so it must be complete.
+3. ``migrate-incoming`` begins to load the device state. QEMU remembers a ``cont`` that comes
+   meanwhile; :meth:`QemuMachine.resume` waits for the event RESUME, which says that the guest runs.
+   A state that cannot be loaded ends the process instead.
+
+The muxer's first packet tells the guest's agent that its connections are gone.
+
+*A capture* holds at each step what the steps before it have made still: the caller's ``at_rest``
+freezes programs by calls to the agent; then the carrier falls silent (:mod:`~...vsock.framing`),
+for which the agent must still run; then ``stop``, the device state into a descriptor that QEMU is
+handed, and the memory by :mod:`..copying`, which reads it from outside. However this ends, the
+vCPUs go on, unless they were paused before; then the carrier, then the programs.
+
+*The end.* The process ends by itself (the guest's power-off, a reset, a crash) or is killed: by the
+owner, or because a channel has failed. :meth:`QemuMachine._run` waits for that, gives the channels
+a second to be read to their ends, and then tells in one step how it ended: the exit is known, the
+console ends, streams break. The reason is the first of these that there is: the guest's own, as
+QMP's event SHUTDOWN has it; a fault of a channel; the one given to :meth:`QemuMachine.kill`; the
+signal or status that the process ended by.
+
+A call that fails because the machine is going waits for that moment, so that it can say why.
+
+*Ownership.* The engine's ``open`` owns the task :meth:`QemuMachine._run`. It is shielded, so that
+clean-up of the block's body can still call the guest; leaving the block kills the process, which
+ends the task.
+
+*A hostile guest* may have taken over QEMU: what comes from a channel is bounded and checked, and
+nonsense ends the machine.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +67,10 @@ from .qmp import QmpClient, QmpError, QmpProtocolError
 _T = TypeVar("_T")
 
 _RECEIVE: Final = 64 * 1024
-#: How long channels may stay open when the process is dead, and the process when a channel has
-#: ended. In seconds.
+#: Seconds that channels may stay open when the process is dead, and the process when a channel has
+#: ended.
 _GRACE: Final = 1.0
-#: How long the guest's agent may take to come to rest for a capture, in seconds.
+#: Seconds that the guest's agent may take to come to rest for a capture.
 _REST: Final = 5.0
 _GONE: Final = (trio.BrokenResourceError, QmpError)
 
@@ -49,7 +86,7 @@ _SHUTDOWN_CAUSES: Final[Mapping[str, ExitReason]] = {
 
 @final
 class QemuMachine(Machine):
-    """Only :meth:`QemuEngine.open` makes one."""
+    """A machine that QEMU runs. Only :meth:`QemuEngine.open` makes one."""
 
     engine = "qemu"
 
@@ -81,13 +118,13 @@ class QemuMachine(Machine):
         self._cause: str | None = None
         self._fault: str | None = None
         self._exit: MachineExit | None = None
-        self._gone = trio.Event()  # the process
-        self._exited = trio.Event()  # and its channels are drained
+        self._gone = trio.Event()  # the process has ended
+        self._exited = trio.Event()  # and its channels are read
         self._scope = trio.CancelScope(shield=True)
 
     @property
     def pid(self) -> int:
-        """QEMU's process id."""
+        """Process id of QEMU."""
         return self._process.pid
 
     async def dial(self, port: int, opening: bytes = b"") -> VsockStream:
@@ -105,7 +142,7 @@ class QemuMachine(Machine):
         if self._restore is None or self._running.is_set():
             await self._or_exited(self._qmp.execute, "cont")
             return
-        with suppress(VmExited):  # as long as the state is being loaded, QEMU remembers this
+        with suppress(VmExited):  # QEMU remembers it while it loads the state
             await self._or_exited(self._qmp.execute, "cont")
         await self._running.wait()
         if self._exit is not None:
@@ -149,7 +186,7 @@ class QemuMachine(Machine):
         return trio.current_time() - began
 
     async def _save_devices(self, fd: int) -> None:
-        """Everything but memory: what the live migration of a machine ends with."""
+        """Save the device state, with which a live migration ends, into the descriptor ``fd``."""
         try:
             answer = await self._qmp.execute("add-fd", {"opaque": "state"}, fd=fd)
             number = int(answer["fdset-id"])
@@ -182,14 +219,14 @@ class QemuMachine(Machine):
             self._process.kill()
 
     async def _or_exited(self, operation: Callable[..., Awaitable[_T]], *args: object) -> _T:
-        """Run ``operation``; if it breaks because the machine is gone, say so."""
+        """Run ``operation``. If it breaks because the machine is gone, raise :exc:`VmExited`."""
         try:
             return await operation(*args)
         except trio.BrokenResourceError:
             await self._exited.wait()
             raise self._vm_exited() from None
         except QmpError:
-            # The guest is already shutting down: there is nothing left to stop or to run.
+            # A guest that shuts down has nothing left to stop or to run.
             if self._cause is None:
                 raise
             await self._exited.wait()
@@ -199,17 +236,16 @@ class QemuMachine(Machine):
         assert self._exit is not None
         return VmExited(self._exit.reason, self._exit.detail, console=self.console.text_tail())
 
-    # The machine's life. All below runs in tasks that the engine's ``open`` owns.
+    # --- the machine's life, in tasks that the engine's ``open`` owns ---
 
     async def _start(self) -> None:
-        """Wait until the machine runs, or what it goes on from is being loaded.
+        """Wait until the machine runs, or has begun to load its state.
 
         :raises VmExited: QEMU refused.
         """
         await self._or_exited(self._qmp.negotiate)
         if self._restore is None:
             return
-        # Memory is complete first: devices look at their rings in it when they are loaded.
         if self._restore.patches:
             memory = await self._guest_memory()
             await trio.to_thread.run_sync(memory.patch, self._restore.patches)
@@ -221,11 +257,7 @@ class QemuMachine(Machine):
         self._scope.deadline = trio.current_time() + seconds
 
     async def _run(self) -> None:
-        """Serve the machine's channels until its process is gone, and tell how it ended.
-
-        Shielded: while the owner is being cancelled, calls to the guest that clean up still
-        go through; the owner ends this by killing the process.
-        """
+        """Serve the machine's channels until its process is gone, and tell how it ended."""
         status: int | None = None
         try:
             with self._scope:
@@ -236,7 +268,7 @@ class QemuMachine(Machine):
                     nursery.start_soon(self._process.drain_stderr)
                     status = await self._process.wait()
                     self._gone.set()
-                    # What it wrote before its end is still to be read, up to the end of file.
+                    # Bytes that it wrote before its end are still to be read.
                     nursery.cancel_scope.deadline = trio.current_time() + _GRACE
         finally:
             self._exit = self._how_it_ended(status)
@@ -269,7 +301,7 @@ class QemuMachine(Machine):
             await self._not_without("the guest's channel has ended")
 
     async def _not_without(self, fault: str) -> None:
-        """QEMU closes its channels on its way out; a machine without one is of no use."""
+        """End a machine that has lost a channel, unless QEMU is on its way out anyway."""
         with trio.move_on_after(_GRACE) as scope:
             await self._gone.wait()
         if scope.cancelled_caught:

@@ -1,4 +1,4 @@
-"""What this host's QEMU and clock are. Found once, and remembered by the program's identity."""
+"""Facts about this host's QEMU and clock, found once and remembered by the program's identity."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _frequencies: dict[_Identity, int] = {}
 
 
 async def probe_binary(qemu: Path) -> EngineReport:
-    """Whether ``qemu`` is a QEMU that can run our machines."""
+    """Find out whether ``qemu`` is a QEMU that can run machines of this engine."""
     identity = _identity(qemu)
     if identity not in _reports:
         remedy, detail = await _examine(qemu)
@@ -40,7 +40,7 @@ async def probe_binary(qemu: Path) -> EngineReport:
 
 
 async def version(qemu: Path) -> str:
-    """Its version without the patch level, over which saved states stay readable.
+    """Give the version of ``qemu`` without the patch level, over which saved states stay readable.
 
     :raises EngineUnavailable: it does not run.
     """
@@ -52,7 +52,7 @@ async def version(qemu: Path) -> str:
 
 @cache
 def host_cpu() -> str:
-    """The name of this host's processor."""
+    """Give the name of this host's processor."""
     with open("/proc/cpuinfo", errors="replace") as lines:
         for line in lines:
             if line.startswith("model name"):
@@ -61,7 +61,7 @@ def host_cpu() -> str:
 
 
 async def tsc_khz(launcher: Path) -> int:
-    """The frequency of this host's TSC, in kHz: measured once, in 20 ms.
+    """Measure the frequency of this host's TSC in kHz: once, in 20 ms.
 
     :raises EngineUnavailable: it cannot be measured.
     """
@@ -76,7 +76,7 @@ async def tsc_khz(launcher: Path) -> int:
 
 
 async def _examine(qemu: Path) -> tuple[str | None, str]:
-    """The remedy, if it is not usable, and what was found."""
+    """Give the remedy, if ``qemu`` is not usable, and what was found."""
     version = await _version(qemu)
     if version is None:
         return _REMEDY, f"{qemu} does not run, or is not QEMU"
@@ -93,7 +93,7 @@ async def _examine(qemu: Path) -> tuple[str | None, str]:
 
 
 async def _find_firmware(qemu: Path) -> str | None:
-    """The firmware among QEMU's files, which are usually beside the program."""
+    """Find the firmware among QEMU's files, which are usually beside the program."""
     if usual := _first(os.path.join(_prefix(qemu), "share/qemu")):
         return usual
     return _first(*(await _output([qemu, "-L", "help"]) or "").splitlines())
@@ -104,7 +104,7 @@ def _prefix(program: Path) -> str:
 
 
 def _first(*directories: str) -> str | None:
-    """The firmware in the first of these that has it."""
+    """Find the firmware in the first of these directories that has it."""
     found = (os.path.join(directory, FIRMWARE) for directory in directories)
     return next(filter(os.path.exists, found), None)
 
@@ -122,7 +122,7 @@ async def _version(qemu: Path) -> tuple[int, int] | None:
 
 
 async def _output(command: list[Path | str]) -> str | None:
-    """What ``command`` prints; nothing if it fails."""
+    """Run ``command`` and give what it prints; ``None`` if it fails."""
     try:
         with trio.fail_after(_TIMEOUT):
             done = await trio.run_process(

@@ -1,9 +1,10 @@
 """The engine's operating system process: started, watched and reaped without a thread.
 
-A helper program, ``launcher run PARENT PROGRAM ARGS...``, asks the kernel to kill the process
-when its parent *thread* ends, and then becomes QEMU. It is started from the thread that runs
-Trio, which outlives every machine; Trio's own process functions spawn from worker threads
-that end when they have been idle for a while.
+Theory of operation. No QEMU may outlive this program, even if it is killed with -9. So a helper
+program, ``launcher run PARENT PROGRAM ARGS...``, first asks the kernel to kill the process when its
+parent *thread* ends, and then becomes QEMU. The parent must be the thread that runs Trio, which
+outlives every machine. Trio's own process functions will not do: they spawn from worker threads,
+which end when they have been idle for a while.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final, final
 
 import trio
 
-#: How long a killed process may take to be gone, in seconds. Only a stuck kernel needs more.
+#: Seconds that a killed process may take to be gone. Only a stuck kernel needs more.
 REAP_TIMEOUT: Final = 5.0
 
 _STDERR_KEPT: Final = 8 * 1024
@@ -38,13 +39,13 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """The process id; while the process has not been waited for, nothing else has it."""
+        """Process id; while the process has not been waited for, no other process gets it."""
         assert self._popen is not None
         return self._popen.pid
 
     @property
     def stderr_tail(self) -> str:
-        """The end of what it wrote to stderr, for people."""
+        """End of its output to stderr, for people."""
         return self._said.decode("utf-8", "replace").strip()
 
     def kill(self) -> None:
@@ -54,7 +55,7 @@ class EngineProcess:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def wait(self) -> int:
-        """Wait for its end; returns the exit status, negative for a signal. For one task."""
+        """Wait for its end; give the exit status, negative for a signal. For one task."""
         assert self._popen is not None
         while (status := self._popen.poll()) is None:
             await trio.lowlevel.wait_readable(self._pidfd)
@@ -94,7 +95,7 @@ class EngineProcess:
                 if self._pidfd >= 0:
                     self.kill()
                     await self.wait()
-                else:  # it could not be watched: no descriptor was left
+                else:  # no descriptor was left to watch it by
                     self._popen.kill()
                     self._popen.wait()
         if self._pidfd >= 0:
@@ -109,10 +110,9 @@ class EngineProcess:
 async def engine_process(
     launcher: Path, argv: Sequence[bytes], pass_fds: Sequence[int], *, lean: bool = False
 ) -> AsyncIterator[EngineProcess]:
-    """Run ``argv``, an absolute path and its arguments; gone, by SIGKILL, when the block ends.
+    """Run ``argv``, an absolute path and its arguments, for a block; kill it by SIGKILL at the end.
 
     :param lean: spend no memory on huge pages.
-
     :raises OSError: the launcher could not be started, or no descriptors are left.
     """
     process = EngineProcess()

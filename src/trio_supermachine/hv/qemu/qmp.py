@@ -1,7 +1,7 @@
 """A client of QEMU's machine protocol (QMP).
 
 :class:`QmpParser` turns bytes into messages without I/O; :class:`QmpClient` puts it on one end
-of a socket pair. QEMU processes hostile guests, so what it sends is not trusted either: lines
+of a socket pair. QEMU serves hostile guests, so what it sends is not trusted either: lines
 are bounded, and what is not a QMP message ends the connection.
 """
 
@@ -25,7 +25,7 @@ Message = dict[str, Any]
 
 
 class QmpError(SupermachineError):
-    """QEMU refused a command; :attr:`kind` is QMP's error class."""
+    """Refusal of a command by QEMU; :attr:`kind` is QMP's error class."""
 
     def __init__(self, command: str, kind: str, description: str) -> None:
         super().__init__(f"QEMU refused {command!r}: {description} ({kind})")
@@ -35,19 +35,19 @@ class QmpError(SupermachineError):
 
 
 class QmpProtocolError(SupermachineError):
-    """What came is not QMP, or goes beyond its bounds."""
+    """Bytes that are not QMP, or go beyond its bounds."""
 
 
 @final
 class QmpParser:
-    """Bytes in, messages out."""
+    """Decoder of bytes into messages."""
 
     def __init__(self, max_line: int = MAX_LINE) -> None:
         self._max_line = max_line
         self._pending = bytearray()
 
     def feed(self, data: bytes) -> list[Message]:
-        """Take what was received; return the messages that it completes.
+        """Take received bytes; give the messages that they complete.
 
         :raises QmpProtocolError: a line is too long, or is not a JSON object.
         """
@@ -86,9 +86,9 @@ class _Pending:
 
 @final
 class QmpClient:
-    """Commands and events on ``stream``; alive while :meth:`run` runs.
+    """Commands and events on ``stream``, for as long as :meth:`run` runs.
 
-    ``on_event`` is called with each event's name and data, in order. It must not block.
+    :param on_event: called with the name and data of each event, in order. It must not block.
     """
 
     def __init__(
@@ -131,12 +131,11 @@ class QmpClient:
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, fd: int | None = None
     ) -> Any:
-        """Run ``command`` and return its result.
+        """Run ``command`` and give its result.
 
-        Cancelling gives up waiting; QEMU still carries the command out.
+        Cancelled, it stops waiting; QEMU still carries the command out.
 
         :param fd: a descriptor to hand over with it.
-
         :raises QmpError: QEMU refused.
         :raises trio.BrokenResourceError: the connection has ended.
         """
@@ -158,10 +157,10 @@ class QmpClient:
     async def _send(self, request: Message, fd: int | None) -> None:
         line = json.dumps(request).encode() + b"\n"
         async with self._send_lock:
-            # Half a command would garble the next one: once begun, sending is not cancelled.
-            # It cannot wait for long either, as the socket buffer holds hundreds of commands.
+            # Half a command would garble the next one: once begun, sending is not cancelled. That
+            # cannot take long, as the socket's buffer holds hundreds of commands.
             with trio.CancelScope(shield=True):
-                if fd is not None:  # it goes with the first byte
+                if fd is not None:  # the descriptor goes with the first byte
                     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))
                     try:
                         await self._stream.socket.sendmsg([line[:1]], [rights])

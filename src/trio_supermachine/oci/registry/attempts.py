@@ -1,4 +1,4 @@
-"""Trying again, and elsewhere."""
+"""Attempts: when to ask a host again, and when to ask the next one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .settings import RegistrySettings
 
 T = TypeVar("T")
 
-#: What a mirror's failure may be, for which the next one is asked.
-Failed = (Transient, RegistryError, ImageNotFound, ImageCorrupt)
+#: Failures of a mirror after which the next host is asked.
+Failed: Final = (Transient, RegistryError, ImageNotFound, ImageCorrupt)
 _ATTEMPTS_AT_MIRROR: Final = 2
 
 
 class Attempts:
-    """Which :attr:`host` is asked next, and when; the last one's failures are the caller's."""
+    """The attempts at one operation, host after host. The caller gets the last host's failure."""
 
     def __init__(self, hosts: Sequence[Host], settings: RegistrySettings) -> None:
         self._hosts = hosts
@@ -35,15 +35,15 @@ class Attempts:
         return self._hosts[self._number]
 
     def advanced(self) -> None:
-        """Something has been achieved: begin to count anew."""
+        """Begin to count attempts anew, since something was achieved."""
         self._retry.advanced()
 
     async def failed(
         self, failure: Transient | RegistryError | ImageNotFound | ImageCorrupt
     ) -> None:
-        """Wait until the next attempt is due.
+        """Take a failure, and wait until the next attempt is due, perhaps at the next host.
 
-        :raises SupermachineError: there is none.
+        :raises SupermachineError: there is no further attempt; it is the failure's own error.
         """
         trace("oci", "registry %s: %s", self.host.endpoint.name, failure)
         try:
@@ -60,7 +60,7 @@ class Attempts:
             await trio.sleep(pause)
 
     async def run(self, operation: Callable[[Host], Awaitable[T]]) -> T:
-        """The result of an operation that may have to be tried again."""
+        """Run an operation until it succeeds, or there is no further attempt."""
         while True:
             try:
                 return await operation(self.host)

@@ -1,4 +1,4 @@
-"""The JSON files that hold credentials: Docker's ``config.json`` and containers-auth.json(5)."""
+"""JSON files with credentials: Docker's ``config.json`` and containers-auth.json(5)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .registries_conf import config_home
 
 _MAX_FILE = 4 << 20
 _HUB_HOSTS = ("docker.io", "index.docker.io", "registry-1.docker.io")
-#: The key that ``docker login`` uses for Docker Hub.
+#: The key under which ``docker login`` keeps credentials for Docker Hub.
 HUB_KEY = "https://index.docker.io/v1/"
 
 
 def auth_files() -> list[Path]:
-    """Where credentials may be, in the order of search."""
+    """List the files that may have credentials, in the order of search."""
     if explicit := os.environ.get("REGISTRY_AUTH_FILE"):
         return [Path(explicit)]
     docker = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
@@ -34,7 +34,7 @@ def auth_files() -> list[Path]:
 
 
 def normalise_key(key: str) -> str:
-    """A file's key as ``HOST[:PORT][/PATH]``; Docker writes whole addresses at times."""
+    """Give a file's key as ``HOST[:PORT][/PATH]``. Docker sometimes writes a whole address."""
     bare = key.removeprefix("https://").removeprefix("http://")
     host, _, path = bare.partition("/")
     if host in _HUB_HOSTS:
@@ -45,13 +45,16 @@ def normalise_key(key: str) -> str:
 
 
 def file_key(registry: str) -> str:
-    """The key under which a registry's credentials are kept."""
+    """Give the key under which a registry's credentials are kept."""
     return HUB_KEY if registry == "docker.io" else registry
 
 
 @attrs.frozen
 class Entry:
-    """What a file has for one key; :attr:`token` is an identity token."""
+    """The credentials that a file has under one key.
+
+    :ivar token: an identity token, instead of a password.
+    """
 
     username: str
     password: str = attrs.field(repr=False)
@@ -59,7 +62,7 @@ class Entry:
 
 
 class AuthFile:
-    """One such file, which may not exist. What it has besides credentials is kept."""
+    """A file of credentials, which need not exist. Its other content is kept."""
 
     def __init__(self, path: Path, document: dict[str, Any]) -> None:
         self._path = path
@@ -67,7 +70,10 @@ class AuthFile:
 
     @classmethod
     def read(cls, path: Path) -> AuthFile:
-        """Read it. :raises ConfigError: it is malformed."""
+        """Read a file.
+
+        :raises ConfigError: it cannot be read, or is malformed.
+        """
         try:
             with path.open("rb") as stream:
                 data = stream.read(_MAX_FILE + 1)
@@ -84,10 +90,10 @@ class AuthFile:
         return cls(path, document)
 
     def helper(self, keys: list[str], *, to_store: bool = False) -> tuple[str, str] | None:
-        """The helper program for the first of ``keys`` that has one, and what to ask it for.
+        """Find the helper program for the first of ``keys`` that has one, and the key to ask for.
 
-        A helper for everything (``credsStore``) is asked unless the file itself has an entry,
-        and is where new credentials go.
+        A helper for all registries (``credsStore``) is asked if the file itself has no entry. New
+        credentials always go to it.
         """
         named = {normalise_key(k): v for k, v in self._object("credHelpers").items()}
         for key in keys:
@@ -99,13 +105,13 @@ class AuthFile:
         return None
 
     def entry(self, keys: list[str]) -> Entry | None:
-        """What the file itself has for the first of ``keys`` that it knows.
+        """Find what the file itself has for the first of ``keys`` that it knows.
 
-        :raises ConfigError: it is malformed.
+        :raises ConfigError: the entry is malformed.
         """
         auths: dict[str, object] = {}
         for name, value in self._object("auths").items():
-            # Two spellings may be there: the one that has something counts.
+            # A registry may be there in two spellings. The one that is not empty counts.
             if value:
                 auths.setdefault(normalise_key(name), value)
         for key in keys:
@@ -114,14 +120,14 @@ class AuthFile:
         return None
 
     def set(self, registry: str, username: str, password: str, token: str | None) -> None:
-        """Have the file hold credentials."""
+        """Put credentials into the file; :meth:`write` writes them."""
         self.remove(registry)
         text = base64.b64encode(f"{username}:{password}".encode()).decode()
         value = {"auth": text} if token is None else {"auth": text, "identitytoken": token}
         self._document["auths"] = {**self._object("auths"), file_key(registry): value}
 
     def remove(self, registry: str) -> bool:
-        """Have the file hold no credentials; whether it did."""
+        """Take credentials out of the file. Give whether there were any."""
         auths = self._object("auths")
         kept = {name: value for name, value in auths.items() if normalise_key(name) != registry}
         if len(kept) == len(auths):
@@ -130,9 +136,12 @@ class AuthFile:
         return True
 
     def write(self) -> None:
-        """Replace the file, which its owner alone can read. :raises ConfigError: that fails."""
+        """Replace the file by one that its owner alone can read.
+
+        :raises ConfigError: it cannot be written.
+        """
         try:
-            # Where it is a symbolic link, it stays one.
+            # A symbolic link stays one.
             with new_file(Path(os.path.realpath(self._path))) as temporary:
                 temporary.write_text(json.dumps(self._document, indent="\t") + "\n")
         except OSError as exc:
@@ -157,6 +166,6 @@ class AuthFile:
             token, str | None
         ):
             raise ConfigError(f"{self._path}: an entry of auths has a value that is no string")
-        # Docker pads with NULs.
+        # Docker pads the password with NULs.
         password = password.rstrip("\0")
         return Entry(name, password, token) if token or name else None

@@ -1,4 +1,4 @@
-"""The bytes of a blob, across lost connections."""
+"""Blobs: their bytes, across lost connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from .wire import ADVANCE, Answer
 
 @final
 class BlobStream:
-    """An asynchronous iterator over a blob's bytes from a place on; never more than its size."""
+    """An asynchronous iterator over a blob's bytes from a place on.
+
+    After a lost connection it asks for the rest, of the same host or the next. It never gives more
+    bytes than the blob's size.
+    """
 
     def __init__(
         self, attempts: Attempts, *, reference: str, digest: str, size: int, start: int
@@ -26,7 +30,7 @@ class BlobStream:
         self._digest = digest
         self._size = size
         self._at = start
-        self._mark = start  # where the last failure was
+        self._mark = start  # the place of the last failure
         self._skip = 0
         self._answer: Answer | None = None
 
@@ -108,7 +112,7 @@ class BlobStream:
         try:
             more = await self._answer.receive()
         except Transient:
-            more = b""  # all that was promised is here
+            more = b""  # the blob is complete all the same
         await self.aclose()
         if more:
             raise self._corrupt(f"its body goes on after {self._size} bytes")

@@ -1,4 +1,9 @@
-"""``WWW-Authenticate`` (RFC 9110, section 11.6.1), which nobody has to send well."""
+"""Parser of ``WWW-Authenticate`` (RFC 9110, section 11.6.1).
+
+A challenge is a scheme with parameters, or with a *token68*. Several challenges, and several
+parameters, are separated by commas alone, so the parser looks ahead to tell them apart. Malformed
+headers are no error: the challenges before the fault count.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +23,14 @@ _COMMAS = re.compile(r"[ \t,]*")
 
 @attrs.frozen
 class Challenge:
-    """One way to authenticate: :attr:`scheme` and the names in :attr:`parameters` in lower case."""
+    """A way to authenticate. The scheme and the parameters' names are in lower case."""
 
     scheme: str
     parameters: Mapping[str, str]
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
-    """The challenges of some headers, up to where one of them is malformed."""
+    """Parse the challenges of some headers. Of a malformed one, take those before the fault."""
     found: list[Challenge] = []
     for header in headers:
         if len(header) <= _MAX:
@@ -54,7 +59,7 @@ class _Parser:
             self._take(_COMMAS)
 
     def _parameter_follows(self) -> bool:
-        # A challenge's next parameter and the next challenge both begin with a token.
+        # The next parameter and the next challenge both begin with a token.
         here = self._at
         name = self._take(_TOKEN)
         self._take(_SPACE)

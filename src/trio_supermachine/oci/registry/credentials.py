@@ -1,4 +1,4 @@
-"""Names and passwords for registries: the files and helper programs of Docker and Podman."""
+"""Credentials for registries, in the files and helper programs of Docker and Podman."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .helpers import ask_helper, forget_in_helper, tell_helper
 
 @attrs.frozen(kw_only=True)
 class Credentials:
-    """A name with a password, or an identity token, which a token server takes instead."""
+    """A name with a password; or instead an identity token, for a token server."""
 
     username: str = ""
     password: str = attrs.field(default="", repr=False)
@@ -28,18 +28,19 @@ _TOKEN_NAME = "<token>"
 
 
 def keys_of(registry: str) -> list[str]:
-    """The keys under which credentials of ``HOST[:PORT][/PATH]`` may be, the best first."""
+    """List the keys under which credentials of ``HOST[:PORT][/PATH]`` may be, the best first."""
     host, _, path = normalise_key(registry).partition("/")
     parts = path.split("/") if path else []
     return ["/".join([host, *parts[:count]]) for count in range(len(parts), -1, -1)]
 
 
 async def find_credentials(registry: str) -> Credentials | None:
-    """What this host has for ``HOST[:PORT]``, or better for ``HOST[:PORT]/REPOSITORY``.
+    """Find this host's credentials for ``HOST[:PORT][/REPOSITORY]``.
 
-    Looked through are ``$REGISTRY_AUTH_FILE`` alone if it is set; otherwise Docker's
-    ``config.json`` (in ``$DOCKER_CONFIG`` or ``~/.docker``) and then Podman's ``auth.json``, with
-    the helper programs that they name. Cancellation ends a helper program.
+    If ``$REGISTRY_AUTH_FILE`` is set, that file alone is looked through; otherwise Docker's
+    ``config.json`` (in ``$DOCKER_CONFIG`` or ``~/.docker``), and then Podman's ``auth.json``. In
+    each the longest match counts. Helper programs that the files name are asked, too. Cancellation
+    ends a helper program.
 
     :raises ConfigError: a file is malformed, or a helper fails.
     """
@@ -62,10 +63,10 @@ async def find_credentials(registry: str) -> Credentials | None:
 
 
 async def store_credentials(registry: str, credentials: Credentials) -> Path | str:
-    """Keep credentials for ``HOST[:PORT]``; where: a file, or a helper program's name.
+    """Keep credentials for ``HOST[:PORT]``. Give the file, or the helper program's name.
 
-    It is the first of the files of :func:`find_credentials`, or the helper program that the file
-    names. The file is replaced at once, so that a kill leaves the old one.
+    They go to the first of the files of :func:`find_credentials`, or to the helper program that
+    this file names. The file is replaced as a whole.
 
     :raises ConfigError: the file is malformed or cannot be written, or the helper fails.
     """
@@ -86,7 +87,7 @@ async def store_credentials(registry: str, credentials: Credentials) -> Path | s
 
 
 async def erase_credentials(registry: str) -> bool:
-    """Forget credentials for ``HOST[:PORT]`` in all places; whether there were any.
+    """Forget credentials for ``HOST[:PORT]`` in all places. Give whether there were any.
 
     :raises ConfigError: a file is malformed or cannot be written, or a helper fails.
     """

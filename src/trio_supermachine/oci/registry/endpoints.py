@@ -1,4 +1,4 @@
-"""From a reference to the hosts that are asked for it."""
+"""Endpoints: the hosts that are asked for a reference."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PATH = re.compile(r"[a-z0-9]+(?:[._\-/]+[a-z0-9]+)*")
 class Endpoint:
     """A repository on a host.
 
-    :attr:`name` is what people call the registry, and its credentials and certificates are filed
-    under; :attr:`host` is who is asked. :attr:`path` is the repository's name there, empty for the
-    registry as a whole.
+    :ivar name: the registry's name for people, under which its credentials and certificates are.
+    :ivar path: the repository's name there; empty for the registry as a whole.
+    :ivar insecure: whether certificates are not checked, and plain HTTP will do.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        """``HOST[:PORT]``."""
+        """The host to ask, ``HOST[:PORT]``."""
         return "registry-1.docker.io" if self.name == "docker.io" else self.name
 
     @property
     def loopback(self) -> bool:
-        """Whether nobody but this host can be meant."""
+        """Whether the endpoint is on this very host."""
         match = _HOST.fullmatch(self.name)
         assert match is not None
         name = match["name"].strip("[]")
@@ -47,14 +47,14 @@ class Endpoint:
 
     @property
     def plain_allowed(self) -> bool:
-        """Whether plain HTTP will do, where there is no HTTPS."""
+        """Whether plain HTTP will do if the host does not speak HTTPS."""
         return self.insecure or self.loopback
 
 
 def endpoint(location: str, *, insecure: bool = False) -> Endpoint:
-    """The endpoint at ``HOST[:PORT][/PATH]``.
+    """Parse ``HOST[:PORT][/PATH]``.
 
-    :raises ConfigError: there can be none.
+    :raises ConfigError: it has another form.
     """
     name, slash, path = location.partition("/")
     match = _HOST.fullmatch(name)
@@ -76,10 +76,11 @@ def endpoint(location: str, *, insecure: bool = False) -> Endpoint:
 def endpoints_of(
     reference: Reference, tables: list[RegistryTable], *, insecure: bool = False
 ) -> list[Endpoint]:
-    """Whom to ask for a ``docker`` reference, in order: mirrors, and then the registry itself.
+    """List the endpoints to ask for a ``docker`` reference: mirrors, and then the registry itself.
 
-    :raises RegistryError: the host's configuration blocks it.
-    :raises ConfigError: the configuration leads nowhere.
+    :param tables: this host's configuration.
+    :raises RegistryError: the configuration blocks the registry.
+    :raises ConfigError: the configuration names an impossible place.
     """
     assert reference.transport is Transport.DOCKER
     assert reference.domain is not None

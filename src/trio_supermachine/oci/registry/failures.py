@@ -1,4 +1,4 @@
-"""From an HTTP status that is no success to an exception."""
+"""Failures: exceptions for HTTP statuses that are no success."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MAX_BODY: Final = 8 << 10  # bytes of an error's body that are looked at
 async def failure_of(
     answer: Answer, what: str, *, registry: str, known: bool
 ) -> RegistryError | Transient:
-    """The exception for an answer that refuses ``what``.
+    """Make the exception for an answer that refuses ``what``.
 
     :param registry: the name to log in to.
-    :param known: we have credentials for it.
+    :param known: whether there are credentials for it.
     """
     host = authority(answer.url)
     said = await said_by(answer)
@@ -48,7 +48,10 @@ def _remedy(status: int, host: str, registry: str, known: bool) -> str:
 
 
 async def said_by(answer: Answer) -> str:
-    """What a registry says in an error's body, for people; empty if nothing that makes sense."""
+    """Read the messages in an error's body, for people; empty if there are none.
+
+    See the OCI distribution specification, error codes.
+    """
     try:
         body = await answer.read(_MAX_BODY)
     except Transient:

@@ -1,4 +1,4 @@
-"""Programs ``docker-credential-NAME`` that keep credentials, and their protocol on stdin."""
+"""Helper programs ``docker-credential-NAME``, which keep credentials, and their protocol."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _TIMEOUT = 60  # seconds; a person may have to unlock the store
 
 
 async def ask_helper(name: str, key: str) -> tuple[str, str] | None:
-    """The name and secret that a helper has for ``key``, if any.
+    """Ask a helper for the name and the secret that it has for ``key``, if any.
 
-    :raises ConfigError: the helper is not there, fails, or answers nonsense.
+    :raises ConfigError: the helper is not there, fails, or gives an answer of another form.
     """
     done = await _run(name, "get", key)
     if done.returncode != 0:
@@ -36,7 +36,10 @@ async def ask_helper(name: str, key: str) -> tuple[str, str] | None:
 
 
 async def tell_helper(name: str, key: str, user: str, secret: str) -> None:
-    """Have a helper keep credentials. :raises ConfigError: it is not there, or fails."""
+    """Let a helper keep credentials.
+
+    :raises ConfigError: the helper is not there, or fails.
+    """
     document = json.dumps({"ServerURL": key, "Username": user, "Secret": secret})
     done = await _run(name, "store", document)
     if done.returncode != 0:
@@ -44,7 +47,10 @@ async def tell_helper(name: str, key: str, user: str, secret: str) -> None:
 
 
 async def forget_in_helper(name: str, key: str) -> None:
-    """Have a helper forget credentials. :raises ConfigError: it is not there, or fails."""
+    """Let a helper forget credentials.
+
+    :raises ConfigError: the helper is not there, or fails.
+    """
     done = await _run(name, "erase", key)
     if done.returncode != 0:
         raise _failure(name, "erase", done)

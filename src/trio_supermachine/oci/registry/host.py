@@ -1,4 +1,10 @@
-"""Requests to one endpoint: authenticated, and following redirects with care."""
+"""Requests to one endpoint: authenticated, and led by redirects within limits.
+
+The first request finds out the scheme: HTTPS, or plain HTTP if the configuration allows that and
+the host does not speak TLS. ``Authorization`` goes to the origin of the endpoint only, and to token
+servers; a redirect to another origin loses it. A redirect never leads from HTTPS to HTTP, in
+circles, or to an address with a password.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +23,31 @@ from .tokens import Authorizer, FindCredentials
 from .wire import Answer, Wire, authority, speaks_no_tls
 
 _MAX_REDIRECTS: Final = 10
-_MAX_CHALLENGES: Final = 2  # for one request: a first one, and one for a token that is no more
+_MAX_CHALLENGES: Final = 2  # of one request: the first, and one for a token that has expired
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 
 
 @final
 class Host:
-    """An endpoint that can be asked. :attr:`scope` is what its tokens are for."""
+    """An endpoint that can be asked.
+
+    :param scope: the scope that its tokens are asked for; ``None`` for none.
+    """
 
     def __init__(
         self, endpoint: Endpoint, wire: Wire, credentials: FindCredentials, scope: str | None
     ) -> None:
         self.endpoint = endpoint
-        self.authorizer = Authorizer(self, endpoint.name, scope, credentials)
+        self.authorizer: Authorizer = Authorizer(self, endpoint.name, scope, credentials)
         self._wire = wire
         self._lock = trio.Lock()
         self._base: httpx.URL | None = None
 
     async def request(self, method: str, path: str, headers: Mapping[str, str]) -> Answer:
-        """Send a request for a path below ``/v2/``; its answer is no redirect.
+        """Send a request for a path below ``/v2/``, and give an answer that is no redirect.
 
-        :raises Transient: no answer could be had.
-        :raises RegistryError: redirects or challenges make no sense.
+        :raises Transient: no answer came.
+        :raises RegistryError: a redirect or a challenge is not acceptable.
         """
         base = await self._settled()
         url = base.copy_with(path="/v2/" + path)
@@ -69,7 +78,7 @@ class Host:
         headers: Mapping[str, str],
         form: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Ask a token server, to which a secret may go."""
+        """Send a request to a token server, which may get a secret."""
         if url.scheme != "https" and not self.endpoint.plain_allowed:
             raise self._refused(f"names a token server without TLS: {show_text(str(url), 128)}")
         if form is not None:
@@ -80,7 +89,7 @@ class Host:
     async def _follow(
         self, method: str, url: httpx.URL, bare: Mapping[str, str], full: Mapping[str, str]
     ) -> Answer:
-        """Send a request, and go where its answer says; ``full`` headers are for its own origin."""
+        """Send a request, and follow redirects. Only the first origin gets the ``full`` headers."""
         first, seen = url, {url}
         while True:
             at_home = _same_origin(url, first)
@@ -102,7 +111,7 @@ class Host:
             found = httpx.URL()
         if not location or found.scheme not in ("http", "https") or not found.host:
             raise self._refused(
-                f"redirects to what is no address: {show_text(str(location), 128)!r}"
+                f"redirects to an impossible address: {show_text(str(location), 128)!r}"
             )
         if found.userinfo:
             raise self._refused(f"redirects to an address with a password, on {found.host}")
@@ -111,7 +120,7 @@ class Host:
         return found
 
     async def _settled(self) -> httpx.URL:
-        """The endpoint's address, whose scheme has to be found out where HTTP would do."""
+        """Give the endpoint's address. Find out its scheme if plain HTTP will do."""
         async with self._lock:
             if self._base is None:
                 secure = httpx.URL(f"https://{self.endpoint.host}/v2/")
@@ -127,10 +136,10 @@ class Host:
         except Transient as failure:
             if speaks_no_tls(failure):
                 return True
-            # Servers without TLS may as well just hang up. What is sent now is no secret.
+            # A server without TLS may simply hang up. What is sent now is no secret.
             plain = await self._wire.send("GET", secure.copy_with(scheme="http"), {}, own=True)
             await plain.aclose()
-            if plain.status == 400:  # said by those who do want TLS
+            if plain.status == 400:  # as servers answer that do want TLS
                 raise
             return True
         await answer.aclose()

@@ -1,4 +1,4 @@
-"""Which bytes of a blob an answer carries (RFC 9110, section 14.4)."""
+"""Ranges: the bytes of a blob that an answer carries (RFC 9110, section 14.4)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ _LENGTH = re.compile("[0-9]{1,19}", re.ASCII)
 def bytes_to_skip(
     status: int, content_range: str | None, content_length: str | None, *, start: int, size: int
 ) -> int:
-    """How many bytes of an answer's body come before what was asked for.
+    """Compute how many bytes of an answer's body come before those that were asked for.
 
-    It was to carry the bytes from ``start`` of a blob of ``size`` bytes.
+    Asked for were the bytes from ``start`` on, of a blob of ``size`` bytes. A server may answer
+    with the whole blob instead.
 
-    :raises MalformedError: it carries something else, or a blob of another size.
+    :raises MalformedError: the answer has other bytes, or a blob of another size.
     """
     length = None
     if content_length is not None and _LENGTH.fullmatch(content_length):

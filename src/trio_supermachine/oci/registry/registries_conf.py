@@ -1,8 +1,8 @@
-"""``registries.conf``, as containers-registries.conf(5) has it, version 2: where images come from.
+"""``registries.conf``: mirrors, blocks and trust, in version 2 of containers-registries.conf(5).
 
-Read are ``$CONTAINERS_REGISTRIES_CONF`` alone if it is set; otherwise the user's file, or without
-one the system's, and then ``registries.conf.d`` of the system and of the user, whose tables replace
-earlier ones of the same prefix.
+If ``$CONTAINERS_REGISTRIES_CONF`` is set, that file alone is read. Otherwise the user's file is
+read, or without one the system's; and then the files in ``registries.conf.d`` of the system and of
+the user. A table replaces an earlier one of the same prefix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ _PULLS = ("all", "digest-only", "tag-only")
 
 @attrs.frozen(kw_only=True)
 class Location:
-    """A place that serves images: a host, perhaps with the beginning of a repository's name."""
+    """A place that serves images: a host, perhaps with the beginning of a repository's name.
+
+    :ivar pull: the references that it is asked for: ``"all"``, ``"digest-only"`` or
+        ``"tag-only"``.
+    """
 
     location: str
     insecure: bool = False
@@ -35,7 +39,7 @@ class Location:
 
 @attrs.frozen(kw_only=True)
 class RegistryTable:
-    """One ``[[registry]]``: what applies to names that begin with :attr:`prefix`."""
+    """A table ``[[registry]]``: settings for names that begin with :attr:`prefix`."""
 
     prefix: str
     location: str
@@ -45,19 +49,22 @@ class RegistryTable:
     file: Path = attrs.field(default=Path(), eq=False)
 
     def match(self, name: str) -> int | None:
-        """How much of ``name`` (``HOST[:PORT]/PATH[:TAG][@DIGEST]``) the prefix covers, if any."""
+        """Give the length of ``name`` that the prefix covers; ``None`` if it covers nothing.
+
+        :param name: ``HOST[:PORT]/PATH[:TAG][@DIGEST]``.
+        """
         if self.prefix.startswith("*."):
             host = name.partition("/")[0]
             return len(host) if host.partition(":")[0].endswith(self.prefix[1:]) else None
         if not name.startswith(self.prefix):
             return None
         after = name[len(self.prefix) : len(self.prefix) + 1]
-        # Behind a host a colon begins a port, which makes another registry of it.
+        # A colon behind a host begins a port: that is another registry.
         ends = after in ("", "/", "@") or (after == ":" and "/" in self.prefix)
         return len(self.prefix) if ends else None
 
     def sources(self, name: str, *, by_digest: bool) -> list[Location]:
-        """Where ``name`` can be had, in order, each location with the rest of the name."""
+        """List the locations to ask for ``name``, in order, each with the rest of the name."""
         covered = self.match(name)
         assert covered is not None
         rest = name[covered:]
@@ -72,9 +79,9 @@ class RegistryTable:
 def sources_of(
     name: str, tables: Iterable[RegistryTable], *, by_digest: bool
 ) -> tuple[list[Location], RegistryTable | None]:
-    """Where to ask for ``name``, in order, and the table that says so.
+    """List the locations to ask for ``name``, in order, and give the table that says so.
 
-    The longest prefix wins. Names are whole, as :class:`RegistryTable` has them.
+    The table with the longest prefix counts. ``name`` is as for :meth:`RegistryTable.match`.
     """
     chosen = max(
         (table for table in tables if table.match(name) is not None),
@@ -87,7 +94,7 @@ def sources_of(
 
 
 def read_tables() -> list[RegistryTable]:
-    """The tables of all files of this host.
+    """Read the tables of all files of this host.
 
     :raises ConfigError: a file cannot be read, or is malformed.
     """
@@ -99,7 +106,7 @@ def read_tables() -> list[RegistryTable]:
 
 
 def parse_tables(text: str, file: Path) -> list[RegistryTable]:
-    """The tables of one file's text.
+    """Parse the tables of one file.
 
     :raises ConfigError: it is malformed.
     """
@@ -126,7 +133,7 @@ def _files() -> list[Path]:
 
 
 def config_home() -> Path:
-    """The XDG configuration directory."""
+    """Give XDG's directory for configuration."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
 
 

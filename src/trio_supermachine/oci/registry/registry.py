@@ -1,4 +1,4 @@
-"""The pull half of the OCI distribution specification 1.1, for one repository."""
+"""Manifests and blobs of one repository (OCI distribution specification 1.1, pull)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ _TAG = re.compile("[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
 
 @attrs.frozen
 class Document:
-    """A manifest or index as the registry gave it; :attr:`digest` is that of :attr:`data`."""
+    """A manifest or index as the registry gave it.
+
+    :ivar digest: the digest of :attr:`data`.
+    """
 
     media_type: str
     data: bytes = attrs.field(repr=False)
@@ -52,12 +55,12 @@ class Document:
 
 @final
 class Registry:
-    """A repository in a registry and its mirrors; see :func:`open_registry`.
+    """A repository in a registry, and its mirrors; :func:`open_registry` makes one.
 
-    All methods may be called by several tasks at once, and be cancelled at any time. Below,
-    *failures* are: :exc:`RegistryError` where the registry cannot be reached, refuses, or makes no
-    sense, :exc:`ImageNotFound` where it does not have what is asked for, and :exc:`ConfigError`
-    where credentials for it cannot be read.
+    Several tasks may call all methods at once, and be cancelled at any time. *Failures* below are
+    :exc:`RegistryError` if the registry cannot be reached, refuses, or breaks the protocol;
+    :exc:`ImageNotFound` if it does not have what is asked for; and :exc:`ConfigError` if
+    credentials for it cannot be read.
     """
 
     def __init__(self, reference: Reference, hosts: list[Host], settings: RegistrySettings) -> None:
@@ -66,26 +69,25 @@ class Registry:
         self._settings = settings
 
     async def resolve(self, tag_or_digest: str) -> str:
-        """The digest that a tag stands for now. Raises failures, as :meth:`manifest` does."""
+        """Ask for the digest that a tag stands for now. Errors are those of :meth:`manifest`."""
         self._check_name(tag_or_digest)
         found = await self._attempts().run(lambda host: self._head(host, tag_or_digest))
-        if found is None:  # not all registries answer to HEAD
+        if found is None:  # not all registries answer HEAD
             return (await self.manifest(tag_or_digest)).digest
         return found
 
     async def manifest(self, tag_or_digest: str) -> Document:
-        """A manifest or index, of 8 MiB at most. What follows comes from whoever gave it first.
+        """Fetch a manifest or index, of at most 8 MiB. It raises failures, too.
 
-        :raises ImageCorrupt: it has not the digest that was asked for, or is too large.
+        Mirrors that did not have it are not asked for the blobs.
+
+        :raises ImageCorrupt: it has another digest than was asked for, or is too large.
         :raises NotSupported: it is of Docker's schema 1.
-
-        Raises failures, too.
         """
         self._check_name(tag_or_digest)
         attempts = self._attempts()
         document = await attempts.run(lambda host: self._get(host, tag_or_digest))
         if attempts.host in self._hosts:
-            # Mirrors before this one did not have it; they are not asked for the blobs.
             self._hosts = self._hosts[self._hosts.index(attempts.host) :]
         return document
 
@@ -93,14 +95,14 @@ class Registry:
     async def blob(
         self, digest: str, size: int, *, start: int = 0
     ) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The bytes of a blob of ``size`` bytes from ``start`` on, to be read within the block.
+        """Fetch a blob of ``size`` bytes, from ``start`` on, to be read within the block.
 
-        Lost connections are made anew, and go on where they were. Whether the bytes have the
-        digest is the caller's to check; there are never more than ``size``. Iterating raises
-        failures, and :exc:`ImageCorrupt` where the registry has a blob of another size.
+        A lost connection is made anew, and goes on from there. There are never more bytes than
+        ``size``; the caller checks their digest. Iteration raises failures, and
+        :exc:`ImageCorrupt` if the registry has a blob of another size.
         """
         if not _DIGEST.fullmatch(digest) or not 0 <= start <= size:
-            raise ImageCorrupt(self._reference, f"{digest[:128]!r} cannot be had from {start} on")
+            raise ImageCorrupt(self._reference, f"{digest[:128]!r} cannot be read from {start} on")
         stream = BlobStream(
             self._attempts(), reference=self._reference, digest=digest, size=size, start=start
         )
@@ -158,7 +160,11 @@ class Registry:
         raise await failure_of(answer, wanted, registry=registry, known=known)
 
     def _checked(self, data: bytes, name: str, stated: str) -> str:
-        """The digest of a document: that by which it was asked for, or sha256."""
+        """Check the digest of a document, and give it.
+
+        It is the one by which the document was asked for; for a tag, the one that the registry
+        states, or sha256.
+        """
         wanted = name if ":" in name else stated if _DIGEST.fullmatch(stated) else ""
         algorithm = wanted.partition(":")[0] or "sha256"
         actual = f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
@@ -182,7 +188,7 @@ class Registry:
                 f"{self._reference}: its manifest is of Docker's schema 1, which ended in 2017;"
                 " push the image anew by a present tool",
             )
-        # Where they contradict each other, the one that is part of the digest counts.
+        # If the two differ, the one in the document counts: the digest covers it.
         return show_text(inner, 128) if isinstance(inner, str) else show_text(said, 128)
 
 
@@ -190,13 +196,13 @@ class Registry:
 async def open_registry(
     reference: Reference, *, settings: RegistrySettings | None = None
 ) -> AsyncIterator[Registry]:
-    """Be ready to ask for ``reference``, whose transport is ``docker``.
+    """Prepare to ask for ``reference``, whose transport is ``docker``. Nothing is sent yet.
 
-    The host's configuration says where: mirrors of registries.conf in order, then the registry
-    itself. Certificates come from ``certs.d``, proxies from the environment, and credentials, once
-    they are asked for, from :func:`find_credentials`. All connections end with the block.
+    The mirrors of registries.conf are asked in order, then the registry itself. Certificates come
+    from ``certs.d``, proxies from the environment, and credentials, once a host asks for them, from
+    :func:`find_credentials`. All connections end with the block.
 
-    :raises RegistryError: ``TRIO_SUPERMACHINE_OFFLINE`` or the configuration forbids it.
+    :raises RegistryError: ``TRIO_SUPERMACHINE_OFFLINE`` or the configuration forbids to ask.
     :raises ConfigError: the configuration is malformed.
     """
     settings = settings or RegistrySettings()
@@ -213,8 +219,8 @@ async def check_credentials(
 ) -> None:
     """Show ``credentials`` to the registry ``HOST[:PORT]``, as a login does.
 
-    :raises RegistryError: it does not take them, or cannot be asked.
-    :raises ConfigError: there can be no such registry, or the configuration is malformed.
+    :raises RegistryError: the registry does not take them, or cannot be asked.
+    :raises ConfigError: ``registry`` has another form, or the configuration is malformed.
     """
     settings = settings or RegistrySettings()
     _refuse_offline(registry)

@@ -1,4 +1,4 @@
-"""When to try again: a decision without I/O."""
+"""Retries: the decision, without I/O, whether and when to try again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .settings import RegistrySettings
 
 
 class Transient(Exception):
-    """A failure that may pass; :attr:`error` is what is raised when it does not.
+    """A failure that may pass.
 
-    :attr:`retry_after` is the pause in seconds that the server has asked for.
+    :ivar error: the error to raise if it does not.
+    :ivar retry_after: the pause in seconds that the server asked for.
     """
 
     def __init__(self, error: SupermachineError, retry_after: float | None = None) -> None:
@@ -27,7 +28,7 @@ class Transient(Exception):
 
 @attrs.define
 class Retry:
-    """Counts attempts in vain; :attr:`limit` of them are enough."""
+    """A count of failed attempts, of which :attr:`limit` are enough."""
 
     settings: RegistrySettings
     limit: int
@@ -35,28 +36,29 @@ class Retry:
     _failed: int = 0
 
     def advanced(self) -> None:
-        """Something has been achieved: begin to count anew."""
+        """Begin to count anew, since something was achieved."""
         self._failed = 0
 
     def after(self, failure: Transient) -> float:
-        """The seconds to wait before the next attempt.
+        """Count a failure, and give the seconds to wait before the next attempt.
 
-        :raises SupermachineError: the failure's own error; there have been enough attempts.
+        :raises SupermachineError: there were enough attempts; it is the failure's own error.
         """
         self._failed += 1
         if self._failed >= self.limit:
             raise failure.error
         longest = self.settings.longest_wait
-        # The exponent is bounded, so that the power is.
+        # A bound on the exponent keeps the power a proper number.
         pause = min(self.settings.backoff * 2.0 ** min(self._failed - 1, 30), longest)
         pause *= (1 + self._chance()) / 2
         return max(pause, min(failure.retry_after or 0.0, longest))
 
 
 def parse_retry_after(value: str | None, now: float | None = None) -> float | None:
-    """The seconds of a ``Retry-After`` (RFC 9110, section 10.2.3); `None` if it makes no sense.
+    """Give the seconds that ``Retry-After`` asks for (RFC 9110, section 10.2.3).
 
-    ``now`` is the time of day in seconds since 1970.
+    :param now: the time of day in seconds since 1970; ``None`` is the host's.
+    :returns: ``None`` if the header is missing or malformed.
     """
     if value is None or len(value) > 64:
         return None

@@ -1,4 +1,4 @@
-"""How patient the registry client is."""
+"""Settings of the registry client: its patience, and its trust."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ def _positive(_: object, attribute: attrs.Attribute[Any], value: float) -> None:
 class RegistrySettings:
     """Patience and trust of a registry client.
 
-    A request is tried :attr:`attempts` times, and a blob that many times after each time it
-    advanced. :attr:`backoff` seconds is the first pause between attempts, from which they double
-    (half of each is chance) up to :attr:`longest_wait`, also for what a registry asks by
-    ``Retry-After``. A connection that brings less than a kilobyte in :attr:`stall_timeout`
-    seconds is given up. :attr:`insecure` does for all registries what ``insecure = true`` in
-    registries.conf does for one: HTTPS without checks, and HTTP where there is no HTTPS.
-
+    :ivar attempts: the number of times that a request is tried. A blob is tried so many times
+        again after each time that it advanced.
+    :ivar backoff: the first pause between attempts, in seconds. Each further one is twice as long;
+        half of each is chance.
+    :ivar longest_wait: the longest pause, in seconds, also of those that a registry asks for by
+        ``Retry-After``.
+    :ivar stall_timeout: seconds in which a connection has to bring a kilobyte, else it is given up.
+    :ivar insecure: for all registries, what ``insecure = true`` in registries.conf is for one:
+        HTTPS without checks, and plain HTTP if the registry does not speak HTTPS.
     :raises ConfigError: a number is out of range.
     """
 

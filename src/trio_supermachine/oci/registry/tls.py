@@ -1,4 +1,4 @@
-"""Whom to trust, and who to be: certificates as Docker and Podman keep them for each registry.
+"""TLS contexts, with the certificates that Docker and Podman keep for each registry.
 
 ``HOST[:PORT]/`` below ``certs.d`` has ``*.crt`` files of authorities that are trusted beside the
 system's, and pairs ``NAME.cert`` and ``NAME.key`` to show to the registry.
@@ -22,9 +22,10 @@ _SYSTEM: Final = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
 
 @attrs.frozen
 class Contexts:
-    """TLS towards the registry itself, and towards others that it sends us to.
+    """TLS contexts for one registry.
 
-    The others are not shown our certificate.
+    :ivar own: for the registry itself.
+    :ivar others: for servers that it redirects to. They are not shown our certificate.
     """
 
     own: ssl.SSLContext
@@ -32,7 +33,7 @@ class Contexts:
 
 
 def contexts_for(host: str, *, insecure: bool) -> Contexts:
-    """The contexts for ``HOST[:PORT]``. Reads files.
+    """Make the contexts for ``HOST[:PORT]``. This reads files.
 
     :raises ConfigError: a certificate cannot be used.
     """
@@ -65,7 +66,7 @@ def _context(authorities: list[Path], insecure: bool) -> ssl.SSLContext:
     paths = ssl.get_default_verify_paths()  # SSL_CERT_FILE and SSL_CERT_DIR are in it
     if paths.cafile or (paths.capath and os.listdir(paths.capath)):
         context = ssl.create_default_context()
-    else:  # a host without any authorities, as small containers are
+    else:  # a host without any authorities, such as a small container
         context = httpx.create_ssl_context(trust_env=False)
     if insecure:
         context.check_hostname = False

@@ -1,8 +1,13 @@
-"""What to send as ``Authorization``: a password, or a token that a token server gives for it.
+"""The value of ``Authorization``: a password, or a token that a token server gives for it.
 
-The protocol is the one that the distribution project documents and all registries share: a
-``Bearer`` challenge names a token server (``realm``), which gives a token for a service and a scope
-to whoever sends a password by GET, or an identity token by POST (OAuth 2).
+The protocol is that of the distribution project's token authentication, which all registries
+share. A ``Bearer`` challenge names a token server (``realm``). The server gives a token for a
+service and a scope, for a password by GET, or for an identity token by POST (OAuth 2).
+
+An :class:`Authorizer` begins without credentials and sends nothing. The first challenge makes it
+look for credentials, once. After a ``Bearer`` challenge it sends tokens, and fetches a new one when
+the old one expires or is refused; after a ``Basic`` challenge it sends the password. The lock makes
+tasks that are refused at once wait for one token.
 """
 
 from __future__ import annotations
@@ -25,9 +30,9 @@ from .failures import failure_of
 from .wire import Answer, authority
 
 _MAX_ANSWER: Final = 1 << 20  # bytes
-_MAX_TOKEN: Final = 64 << 10  # characters; more makes no header
+_MAX_TOKEN: Final = 64 << 10  # characters that a header may have
 _DEFAULT_LIFE: Final = 60.0  # seconds that a token lives, unless its server says more
-_MARGIN: Final = 10.0  # seconds before its end at which a token is taken for expired
+_MARGIN: Final = 10.0  # seconds before its end from which a token counts as expired
 _PULL = re.compile(r"repository(?:\([a-z]+\))?:[A-Za-z0-9._/:\-]{1,512}:pull")
 
 
@@ -35,7 +40,7 @@ FindCredentials = Callable[[], Awaitable[Credentials | None]]
 
 
 class Sender(Protocol):
-    """Sends requests to token servers; follows no more than safe redirects."""
+    """Sends requests to token servers. It follows safe redirects only."""
 
     async def ask(
         self,
@@ -54,10 +59,11 @@ class _Token:
 
 
 class Authorizer:
-    """Holds what one endpoint is told about who we are.
+    """The authorization at one endpoint.
 
-    ``scope`` is what tokens are asked for; a registry may name another repository, but nothing
-    else than to pull from it.
+    :param scope: the scope that tokens are asked for. A registry may name another repository to
+        pull from, and nothing else.
+    :param find: finds credentials, when a challenge wants them.
     """
 
     def __init__(self, sender: Sender, host: str, scope: str | None, find: FindCredentials) -> None:
@@ -74,20 +80,21 @@ class Authorizer:
 
     @property
     def has_credentials(self) -> bool:
-        """Whether there is anything to show, as far as it has been asked for."""
+        """Whether credentials were found, if a challenge has wanted any."""
         return self._credentials is not None
 
     async def header(self) -> str | None:
-        """The value to send now, if there is reason to send one."""
+        """Give the value to send now; ``None`` to send none."""
         async with self._lock:  # concurrent requests wait for one token
             if self._bearer is not None:
                 return await self._from_token_server(self._bearer)
             return self._basic
 
     async def challenged(self, challenges: Sequence[Challenge], sent: str | None) -> bool:
-        """Take a refusal of what was ``sent`` into account; whether to try again.
+        """Take the refusal of a request. Give whether to try again, with another :meth:`header`.
 
-        :raises RegistryError: the token server refuses, or makes no sense.
+        :param sent: the header's value in that request.
+        :raises RegistryError: the token server refuses, or breaks the protocol.
         """
         async with self._lock:
             if not self._found:
@@ -99,7 +106,7 @@ class Authorizer:
                 key = self._key(bearer)
                 if (token := self._tokens.get(key)) is not None:
                     if f"Bearer {token.text}" != sent:
-                        return True  # another task has got a new one meanwhile
+                        return True  # another task has fetched a new token meanwhile
                     del self._tokens[key]
                 return await self._from_token_server(bearer) != sent
             if any(c.scheme == "basic" for c in challenges):
@@ -135,7 +142,7 @@ class Authorizer:
         except (httpx.InvalidURL, ValueError):
             url = httpx.URL()
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
-            raise self._nonsense(f"names a token server that is none: {show_text(realm, 128)!r}")
+            raise self._nonsense(f"names no proper token server: {show_text(realm, 128)!r}")
         asked = {name: value for name, value in (("service", service), ("scope", scope)) if value}
         known = self._credentials
         if known is not None and known.identity_token is not None:
@@ -169,13 +176,13 @@ class Authorizer:
             document = None
         found = document if isinstance(document, dict) else {}
         text = found.get("token") or found.get("access_token")
-        # It is to be part of a header.
+        # The token becomes a part of a header.
         if not isinstance(text, str) or not re.fullmatch(rf"[!-~]{{1,{_MAX_TOKEN}}}", text):
             raise self._nonsense(f"has a token server, {authority(url)}, that gives no token")
         life = found.get("expires_in")
         if not isinstance(life, int | float) or not 0 < life < 1e9:
             life = _DEFAULT_LIFE
-        # A short one is used at least once: the margin must not make it useless.
+        # A short-lived token has to be of use, too, in spite of the margin.
         return _Token(text, trio.current_time() + max(life - _MARGIN, life / 2))
 
     def _nonsense(self, what: str) -> RegistryError:

@@ -1,4 +1,4 @@
-"""Single HTTP requests: the one module that talks to httpx, and knows its exceptions."""
+"""HTTP requests: the only module that talks to httpx, and knows its exceptions."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..names import show_text
 from .retry import Transient, parse_retry_after
 from .tls import Contexts
 
-#: Bytes that count as an advance of a connection, and of a blob.
+#: Bytes that count as an advance, of a connection or of a blob.
 ADVANCE: Final = 1024
-_READ_STALLS: Final = 20  # a whole document may take that many times the patience with silence
+_READ_STALLS: Final = 20  # a whole document may take so many stall timeouts
 _HEADERS: Final = {
     "User-Agent": f"trio-supermachine/{__version__}",
-    # What a registry hashed is what is wanted, not what a server makes of it.
+    # Digests are those of the bytes in the registry, not of a server's compression of these.
     "Accept-Encoding": "identity",
 }
 
 
 @final
 class Answer:
-    """An HTTP answer whose body has not been read. To be closed in any case."""
+    """An HTTP answer whose body has not been read. Its owner closes it in any case."""
 
     def __init__(self, response: httpx.Response, stall_timeout: float) -> None:
-        self.status = response.status_code
-        self.url = response.url
+        self.status: int = response.status_code
+        self.url: httpx.URL = response.url
         self._response = response
         self._chunks = response.aiter_raw()
         self._stall_timeout = stall_timeout
@@ -41,17 +41,17 @@ class Answer:
         self._got = 0
 
     def header(self, name: str) -> str | None:
-        """A header's value; several of that name are joined by commas."""
+        """Give a header's value. Several headers of that name are joined by commas."""
         value: str | None = self._response.headers.get(name)
         return value
 
     def headers(self, name: str) -> list[str]:
-        """All values of a header."""
+        """Give all values of a header."""
         return self._response.headers.get_list(name)
 
     @property
     def retry_after(self) -> float | None:
-        """The seconds that the server asks to wait."""
+        """Seconds that the server asks to wait."""
         return parse_retry_after(self.header("Retry-After"))
 
     @property
@@ -60,27 +60,27 @@ class Answer:
         return f"{self.status} {show_text(self._response.reason_phrase, 64)}".rstrip()
 
     async def receive(self) -> bytes:
-        """The next bytes of the body as they came; none at its end.
+        """Wait for the next bytes of the body, as they come; none at its end.
 
         :raises Transient: the connection is lost, or brings next to nothing.
         """
         began = trio.current_time()
-        # What came in the moment when its time was over has left less than none.
+        # Patience may be below zero, after bytes that came at the very moment when it ended.
         with trio.move_on_after(max(0.0, self._patience)) as scope, _translated(self.url):
             chunk = await anext(self._chunks, b"")
             self._got += len(chunk)
             if self._got >= ADVANCE:
                 self._got, self._patience = 0, self._stall_timeout
-            else:  # the time that the caller takes between two calls does not count
+            else:  # the caller's time between two calls does not count
                 self._patience -= trio.current_time() - began
             return chunk
         assert scope.cancelled_caught
         raise _stalled(self.url, self._stall_timeout)
 
     async def read(self, limit: int) -> bytes | None:
-        """The whole body, or `None` if it has more than ``limit`` bytes.
+        """Read the whole body; ``None`` if it has more than ``limit`` bytes.
 
-        :raises Transient: as :meth:`receive`, or it takes too long.
+        :raises Transient: as for :meth:`receive`, or the body takes too long.
         """
         body = bytearray()
         with trio.move_on_after(_READ_STALLS * self._stall_timeout):
@@ -92,10 +92,10 @@ class Answer:
         raise _stalled(self.url, _READ_STALLS * self._stall_timeout)
 
     async def aclose(self) -> None:
-        """Close the connection, unless all has been read, which leaves it for the next request."""
+        """Close the connection; or leave it for the next request, if all has been read."""
         with trio.CancelScope(shield=True) as scope:
-            # httpx nests async generators, which nothing but an exception from the innermost ends
-            # at once: the garbage collector would complain about the others.
+            # httpx nests async generators. Only an exception from the innermost ends all of them
+            # at once; else the garbage collector would complain about the others.
             scope.cancel()
             try:
                 async for _ in self._chunks:
@@ -108,7 +108,7 @@ class Answer:
 
 @final
 class Wire:
-    """Connections of one endpoint; :attr:`own` are to itself, the others where it sends us."""
+    """The connections of one endpoint: its own, and those to servers that it redirects to."""
 
     def __init__(
         self, own: httpx.AsyncClient, others: httpx.AsyncClient, stall_timeout: float
@@ -126,10 +126,11 @@ class Wire:
         own: bool,
         form: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Send a request, and receive the head of its answer. Redirects are answers.
+        """Send a request, and receive the head of its answer, which may be a redirect.
 
-        :raises Transient: there was none.
-        :raises RegistryError: there can be none, as the certificate is not trusted.
+        :param own: whether ``url`` is the endpoint's own, or where it has redirected to.
+        :raises Transient: no answer came.
+        :raises RegistryError: no answer can come, for example since a certificate is not trusted.
         """
         client = self._own if own else self._others
         with trio.move_on_after(self._stall_timeout) as scope, _translated(url):
@@ -146,9 +147,9 @@ class Wire:
 async def open_wire(
     contexts: Contexts, *, stall_timeout: float, loopback: bool
 ) -> AsyncIterator[Wire]:
-    """Connections that are closed when the block ends.
+    """Open connections on demand, and close them when the block ends.
 
-    Proxies are taken from the environment, but towards a ``loopback`` endpoint.
+    Proxies are taken from the environment, but not for a ``loopback`` endpoint.
 
     :raises ConfigError: the environment names an impossible proxy.
     """
@@ -169,7 +170,7 @@ def _client(context: ssl.SSLContext, *, trust_env: bool) -> httpx.AsyncClient:
             verify=context,
             trust_env=trust_env,
             headers=_HEADERS,
-            timeout=None,  # all waits have their deadlines here
+            timeout=None,  # all waits have deadlines of Trio's
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
             follow_redirects=False,
         )
@@ -181,9 +182,9 @@ def _client(context: ssl.SSLContext, *, trust_env: bool) -> httpx.AsyncClient:
 
 @asynccontextmanager
 async def _no_half_made() -> AsyncIterator[dict[str, Any]]:
-    """A request's extensions, by which a connection that it opens ends with it if it fails.
+    """Give a request's extensions that close the connections that it opened, if it fails.
 
-    httpcore forgets a connection's socket where TLS is cancelled before it is established.
+    httpcore forgets a connection's socket when its TLS handshake is cancelled.
     """
     opened: list[Any] = []
 
@@ -213,12 +214,12 @@ def _translated(url: httpx.URL) -> Iterator[None]:
 
 
 def authority(url: httpx.URL) -> str:
-    """``HOST[:PORT]`` of an address."""
+    """Give the ``HOST[:PORT]`` of an address."""
     return url.netloc.decode("ascii", "replace")
 
 
 def speaks_no_tls(failure: Transient) -> bool:
-    """Whether a failure was that the other side answered to TLS with something else."""
+    """Give whether a failure is due to a peer that answers TLS with something else."""
     return any(
         isinstance(cause, ssl.SSLError)
         and cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")

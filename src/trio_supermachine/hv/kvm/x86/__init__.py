@@ -1,1 +1,1 @@
-"""What is particular to x86-64: the memory map, the boot, ACPI tables and CPUID."""
+"""The x86-64 part of a machine: the memory map, the boot, ACPI tables and CPUID."""

@@ -38,7 +38,7 @@ _BYTE_ACCESS: Final = 1
 
 
 def build_tables(memory_mib: int, vcpus: int) -> bytes:
-    """All tables, to lie at :data:`.layout.ACPI_TABLES`: the RSDP is the first of them.
+    """Build all tables, to lie at :data:`.layout.ACPI_TABLES`. The RSDP is the first of them.
 
     :raises ConfigError: more vCPUs than the machine has places for.
     """
@@ -63,7 +63,7 @@ def _align(size: int) -> int:
 
 
 def _append(blob: bytearray, table: bytes) -> int:
-    """Put a table at the end; gives the guest's address of it."""
+    """Put a table at the end; give its guest-physical address."""
     address = layout.ACPI_TABLES + len(blob)
     blob += table.ljust(_align(len(table)), b"\0")
     return address
@@ -86,12 +86,12 @@ def _rsdp(xsdt: int) -> bytes:
 
 
 def _port_register(offset: int) -> bytes:
-    """A generic address structure (§5.2.3.2) of one of the power device's byte registers."""
+    """Encode one of the power device's byte registers (generic address structure, §5.2.3.2)."""
     return struct.pack("<BBBBQ", _SYSTEM_IO, 8, 0, _BYTE_ACCESS, layout.POWER_PORT + offset)
 
 
 def _fadt(dsdt: int) -> bytes:
-    """§5.2.9. Offsets are those of the table, header included."""
+    """Encode the FADT (§5.2.9). Offsets are those of the table, header included."""
     table = bytearray(276)
     flags = _WBINVD | _PROC_C1 | _NO_POWER_BUTTON | _NO_SLEEP_BUTTON | _RESET_REGISTER | _HW_REDUCED
     struct.pack_into("<H", table, 109, _NO_VGA | _NO_CMOS_RTC)
@@ -107,7 +107,7 @@ def _fadt(dsdt: int) -> bytes:
 
 
 def _madt(vcpus: int) -> bytes:
-    """§5.2.12: local APICs by their ids, one IOAPIC, and LINT1 for NMIs on all processors.
+    """Encode the MADT (§5.2.12): local APICs by id, one IOAPIC, and LINT1 as NMI of each.
 
     Nothing is overridden: the first interrupts are the pins of the IOAPIC, one by one.
     """
@@ -118,7 +118,7 @@ def _madt(vcpus: int) -> bytes:
 
 
 def _mcfg() -> bytes:
-    """PCI Firmware Specification 3.3, §4.1.2: segment 0, bus 0."""
+    """Encode the MCFG (PCI Firmware Specification 3.3, §4.1.2): segment 0, bus 0."""
     return bytes(8) + struct.pack("<QHBB4x", layout.PCI_ECAM, 0, 0, 0)
 
 

@@ -1,8 +1,8 @@
 """ACPI machine language: the few terms that a table of plain names and resources needs.
 
-Every function gives the encoding of one term (ACPI 6.5, chapter 20) or of one resource
-descriptor (§6.4). The arguments are ours, never a guest's: what cannot be encoded is a
-:exc:`ValueError`.
+Each function encodes one term (ACPI 6.5, chapter 20) or one resource descriptor (§6.4), which its
+docstring names. Arguments come from this program, never from a guest; one that cannot be encoded
+raises :exc:`ValueError`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TYPE_BUS: Final = 2
 
 
 def integer(value: int) -> bytes:
-    """The shortest encoding of 0 to 2**64 - 1."""
+    """Encode an integer of 0 to 2**64 - 1, in its shortest encoding."""
     if value in (0, 1):
         return bytes((value,))
     for prefix, size in ((0x0A, 1), (0x0B, 2), (0x0C, 4), (0x0E, 8)):
@@ -34,14 +34,14 @@ def integer(value: int) -> bytes:
 
 
 def string(text: str) -> bytes:
-    """A string of ASCII characters, without NUL."""
+    """Encode a string of ASCII characters, without NUL."""
     if not text.isascii() or "\0" in text:
         raise ValueError(f"{text!r} is no ASCII string")
     return b"\x0d" + text.encode() + b"\0"
 
 
 def name_path(path: str) -> bytes:
-    r"""A name such as ``_HID`` or ``\_SB.PCI0``; segments are padded with ``_``."""
+    r"""Encode a name such as ``_HID`` or ``\_SB.PCI0``; segments are padded with ``_``."""
     root, rest = (b"\\", path[1:]) if path.startswith("\\") else (b"", path)
     segments = rest.split(".") if rest else []
     for segment in segments:
@@ -62,7 +62,7 @@ def name_path(path: str) -> bytes:
 
 
 def package_length(content: int) -> bytes:
-    """The length of ``content`` bytes and of itself, as it stands before them (§20.2.4)."""
+    """Encode the length of ``content`` bytes and of itself, as it stands before them (§20.2.4)."""
     if content + 1 < 1 << 6:
         return bytes((content + 1,))
     for more in (1, 2, 3):
@@ -104,7 +104,7 @@ def buffer(data: bytes) -> bytes:
 
 
 def eisa_id(text: str) -> bytes:
-    """A plug-and-play identifier such as ``PNP0501``, as the integer that stands for it."""
+    """Encode a plug-and-play identifier such as ``PNP0501``, as the integer that stands for it."""
     if not _EISA_ID.fullmatch(text):
         raise ValueError(f"{text!r} is no EISA identifier")
     first, second, third = (ord(letter) - 0x40 for letter in text[:3])
@@ -125,17 +125,17 @@ def io_ports(first: int, length: int) -> bytes:
 
 
 def irq(number: int) -> bytes:
-    """An edge-triggered, active-high interrupt of 0 to 15 (§6.4.2.1)."""
+    """Describe an edge-triggered, active-high interrupt of 0 to 15 (§6.4.2.1)."""
     return struct.pack("<BH", 0x22, 1 << number)
 
 
 def memory(start: int, length: int) -> bytes:
-    """A fixed range below 4 GiB that a device has for itself, writable (§6.4.3.4)."""
+    """Describe a fixed range below 4 GiB that a device has for itself, writable (§6.4.3.4)."""
     return struct.pack("<BHBII", 0x86, 9, 1, start, length)
 
 
 def bus_numbers(first: int, last: int) -> bytes:
-    """The buses behind a host bridge (§6.4.3.5.3)."""
+    """Describe the buses behind a host bridge (§6.4.3.5.3)."""
     return struct.pack(
         "<BHBBBHHHHH", 0x88, 13, _TYPE_BUS, _FIXED, 0, 0, first, last, 0, last - first + 1
     )

@@ -1,7 +1,7 @@
-"""Boots Linux by PVH: puts a kernel and what it wants to know into a new guest's memory.
+"""The boot of Linux by PVH: it puts a kernel and its start information into a new guest's memory.
 
 The protocol is Xen's for hardware virtual machines (``xen/interface/hvm/start_info.h``,
-docs/misc/pvh of Xen): the kernel starts in 32-bit protected mode without paging, at the address
+docs/misc/pvh of Xen). The kernel starts in 32-bit protected mode without paging, at the address
 that its ELF note names, and finds a structure whose address is in EBX.
 """
 
@@ -41,7 +41,7 @@ _TSS: Final = 0xB  # 32 bits, busy
 
 @attrs.frozen(kw_only=True)
 class SegmentRegister:
-    """A segment register with what it caches, by the names of ``struct kvm_segment``."""
+    """A segment register with its hidden part, by the names of ``struct kvm_segment``."""
 
     base: int = 0
     limit: int = 0xFFFFFFFF
@@ -58,9 +58,9 @@ class SegmentRegister:
 
 @attrs.frozen(kw_only=True)
 class BootRegisters:
-    """What the first vCPU's registers have to be; all others are zero, or as after a reset.
+    """Registers of the first vCPU, by the names of ``struct kvm_regs`` and ``struct kvm_sregs``.
 
-    The names are those of ``struct kvm_regs`` and ``struct kvm_sregs``.
+    All others are zero, or as after a reset.
     """
 
     rip: int
@@ -88,10 +88,11 @@ def load_linux(
     vcpus: int,
     origin: str = "kernel",
 ) -> BootRegisters:
-    """Fill a new guest's memory, which must be all zeros and as :func:`.layout.ram_ranges` says.
+    """Fill a new guest's memory, which must be all zeros, in the ranges of
+    :func:`.layout.ram_ranges`.
 
-    Files are read straight into guest memory if they are raw ones, but a bzImage, which is
-    unpacked. It blocks: call it in a thread.
+    Raw files are read straight into guest memory; a bzImage is unpacked first. The call blocks:
+    make it in a thread.
 
     :param kernel: a vmlinux (ELF) or a bzImage, with a PVH entry.
     :param cmdline: the whole kernel command line.
@@ -120,7 +121,7 @@ def load_linux(
 
 
 def memory_map(memory_mib: int) -> tuple[tuple[int, int, int], ...]:
-    """(start, size, e820 type) of what the kernel is told of its physical addresses, ascending."""
+    """Give the memory map for the kernel: (start, size, e820 type) of each range, ascending."""
     low, *high = layout.ram_ranges(memory_mib)
     return (
         (0, layout.LOW_MEMORY_END, _RAM),
@@ -143,7 +144,7 @@ def _command_line(text: str) -> bytes:
 
 
 def _unpacked(file: Source, origin: str) -> Source:
-    """The file itself if it is ELF, else the ELF image in a bzImage."""
+    """Give the file itself if it is ELF, else the ELF image in a bzImage."""
     file.seek(0)
     if file.read(len(elf.MAGIC)) == elf.MAGIC:
         return file
@@ -166,7 +167,7 @@ def _load_kernel(memory: GuestMemory, file: Source, kernel: elf.PvhKernel, origi
 
 
 def _load_initramfs(memory: GuestMemory, file: Source | None, above: int) -> tuple[int, int] | None:
-    """Put it at the end of low memory, on whole pages; gives its address and size."""
+    """Put the initramfs at the end of low memory, on whole pages; give its address and size."""
     if file is None:
         return None
     size = file.seek(0, io.SEEK_END)

@@ -1,9 +1,9 @@
-"""From what KVM supports to what one vCPU says of itself by CPUID.
+"""CPUID of a guest's vCPUs, made from that which KVM supports. Without I/O.
 
 The guest sees the host's processor, as far as KVM can virtualise it, with the topology of one
-package of single-threaded cores, each with caches of its own but the last level. What the machine
-does not have is taken away: performance counters, nested virtualisation, MWAIT, enclaves,
-tracing. The result depends on nothing but the arguments.
+package of single-threaded cores, each with caches of its own but the last level. Features that the
+machine does not have are taken away: performance counters, nested virtualisation, MWAIT, enclaves,
+tracing.
 
 Leaves are those of Intel's manual (volume 2A, CPUID), AMD's (volume 3, appendix E), and KVM's own
 (Documentation/virt/kvm/x86/cpuid.rst).
@@ -25,7 +25,7 @@ _HYPERVISOR: Final = 0x40000000
 _HYPERVISOR_FEATURES: Final = 0x40000001
 _TIMING: Final = 0x40000010
 
-#: What the local APIC's timer counts in KVM, in kHz.
+#: Frequency of the local APIC's timer in KVM, in kHz.
 _APIC_BUS_KHZ: Final = 1_000_000
 
 # Leaves that are made here, and those that say "nothing of this kind" in all their registers:
@@ -51,8 +51,8 @@ _CLEARED: Final = {
     0x6: (0xFFFFFFFF & ~(1 << 2), 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
     # SGX, processor trace; key locker, SGX launch control
     0x7: (0, 1 << 2 | 1 << 25, 1 << 23 | 1 << 30, 0),
-    # Asynchronous page faults: what KVM has promised a guest but not yet delivered is in no state
-    # that could be saved, and a guest that waits for it would wait for ever after a restore.
+    # Asynchronous page faults: a page that KVM has promised to a guest and not yet delivered is in
+    # no state that could be saved. A guest that waits for it would wait for ever after a restore.
     _HYPERVISOR_FEATURES: (1 << 4 | 1 << 10 | 1 << 14, 0, 0, 0),
     # SVM, extended APIC space, IBS, watchdog, SKINIT, lightweight profiling, counters, MONITORX
     0x80000001: (
@@ -81,12 +81,12 @@ def vcpu_cpuid(
     tsc_deadline: bool,
     tsc_khz: int | None = None,
 ) -> tuple[CpuidEntry, ...]:
-    """What KVM_SET_CPUID2 is to be given for one vCPU.
+    """Make the leaves of one vCPU, for KVM_SET_CPUID2.
 
-    :param supported: what KVM_GET_SUPPORTED_CPUID gave.
-    :param index: which vCPU; its APIC id too.
-    :param tsc_deadline: KVM has the capability ``KVM_CAP_TSC_DEADLINE_TIMER``, which the
-        supported set does not tell.
+    :param supported: the leaves of KVM_GET_SUPPORTED_CPUID.
+    :param index: the number of the vCPU, which is its APIC id, too.
+    :param tsc_deadline: whether KVM has ``KVM_CAP_TSC_DEADLINE_TIMER``, which the supported leaves
+        do not tell.
     :param tsc_khz: the guest's TSC frequency, for the timing leaf 0x40000010.
     """
     topology = _Topology(index=index, vcpus=vcpus)
@@ -106,7 +106,7 @@ def vcpu_cpuid(
 
 
 def address_bits(supported: Sequence[CpuidEntry]) -> int:
-    """How wide a guest's physical addresses are, in bits."""
+    """Give the width of a guest's physical addresses, in bits."""
     for entry in supported:
         if entry.function == 0x80000008:
             return entry.eax & 0xFF
@@ -122,11 +122,11 @@ class _Topology:
 
     @property
     def bits(self) -> int:
-        """How many bits of an APIC id tell the cores of the package apart."""
+        """Bits of an APIC id that tell the cores of the package apart."""
         return (self.vcpus - 1).bit_length()
 
     def leaves(self, function: int) -> Iterator[CpuidEntry]:
-        """Extended topology: threads, cores, and the end."""
+        """Give the leaves of the extended topology: threads, cores, and the end."""
         levels = (
             (0, 1, _LEVEL_THREAD),
             (self.bits, self.vcpus, _LEVEL_CORE),
@@ -138,7 +138,7 @@ class _Topology:
             )
 
     def cache_sharing(self, level: int) -> int:
-        """How many APIC ids share a cache of this level, less one."""
+        """Give the number of APIC ids that share a cache of this level, less one."""
         return (1 << self.bits) - 1 if level >= 3 else 0
 
 

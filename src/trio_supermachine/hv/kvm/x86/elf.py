@@ -1,7 +1,7 @@
-"""Reads an ELF kernel that can be started by PVH: where its parts go, and where it begins.
+"""A reader of ELF kernels that can be started by PVH: the places of their parts, and their entry.
 
-The file is a user's and may be anything: all that is read from it is bounded, and whatever
-makes no sense is :exc:`AssetNotFound`, as it is for a file that is no kernel at all.
+The file is a user's and may be anything. All reads are bounded, and a file that makes no sense
+raises :exc:`AssetNotFound`, as one that is no kernel at all.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import attrs
 
 from ....errors import AssetNotFound
 
-#: An open file to read from: raw, so that it reads straight into guest memory, or in memory.
+#: An open file to read from. A raw one is read straight into guest memory.
 Source = io.RawIOBase | io.BufferedIOBase
 
 MAGIC: Final = b"\x7fELF"
 
-# What counts of the header: magic, class, encoding, machine; offset, size and number of entries.
+# Of the header: magic, class, encoding, machine; offset, size and number of program headers.
 _HEADER: Final = struct.Struct("<4sBB12xH12xQ14xHH")
 _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
 _NOTE: Final = struct.Struct("<III")
@@ -38,9 +38,9 @@ _REMEDY: Final = "give the path of an x86-64 Linux kernel, bzImage or ELF, with 
 
 @attrs.frozen
 class Segment:
-    """Bytes of the file, and where they go; sizes in bytes.
+    """Bytes of the file with their place in memory; sizes are in bytes.
 
-    :ivar size_in_memory: the rest beyond ``size`` is zero.
+    :ivar size_in_memory: its size there; all beyond ``size`` is zero.
     """
 
     offset: int
@@ -50,20 +50,20 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """The first guest-physical address after it."""
+        """The first guest-physical address behind it."""
         return self.address + self.size_in_memory
 
 
 @attrs.frozen
 class PvhKernel:
-    """What to load, ascending by address, and the address to start at in 32-bit mode."""
+    """Segments to load, ascending by address, and the address to start at in 32-bit mode."""
 
     entry: int
     segments: tuple[Segment, ...]
 
     @property
     def end(self) -> int:
-        """The first guest-physical address after the kernel."""
+        """The first guest-physical address behind the kernel."""
         return max(segment.end for segment in self.segments)
 
 
@@ -97,7 +97,7 @@ def read_pvh_kernel(file: Source, origin: str) -> PvhKernel:
 
 
 def unusable(origin: str, reason: str) -> AssetNotFound:
-    """The error for a kernel that cannot be booted."""
+    """Make the error for a kernel that cannot be booted."""
     return AssetNotFound("kernel", f"{origin}: {reason}", remedy=_REMEDY)
 
 
@@ -135,7 +135,7 @@ def _check(segments: list[Segment], entry: int | None, origin: str) -> None:
 
 
 def _find_entry(notes: bytes) -> int | None:
-    """The address in the note of type PHYS32_ENTRY whose name is ``Xen``."""
+    """Find the address in the note of type PHYS32_ENTRY whose name is ``Xen``."""
     position = 0
     while position + _NOTE.size <= len(notes):
         name_size, size, kind = _NOTE.unpack_from(notes, position)

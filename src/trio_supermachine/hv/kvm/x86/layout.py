@@ -1,4 +1,4 @@
-"""Where things are in a guest's physical address space, and on its I/O ports.
+"""The layout of a guest's physical address space and of its I/O ports.
 
 ::
 
@@ -14,7 +14,7 @@
     16 GiB or the next       PCI: memory windows of 64-bit BARs
     multiple of it
 
-Addresses that both have are those of QEMU's ``microvm`` machine.
+Addresses of things that QEMU's ``microvm`` machine has, too, are the same there.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ GIB: Final = 1 << 30
 START_INFO: Final = 0x6000
 MEMORY_MAP: Final = 0x7000
 COMMAND_LINE: Final = 0x20000
-#: What the kernel keeps of a command line, in bytes, with the NUL that ends it.
+#: Bytes that the kernel keeps of a command line, with the NUL that ends it.
 COMMAND_LINE_SIZE: Final = 2048
-#: Where the BIOS of a PC has its data: memory is usable below.
+#: Start of the data of a PC's BIOS: memory is usable below.
 LOW_MEMORY_END: Final = 0x9FC00
 
 ACPI_TABLES: Final = 0xE0000
@@ -72,14 +72,14 @@ MAX_VCPUS: Final = 16
 
 
 def ram_ranges(memory_mib: int) -> tuple[tuple[int, int], ...]:
-    """(start, size) in bytes of each range of RAM, ascending; the first starts at 0."""
+    """Give (start, size) in bytes of each range of RAM, ascending; the first starts at 0."""
     size = memory_mib * MIB
     low = min(size, LOW_RAM_END)
     return ((0, low),) if size == low else ((0, low), (HIGH_RAM, size - low))
 
 
 def pci_window_64(memory_mib: int) -> tuple[int, int]:
-    """(start, size) in bytes of the window for 64-bit BARs: above all RAM.
+    """Give (start, size) in bytes of the window for 64-bit BARs, above all RAM.
 
     Its end must be within the processor's physical addresses (:func:`.cpuid.address_bits`).
     """
