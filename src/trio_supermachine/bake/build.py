@@ -171,7 +171,13 @@ class _Bake:
             await self.store.clear(self.fingerprint, step)
         places = {step: self.store.place(self.fingerprint, step) for step in steps}
         plan = self.plan if source is None else await plan_going_on(self.plan, source)
-        await bake(self.settings, plan, self.warm_up, places, self.fingerprint, self.progress)
+        try:
+            await bake(self.settings, plan, self.warm_up, places, self.fingerprint, self.progress)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for step in steps:  # the first snapshot goes, too: nobody has asked for it alone
+                    await self.store.clear(self.fingerprint, step)
+            raise
         await report(self.progress, "publish", plan.image.reference, 0, None)
         snapshot = await self.find(moment)
         if snapshot is None:
