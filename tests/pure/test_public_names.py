@@ -6,6 +6,8 @@ import ast
 import copy
 import pickle
 import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from enum import Enum
@@ -141,7 +143,20 @@ def test_the_tables_of_public_names_agree() -> None:
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=f"module '{PACKAGE}' has no attribute 'Nothing'"):
-        public.Nothing  # noqa: B018
+        public.Nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_type_checker_knows_the_names_and_no_others(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import trio_supermachine as tsm\nprint(tsm.Vm, tsm.VmConfg)\n")
+    # Modules that are not given are not read, so this takes a second.
+    words = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip"]
+    command = [*words, "--cache-dir", str(tmp_path / "cache"), public.__file__, str(program)]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    errors = [line for line in checked.stdout.splitlines() if "error" in line]
+    assert len(errors) == 2, checked
+    assert 'Module has no attribute "VmConfg"' in errors[0]
+    assert errors[1].startswith("Found 1 error in 1 file")
 
 
 def test_every_frozen_class_and_every_error_is_tried_below() -> None:
