@@ -40,6 +40,7 @@ VALUES: list[Any] = [
         bytes_per_second=1000
     ),
     public.EndpointResources(http_port=8080, vsock_mux="mux.sock"),
+    public.Image.builder("oci:there").with_env("A", "b").with_extra_file("/a", b"data"),
     public.ExecOutcome(
         returncode=-9,
         stdout=b"out",

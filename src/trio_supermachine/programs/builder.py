@@ -94,6 +94,7 @@ class _Spec:
 
 @public
 @final
+@attrs.frozen(repr=False)
 class ExecBuilder(metaclass=NoPublicConstructor):
     """An exec in the making; :meth:`Vm.exec_builder` makes it.
 
@@ -107,9 +108,8 @@ class ExecBuilder(metaclass=NoPublicConstructor):
 
     _made_by = "Vm.exec_builder"
 
-    def __init__(self, open_exec: OpenExec, spec: _Spec | None = None) -> None:
-        self._open_exec = open_exec
-        self._spec = spec or _Spec()
+    _open_exec: OpenExec
+    _spec: _Spec = attrs.field(factory=_Spec)
 
     def __repr__(self) -> str:
         return f"<ExecBuilder of {[list(argv) for argv in self._spec.chain]!r}>"
