@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import pickle
 import re
 import subprocess
@@ -111,6 +112,29 @@ def test_public_classes_say_that_they_are_of_the_package(name: str) -> None:
         member = getattr(cls, key)
         if isinstance(member, FunctionType | MethodType) and member.__qualname__.startswith(name):
             assert member.__module__ == PACKAGE
+    for key in {*dir(cls)} - {*vars(cls)}:
+        member = inspect.getattr_static(cls, key)
+        function = member.fget if isinstance(member, property) else member
+        if isinstance(function, FunctionType) and not key.startswith("_"):
+            owner = function.__qualname__.partition(".")[0]
+            assert (function.__module__, owner in CLASSES) in ((PACKAGE, True), ("enum", False))
+
+
+def test_methods_that_come_from_parts_of_a_class_say_the_class() -> None:
+    assert repr(public.Vm.exec).startswith("<function Vm.exec at")
+    assert repr(public.PooledVm.ping).startswith("<function Vm.ping at")
+    names = [
+        (public.Vm.exec, "Vm.exec"),
+        (public.PooledVm.read_file, "Vm.read_file"),
+        (public.Vm.open_read, "Vm.open_read"),
+        (public.Vm.snapshot, "Vm.snapshot"),
+        (public.OciImageBuilder.with_env, "OciImageBuilder.with_env"),
+        (public.PoolBuilder.min, "PoolBuilder.min"),
+    ]
+    for method, name in names:
+        assert (method.__module__, method.__qualname__) == (PACKAGE, name)
+        assert pickle.loads(pickle.dumps(method)) is method
+        assert typing.get_type_hints(inspect.unwrap(method))
 
 
 @pytest.mark.parametrize("name", CLASSES)
