@@ -184,13 +184,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    try:
-        module = _HOME[name]
-    except KeyError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    value = globals()[name] = getattr(import_module(module, __name__), name)
-    return value
+if not TYPE_CHECKING:  # a checker would take every misspelt name for one that is here
+
+    def __getattr__(name: str) -> object:
+        try:
+            module = _HOME[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        value = globals()[name] = getattr(import_module(module, __name__), name)
+        return value
 
 
 def __dir__() -> list[str]:

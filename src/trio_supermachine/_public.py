@@ -20,16 +20,36 @@ T = TypeVar("T")
 def public(cls: type[T]) -> type[T]:
     """Let a class and its methods belong to the package itself: the outermost class decorator.
 
+    So do methods that it inherits from a class of this package that is not public. These are
+    shared with that class, and belong to the first public class that is made of it.
+
     Annotations of the class are evaluated here, in the module that has their names:
     :func:`typing.get_type_hints` would look for these in the package.
     """
     cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
     cls.__module__ = _PACKAGE
     for member in vars(cls).values():
-        function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
-        if isinstance(function, FunctionType):
+        for function in _functions(member):
             function.__module__ = _PACKAGE
+    for name in dir(cls):
+        if not name.startswith("_"):
+            for function in _functions(inspect.getattr_static(cls, name)):
+                if function.__module__.startswith(f"{_PACKAGE}."):
+                    function.__module__ = _PACKAGE
+                    function.__qualname__ = f"{cls.__qualname__}.{function.__name__}"
     return cls
+
+
+def _functions(member: object) -> list[FunctionType]:
+    """Give the functions that a member of a class is made of."""
+    match member:
+        case property():
+            parts: tuple[object, ...] = (member.fget, member.fset, member.fdel)
+        case staticmethod() | classmethod():
+            parts = (member.__func__,)
+        case _:
+            parts = (member,)
+    return [part for part in parts if isinstance(part, FunctionType)]
 
 
 class NoPublicConstructor(ABCMeta):

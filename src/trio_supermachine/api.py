@@ -21,7 +21,7 @@ from ._util.progress import ProgressCallback
 from ._util.run import require_trio
 from ._util.validators import StrPath
 from .bake.build import build_image
-from .bake.builder import BakeBuilder, BakeSettings
+from .bake.builder import BakeBuilder, BakeSettings, settings_of
 from .bake.store import Moment
 from .config.defaults import EngineName
 from .config.vm import VmConfig
@@ -110,7 +110,7 @@ class Image(ImageSpec):
         :raises ConfigError: another argument makes no sense.
         """
         settings = BakeSettings(reference=ref, pull=pull, platform=platform, engine=engine)
-        return await OciImageBuilder(settings).build(progress)
+        return await OciImageBuilder._create(settings).build(progress)
 
     @staticmethod
     def builder(ref: str) -> OciImageBuilder:
@@ -120,7 +120,7 @@ class Image(ImageSpec):
 
         :raises ReferenceInvalid: the reference does not parse.
         """
-        return OciImageBuilder(BakeSettings(reference=ref))
+        return OciImageBuilder._create(BakeSettings(reference=ref))
 
     @staticmethod
     async def from_snapshot(path: StrPath) -> Image:
@@ -149,7 +149,7 @@ class Image(ImageSpec):
 
     def pool(self) -> PoolBuilder:
         """Begin to describe a pool of VMs of this image."""
-        return PoolBuilder(self)
+        return PoolBuilder._create(self)
 
 
 async def unbaked_image(
@@ -177,7 +177,8 @@ async def image_for_command(
     The bake is the one that :meth:`OciImageBuilder.build` gives, at the moment before its workload
     starts: nothing of the image has run in it.
     """
-    return _image(await build_image(builder._settings, progress=progress, moment=Moment.BOOTED))
+    settings = settings_of(builder)
+    return _image(await build_image(settings, progress=progress, moment=Moment.BOOTED))
 
 
 def _image(spec: ImageSpec) -> Image:
@@ -186,6 +187,7 @@ def _image(spec: ImageSpec) -> Image:
 
 @public
 @final
+@attrs.frozen(repr=False)
 class OciImageBuilder(BakeBuilder):
     """Says how an image is to be baked; :meth:`Image.builder` makes one.
 
@@ -485,7 +487,7 @@ class PoolBuilder(PoolOptions[Image]):
         :raises SupermachineError: on entry: one of the first VMs could not be started; errors
             are as of :meth:`Vm.start`.
         """
-        return _open_pool(self._image, self._config, self._settings())
+        return _open_pool(self._image, self._options.config, self._options.settings())
 
 
 @asynccontextmanager

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import pickle
 import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from enum import Enum
@@ -38,6 +41,7 @@ VALUES: list[Any] = [
         bytes_per_second=1000
     ),
     public.EndpointResources(http_port=8080, vsock_mux="mux.sock"),
+    public.Image.builder("oci:there").with_env("A", "b").with_extra_file("/a", b"data"),
     public.ExecOutcome(
         returncode=-9,
         stdout=b"out",
@@ -108,6 +112,29 @@ def test_public_classes_say_that_they_are_of_the_package(name: str) -> None:
         member = getattr(cls, key)
         if isinstance(member, FunctionType | MethodType) and member.__qualname__.startswith(name):
             assert member.__module__ == PACKAGE
+    for key in {*dir(cls)} - {*vars(cls)}:
+        member = inspect.getattr_static(cls, key)
+        function = member.fget if isinstance(member, property) else member
+        if isinstance(function, FunctionType) and not key.startswith("_"):
+            owner = function.__qualname__.partition(".")[0]
+            assert (function.__module__, owner in CLASSES) in ((PACKAGE, True), ("enum", False))
+
+
+def test_methods_that_come_from_parts_of_a_class_say_the_class() -> None:
+    assert repr(public.Vm.exec).startswith("<function Vm.exec at")
+    assert repr(public.PooledVm.ping).startswith("<function Vm.ping at")
+    names = [
+        (public.Vm.exec, "Vm.exec"),
+        (public.PooledVm.read_file, "Vm.read_file"),
+        (public.Vm.open_read, "Vm.open_read"),
+        (public.Vm.snapshot, "Vm.snapshot"),
+        (public.OciImageBuilder.with_env, "OciImageBuilder.with_env"),
+        (public.PoolBuilder.min, "PoolBuilder.min"),
+    ]
+    for method, name in names:
+        assert (method.__module__, method.__qualname__) == (PACKAGE, name)
+        assert pickle.loads(pickle.dumps(method)) is method
+        assert typing.get_type_hints(inspect.unwrap(method))
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -141,7 +168,20 @@ def test_the_tables_of_public_names_agree() -> None:
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=f"module '{PACKAGE}' has no attribute 'Nothing'"):
-        public.Nothing  # noqa: B018
+        public.Nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_type_checker_knows_the_names_and_no_others(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import trio_supermachine as tsm\nprint(tsm.Vm, tsm.VmConfg)\n")
+    # Modules that are not given are not read, so this takes a second.
+    words = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip"]
+    command = [*words, "--cache-dir", str(tmp_path / "cache"), public.__file__, str(program)]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    errors = [line for line in checked.stdout.splitlines() if "error" in line]
+    assert len(errors) == 2, checked
+    assert 'Module has no attribute "VmConfg"' in errors[0]
+    assert errors[1].startswith("Found 1 error in 1 file")
 
 
 def test_every_frozen_class_and_every_error_is_tried_below() -> None:

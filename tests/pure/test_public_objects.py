@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 
@@ -14,10 +15,13 @@ from trio_supermachine import (
     ExecSignaler,
     Image,
     ImageConfig,
+    OciImageBuilder,
+    PoolBuilder,
     TcpForwarder,
     UdpForwarder,
     Vm,
 )
+from trio_supermachine.programs.running import RunningExec
 
 IMAGE = Image(reference="none", config=ImageConfig(), layers=(), digest="sha256:0")
 
@@ -32,6 +36,8 @@ def members(cls: type) -> set[str]:
         (ExecBuilder, "Vm.exec_builder"),
         (ExecChild, "Vm.exec"),
         (ExecSignaler, "ExecChild.signaler"),
+        (OciImageBuilder, "Image.builder"),
+        (PoolBuilder, "Image.pool"),
         (TcpForwarder, "Vm.expose_tcp"),
         (UdpForwarder, "Vm.expose_udp"),
     ],
@@ -41,10 +47,61 @@ def test_what_only_a_call_makes_says_which(cls: type, made_by: str) -> None:
         cls()
 
 
+class NotAVm:
+    """As much of a VM as the making of its execs needs."""
+
+    def open_exec(self, request: object) -> AbstractAsyncContextManager[RunningExec]:
+        raise NotImplementedError
+
+
+def same_builders() -> tuple[ExecBuilder, ...]:
+    vm = NotAVm()
+    return tuple(
+        ExecBuilder._create(vm.open_exec)
+        .argv(["sh"])
+        .env("A", "b")
+        .winsize(80, 25)
+        .stage_file("/a", b"data")
+        for _ in range(2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        (*same_builders(), same_builders()[0]),  # the same command in another VM
+        (*same_builders(), same_builders()[0].tty()),
+        (
+            Image.builder("oci:there").with_vcpus(2).with_cmd(["a"]),
+            Image.builder("oci:there").with_cmd(["a"]).with_vcpus(2),
+            Image.builder("oci:there").with_cmd(["a"]),
+        ),
+        (IMAGE.pool().min(1).max(2), IMAGE.pool().max(2).min(1), IMAGE.pool().min(1)),
+    ],
+    ids=["another VM", "ExecBuilder", "OciImageBuilder", "PoolBuilder"],
+)
+def test_builders_are_values(one: object, same: object, other: object) -> None:
+    assert one is not same
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    assert len({one, same, other}) == 2
+    for name in ("_spec", "_settings", "_options", "anything"):
+        with pytest.raises(AttributeError):
+            setattr(one, name, None)
+
+
 def test_nothing_internal_is_on_the_objects() -> None:
     signals = {"send_signal", "terminate", "kill", "signal"}
     assert members(ExecSignaler) == signals
     assert members(ExecChild) == signals | {"returncode", "wait", "signaler", "resize", "abort"}
+    run = {"spawn", "output", "output_with_cancel", "output_resilient"}
+    files = {"stage_file", "stage_file_mode"}
+    settings = {"argv", "chain", "env", "cwd", "user", "tty", "winsize", "timeout"}
+    assert members(ExecBuilder) == run | files | settings
+    bounds = {"min", "max", "idle_timeout", "acquire_timeout"}
+    assert members(PoolBuilder) == bounds | {"restore_on_release", "config", "build"}
+    assert all(name.startswith("with_") for name in members(OciImageBuilder) - {"build"})
     assert members(TcpForwarder) == {"stop", "aclose"}
     assert members(UdpForwarder) == {"dropped", "aclose"}
     policy = EgressPolicy.deny_all()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -12,6 +15,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_supermachine import (
+    ExecBuilder,
+    ExecOutcome,
     NotSupported,
     RestoreTimeout,
     SnapshotInvalid,
@@ -290,6 +295,36 @@ async def test_a_guest_without_a_freezer_cannot_be_captured(tmp_path: Path) -> N
         await running.ping()
 
 
+# --- programs ---
+
+
+async def test_what_a_program_left_behind_does_not_take_its_outcome_along() -> None:
+    async def end_with_an_open_pipe(guest: FakeGuest, stream: VsockStream) -> None:
+        await stream.send_all(
+            wire.frame(FrameType.STARTED, struct.pack("<I", 7))
+            + wire.frame(FrameType.DATA, b"hi\n", wire.StreamId.STDOUT)
+            + wire.frame(FrameType.EXIT, struct.pack("<iIQQ", 3, 0, 1_500_000, 77))
+        )
+        await trio.sleep_forever()
+
+    agent = PlayedAgent({FrameType.EXEC: end_with_an_open_pipe, FrameType.SHUTDOWN: _power_off})
+    outcomes: list[ExecOutcome] = []
+    async with open_vm(boot(FakeEngine(agent))) as running, trio.open_nursery() as nursery:
+        builder = ExecBuilder._create(running.open_exec).argv(["sh", "-c", "sleep 60 & echo hi"])
+
+        async def run(output: Callable[[], Awaitable[ExecOutcome]]) -> None:
+            outcomes.append(await output())
+
+        nursery.start_soon(run, builder.output)
+        nursery.start_soon(run, partial(builder.output_with_cancel, trio.Event()))
+        await wait_all_tasks_blocked()
+        assert not outcomes  # the pipe is open
+        await running.stop(1)
+    for outcome in outcomes:
+        assert (outcome.returncode, outcome.stdout, outcome.stderr) == (3, b"hi\n", b"")
+    assert len(outcomes) == 2
+
+
 async def test_programs_run_in_the_real_agent_without_a_machine() -> None:
     engine = FakeEngine(AgentProcess(), raw_channel=True)
     async with open_vm(boot(engine)) as running:
@@ -300,3 +335,10 @@ async def test_programs_run_in_the_real_agent_without_a_machine() -> None:
             await child.stdin.send_all(b"it\n")
             said = b"".join([chunk async for chunk in child.stdout])
             assert (said, await child.wait()) == (b"got it\n", 0)
+        pwd = ExecBuilder._create(running.open_exec).argv(["pwd"])
+        directory = (await pwd.output()).stdout
+        assert (await pwd.cwd("/proc").output()).stdout == b"/proc\n" != directory
+        for none in ("", b""):
+            assert (await pwd.cwd("/proc").cwd(none).output()).stdout == directory
+        with pytest.raises(ValueError, match="null"):
+            pwd.cwd("a\0b")

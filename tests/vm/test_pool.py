@@ -21,7 +21,6 @@ from trio_supermachine import (
     Image,
     ImageConfig,
     Pool,
-    PoolBuilder,
     PooledVm,
     Vm,
     VmConfig,
@@ -86,7 +85,7 @@ def test_a_max_of_zero_and_a_min_above_max_are_refused(image: Image) -> None:
 def test_a_builder_is_immutable(image: Image) -> None:
     first = image.pool()
     assert first.min(1) is not first
-    assert first == PoolBuilder(image)
+    assert first == image.pool()
     assert first.min(1).max(2) == first.max(2).min(1)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
 
+from .._public import NoPublicConstructor
 from .._util import validators as check
 from ..config.defaults import DEFAULT_MEMORY_MIB, DEFAULT_VCPUS, EngineName
 from ..config.resources import SnapshotResources
@@ -75,11 +76,13 @@ class BakeSettings:
         check_request(self.reference, self.pull, self.platform, self.engine)
 
 
-class BakeBuilder:
+@attrs.frozen(repr=False)
+class BakeBuilder(metaclass=NoPublicConstructor):
     """The settings of a bake in the making. Immutable: each method gives a changed copy."""
 
-    def __init__(self, settings: BakeSettings) -> None:
-        self._settings = settings
+    _made_by = "Image.builder"
+
+    _settings: BakeSettings
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._settings.reference!r}>"
@@ -146,16 +149,6 @@ class BakeBuilder:
         """Bake on this engine. Only it can restore the snapshot."""
         return self._with(engine=engine)
 
-    def with_warmup(self, warmup: Callable[[Any], Awaitable[object]] | None) -> Self:
-        """Await ``warmup(vm)`` on the live guest before it is captured.
-
-        It is told from others by its qualified name and its code, as
-        :meth:`with_warmup_tag` says; what it raises comes out of :meth:`build`.
-        """
-        if warmup is not None and not callable(warmup):
-            raise ConfigError(f"a warm-up is an async function, not {warmup!r}")
-        return self._with(warmup=warmup)
-
     def with_warmup_tag(self, tag: str | None) -> Self:
         """Tell warm-ups apart by this tag alone.
 
@@ -186,4 +179,9 @@ class BakeBuilder:
         return self._with(trigger_timeout=check.seconds("the timeout", seconds))
 
     def _with(self, **changes: Any) -> Self:
-        return type(self)(attrs.evolve(self._settings, **changes))
+        return type(self)._create(attrs.evolve(self._settings, **changes))
+
+
+def settings_of(builder: BakeBuilder) -> BakeSettings:
+    """Give the settings that a builder has gathered."""
+    return builder._settings

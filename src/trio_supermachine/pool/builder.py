@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import attrs
 
+from .._public import NoPublicConstructor
 from .._util import validators as check
 from ..config.defaults import DEFAULT_MEMORY_MIB
 from ..config.vm import VmConfig
@@ -24,39 +25,64 @@ ImageT = TypeVar("ImageT", bound=ImageSpec)
 _HEAD_START = 0.03
 
 
+@attrs.frozen(kw_only=True)
+class _Options:
+    """What a builder has gathered."""
+
+    config: VmConfig = attrs.field(factory=VmConfig)
+    min: int = 0
+    max: int | None = None
+    idle_timeout: float = math.inf
+    acquire_timeout: float = math.inf
+    restore_on_release: bool = True
+
+    def settings(self) -> PoolSettings:
+        """Make the settings. :raises ConfigError: ``min`` is above ``max``."""
+        from .core import PoolSettings  # most programs start VMs one by one
+
+        most = max(os.cpu_count() or 1, self.min) if self.max is None else self.max
+        settings = PoolSettings(
+            min=self.min,
+            max=most,
+            idle_timeout=self.idle_timeout,
+            acquire_timeout=self.acquire_timeout,
+            restore_on_release=self.restore_on_release,
+            head_start=_HEAD_START,
+        )
+        check_min(settings)
+        return settings
+
+
 @attrs.frozen(repr=False)
-class PoolOptions(Generic[ImageT]):
+class PoolOptions(Generic[ImageT], metaclass=NoPublicConstructor):
     """A pool in the making. Immutable: each method gives a changed copy."""
 
+    _made_by = "Image.pool"
+
     _image: ImageT
-    _config: VmConfig = attrs.field(factory=VmConfig)
-    _min: int = 0
-    _max: int | None = None
-    _idle_timeout: float = math.inf
-    _acquire_timeout: float = math.inf
-    _restore_on_release: bool = True
+    _options: _Options = attrs.field(factory=_Options)
 
     def min(self, vms: int) -> Self:
         """Keep this many idle VMs ready, as far as ``max`` allows; 0 unless given."""
-        return attrs.evolve(self, min=check.integer("min", vms, 0))
+        return self._with(min=check.integer("min", vms, 0))
 
     def max(self, vms: int) -> Self:
         """Let no more than this many VMs exist, those that start or end too.
 
         Unless given, the number of the host's CPUs, or ``min`` where that is more.
         """
-        return attrs.evolve(self, max=check.integer("max", vms, 1))
+        return self._with(max=check.integer("max", vms, 1))
 
     def idle_timeout(self, seconds: float) -> Self:
         """End idle VMs beyond ``min`` after this many seconds; unless given, never."""
-        return attrs.evolve(self, idle_timeout=check.seconds("idle_timeout", seconds))
+        return self._with(idle_timeout=check.seconds("idle_timeout", seconds))
 
     def acquire_timeout(self, seconds: float) -> Self:
         """Let an acquire raise :exc:`AcquireTimeout` after this many seconds.
 
         Unless given, it never does: a cancel scope does that.
         """
-        return attrs.evolve(self, acquire_timeout=check.seconds("acquire_timeout", seconds))
+        return self._with(acquire_timeout=check.seconds("acquire_timeout", seconds))
 
     def restore_on_release(self, enabled: bool) -> Self:
         """Choose whether a released VM ends and a fresh one takes its place; true unless given.
@@ -64,28 +90,16 @@ class PoolOptions(Generic[ImageT]):
         With ``False`` the next acquirer gets the same VM, with all that was left in it, and
         sees :attr:`PooledVm.reused` set.
         """
-        return attrs.evolve(self, restore_on_release=check.boolean("restore_on_release", enabled))
+        return self._with(restore_on_release=check.boolean("restore_on_release", enabled))
 
     def config(self, config: VmConfig) -> Self:
         """Start the VMs with this configuration."""
         if not isinstance(config, VmConfig):
             raise ConfigError(f"config must be a VmConfig, not {config!r}")
-        return attrs.evolve(self, config=config)
+        return self._with(config=config)
 
-    def _settings(self) -> PoolSettings:
-        from .core import PoolSettings  # most programs start VMs one by one
-
-        most = max(os.cpu_count() or 1, self._min) if self._max is None else self._max
-        settings = PoolSettings(
-            min=self._min,
-            max=most,
-            idle_timeout=self._idle_timeout,
-            acquire_timeout=self._acquire_timeout,
-            restore_on_release=self._restore_on_release,
-            head_start=_HEAD_START,
-        )
-        check_min(settings)
-        return settings
+    def _with(self, **changes: Any) -> Self:
+        return type(self)._create(self._image, attrs.evolve(self._options, **changes))
 
 
 def check_min(settings: PoolSettings) -> None:

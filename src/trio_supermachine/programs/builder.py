@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeAlias, final
 
 import attrs
@@ -94,6 +94,7 @@ class _Spec:
 
 @public
 @final
+@attrs.frozen(repr=False)
 class ExecBuilder(metaclass=NoPublicConstructor):
     """An exec in the making; :meth:`Vm.exec_builder` makes it.
 
@@ -107,9 +108,8 @@ class ExecBuilder(metaclass=NoPublicConstructor):
 
     _made_by = "Vm.exec_builder"
 
-    def __init__(self, open_exec: OpenExec, spec: _Spec | None = None) -> None:
-        self._open_exec = open_exec
-        self._spec = spec or _Spec()
+    _open_exec: OpenExec
+    _spec: _Spec = attrs.field(factory=_Spec)
 
     def __repr__(self) -> str:
         return f"<ExecBuilder of {[list(argv) for argv in self._spec.chain]!r}>"
@@ -146,11 +146,13 @@ class ExecBuilder(metaclass=NoPublicConstructor):
         return self._with(environment=(*self._spec.environment, env_entry(key, value)))
 
     def cwd(self, path: StrOrBytesPath) -> ExecBuilder:
-        """Set the working directory; relative paths start at the image's.
+        """Set the working directory.
 
-        :raises ValueError: it is empty or holds NUL.
+        :param path: a directory in the guest; relative paths start at the image's own, which ``""``
+            is, too.
+        :raises ValueError: it holds NUL.
         """
-        return self._with(cwd=guest_path(path))
+        return self._with(cwd=guest_path(path) if os.fspath(path) else None)
 
     def user(self, user: str | int) -> ExecBuilder:
         """Set the user.
@@ -257,7 +259,11 @@ class ExecBuilder(metaclass=NoPublicConstructor):
             exit_ = await running.wait()
             # A program that was killed may have left others behind, which hold its pipes open.
             bounded = cancelled or exit_.timed_out
-            with trio.move_on_after(LAST_OUTPUT if bounded else math.inf):
+            # The end of the VM takes these along, and not what is known of the program.
+            with (
+                suppress(trio.BrokenResourceError),
+                trio.move_on_after(LAST_OUTPUT if bounded else math.inf),
+            ):
                 await running.collect(captured)
         return ExecOutcome(
             returncode=exit_.returncode,
