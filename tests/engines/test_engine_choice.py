@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,16 @@ async def test_the_next_program_does_not_measure_the_device_again(tmp_path: Path
     # What could not be measured may be there the next time. Who uses KVM loads all of it.
     again = found.hardware_speed is None or found.usable
     assert await trio.to_thread.run_sync(run) == [name, str(again)]
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_a_look_at_the_host_mends_a_record_and_makes_no_directory(
+    there: bool, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    if there:
+        home.mkdir()
+    await trio.to_thread.run_sync(partial(doctor, TRIO_SUPERMACHINE_HOME=str(home)))
+    measured = (await probe_kvm()).hardware_speed is not None
+    assert home.exists() == there
+    assert (home / "verified").exists() == (there and measured)

@@ -10,6 +10,7 @@ import trio
 
 from ..errors import ConfigError, EngineUnavailable
 from ..host.assets import AssetPaths
+from ..host.files import home
 from . import probed
 from .base import Engine, EngineReport
 from .qemu.engine import QemuEngine
@@ -112,8 +113,10 @@ async def _probe_kvm(device: tuple[int, ...] | None, *, anew: bool) -> EngineRep
     report = EngineReport(
         name="kvm", available=found.usable, detail=found.detail, remedy=found.remedy
     )
-    # What kept it from being measured may pass, or change with the package.
-    if device is not None and found.hardware_speed is not None:
+    # What kept it from being measured may pass, or change with the package. A look at the host
+    # makes no data directory.
+    measured = found.hardware_speed is not None
+    if device is not None and measured and (not anew or home().exists()):
         await trio.to_thread.run_sync(probed.remember, device, report)
     return report
 
