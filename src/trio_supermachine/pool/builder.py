@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import attrs
 
@@ -14,7 +14,9 @@ from ..config.vm import VmConfig
 from ..errors import AdmissionRefused, ConfigError
 from ..images.spec import ImageSpec
 from ..vm.limits import memory_admission
-from .core import PoolSettings
+
+if TYPE_CHECKING:
+    from .core import PoolSettings
 
 ImageT = TypeVar("ImageT", bound=ImageSpec)
 
@@ -71,6 +73,8 @@ class PoolOptions(Generic[ImageT]):
         return attrs.evolve(self, config=config)
 
     def _settings(self) -> PoolSettings:
+        from .core import PoolSettings  # most programs start VMs one by one
+
         most = max(os.cpu_count() or 1, self._min) if self._max is None else self._max
         settings = PoolSettings(
             min=self._min,
