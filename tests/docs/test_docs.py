@@ -133,7 +133,9 @@ async def test_the_examples_of_docstrings_run(
             code = compile(example, f"<example of {name}>", "exec", flags, dont_inherit=True)
             names: dict[str, Any] = {"image": image, "vm": vm}
             exec(_IMPORTS, names)
-            await eval(code, names)
+            result = eval(code, names)
+            if inspect.iscoroutine(result):
+                await result
 
 
 def test_what_is_not_run_has_one_of_these_reasons() -> None:
