@@ -14,7 +14,7 @@ from ..config.defaults import DEFAULT_MEMORY_MIB
 from ..config.vm import VmConfig
 from ..errors import AdmissionRefused, ConfigError
 from ..images.spec import ImageSpec
-from ..vm.limits import memory_admission
+from ..vm.limits import refuse_impossible
 from .core import PoolSettings
 
 ImageT = TypeVar("ImageT", bound=ImageSpec)
@@ -114,7 +114,7 @@ def check_bounds(settings: PoolSettings, image: ImageSpec, config: VmConfig) -> 
     baked = DEFAULT_MEMORY_MIB if image.memory_mib is None else image.memory_mib
     each = baked if config.memory_mib is None else config.memory_mib
     try:
-        memory_admission.refuse_impossible(settings.min * each)
+        refuse_impossible(settings.min * each)
     except AdmissionRefused as error:
         error.add_note(f"the pool keeps min={settings.min} VMs of {each} MiB each")
         raise
