@@ -79,6 +79,11 @@ STEPS = (
 )
 
 
+#: As programs run that are installed: without this some development machines compile each module
+#: in each run, which doubles the time.
+CACHED = {"PYTHONDONTWRITEBYTECODE": ""}
+
+
 @attrs.frozen
 class Command:
     """A program to start.
@@ -93,7 +98,7 @@ class Command:
         """What it writes to stderr."""
         done = subprocess.run(
             self.argv,
-            env={**os.environ, **self.environment},
+            env={**os.environ, **CACHED, **self.environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -5,6 +5,7 @@
 - Fields of attrs classes and members of enumerations are listed, also without a comment.
 - ``:ivar name: text`` in the docstring of a class becomes the text of that field, or an entry of
   its own for an attribute that Sphinx does not find. Either can be linked to.
+- A method that ``asynccontextmanager`` made gives an async context manager, not an iterator.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from contextlib import asynccontextmanager
 from enum import Enum
 from operator import attrgetter
 from typing import Any
@@ -75,7 +77,8 @@ def _described(docstring: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     current: list[str] | None = None
     for line in docstring:
         if match := _IVAR.match(line):
-            current = texts[match["name"]] = [match["text"]]
+            text = match["text"]
+            current = texts[match["name"]] = [text[:1].upper() + text[1:]]
         elif current is not None and line.startswith(" "):
             current.append(line.strip())
         else:
@@ -113,9 +116,29 @@ def _find_class(name: str) -> type | None:
     return found if inspect.isclass(found) else None
 
 
+_MANAGER_CODE = asynccontextmanager(lambda: None).__code__  # type: ignore[arg-type,return-value]
+
+
+def _show_managers(
+    app: Sphinx,
+    what: str,
+    name: str,
+    documented: Any,
+    options: object,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str | None, str] | None:
+    """Say what a method gives that is written as a generator: an async context manager."""
+    if returns is None or getattr(documented, "__code__", None) is not _MANAGER_CODE:
+        return None
+    manager = re.sub(r"^.*AsyncIterator\[", "~contextlib.AbstractAsyncContextManager[", returns)
+    return signature, manager
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     # After preserve_defaults, which shows what the source has.
     app.connect("autodoc-before-process-signature", _show_defaults, priority=900)
     app.connect("autodoc-skip-member", _keep_fields)
+    app.connect("autodoc-process-signature", _show_managers)
     app.connect("autodoc-process-docstring", _place_texts)
     return {"parallel_read_safe": True}

@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import attrs
 
@@ -31,7 +31,6 @@ from .images.policy import PullPolicy
 from .images.prepare import prepare_image
 from .images.spec import ImageSpec, image_of
 from .pool.builder import PoolOptions, check_bounds
-from .pool.core import PoolCore, PoolSettings, PoolStats, open_pool
 from .snapshots import Snapshot, open_snapshot
 from .vm.files import GuestFiles
 from .vm.life import GuestLife
@@ -39,7 +38,9 @@ from .vm.network import GuestNetwork
 from .vm.plan import plan_start
 from .vm.programs import GuestPrograms
 from .vm.running import RunningVm, open_vm
-from .vm.warm import open_warm_vm
+
+if TYPE_CHECKING:
+    from .pool.core import PoolCore, PoolSettings, PoolStats
 
 
 @public
@@ -491,6 +492,9 @@ class PoolBuilder(PoolOptions[Image]):
 
 @asynccontextmanager
 async def _open_pool(image: Image, config: VmConfig, settings: PoolSettings) -> AsyncIterator[Pool]:
+    from .pool.core import open_pool  # most programs start VMs one by one
+    from .vm.warm import open_warm_vm
+
     require_trio()
     check_bounds(settings, image, config)
 

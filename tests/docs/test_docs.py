@@ -136,7 +136,9 @@ async def test_the_examples_of_docstrings_run(
             code = compile(example, f"<example of {name}>", "exec", flags, dont_inherit=True)
             names: dict[str, Any] = {"image": image, "vm": vm}
             exec(_IMPORTS, names)
-            await eval(code, names)
+            result = eval(code, names)
+            if inspect.iscoroutine(result):
+                await result
 
 
 def test_what_is_not_run_has_one_of_these_reasons() -> None:
@@ -196,6 +198,22 @@ def test_every_trace_category_is_documented() -> None:
     page = (DOCS / "reference/trace.rst").read_text()
     for category, shows in CATEGORIES.items():
         assert re.search(rf"^{category} +{re.escape(shows)}$", page, re.MULTILINE)
+
+
+def test_every_environment_variable_is_documented() -> None:
+    variable = re.compile(r"\bTRIO_SUPERMACHINE_[A-Z_]*[A-Z]\b")
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    sources += [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
+    used = {name for path in sources for name in variable.findall(path.read_text())}
+    page = (DOCS / "reference/environment.rst").read_text()
+    assert set(variable.findall(page)) == used
+
+
+def test_programs_that_run_by_name_are_there() -> None:
+    named = re.findall(r"``python -m (tests[\w.]+)", (DOCS / "contributing.rst").read_text())
+    assert named
+    for name in named:
+        assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
 
 
 def test_every_public_name_is_in_the_reference_once() -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,3 +129,37 @@ def test_doctor_tells_an_engine_in_the_environment_that_there_is_not() -> None:
     assert check["state"] == "missing"
     assert f"{VARIABLE}=xen" in check["detail"]
     assert check["remedy"] == f"unset {VARIABLE}"
+
+
+async def test_the_next_program_does_not_measure_the_device_again(tmp_path: Path) -> None:
+    program = (
+        "import sys, trio\n"
+        "from trio_supermachine.hv.select import choose_engine, probe_engines\n"
+        "print(trio.run(choose_engine).name, 'trio_supermachine.hv.kvm.probe' in sys.modules)\n"
+        "trio.run(probe_engines)\n"
+    )
+
+    def run() -> list[str]:
+        environment = {**os.environ, "TRIO_SUPERMACHINE_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", program]
+        return subprocess.check_output(command, env=environment, text=True, timeout=120).split()
+
+    found = await probe_kvm()
+    name = "kvm" if found.usable else "qemu"
+    assert await trio.to_thread.run_sync(run) == [name, "True"]
+    # What could not be measured may be there the next time. Who uses KVM loads all of it.
+    again = found.hardware_speed is None or found.usable
+    assert await trio.to_thread.run_sync(run) == [name, str(again)]
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_a_look_at_the_host_mends_a_record_and_makes_no_directory(
+    there: bool, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    if there:
+        home.mkdir()
+    await trio.to_thread.run_sync(partial(doctor, TRIO_SUPERMACHINE_HOME=str(home)))
+    measured = (await probe_kvm()).hardware_speed is not None
+    assert home.exists() == there
+    assert (home / "verified").exists() == (there and measured)

@@ -186,6 +186,15 @@ def test_a_renewal_holds_what_the_page_says() -> None:
     reader = Reader(restore.encode(5), 8)
     assert (reader.u32(), reader.u64(), reader.string()) == (wire.VERSION, 5, "h")
     assert (reader.string(), reader.string(), reader.string()) == ("\0" * 32, "1" * 32, "2")
+    assert reader.u32() == 0
+    reader.end()
+
+
+def test_a_renewal_for_an_older_guest_has_its_version_and_no_flags() -> None:
+    restore = greeting.Restore(seed=b"\0" * 32, hostname="h", machine_id="1" * 32, boot_id="2")
+    reader = Reader(restore.encode(5, 3), 8)
+    assert (reader.u32(), reader.u64(), reader.string()) == (3, 5, "h")
+    assert (reader.string(), reader.string(), reader.string()) == ("\0" * 32, "1" * 32, "2")
     reader.end()
 
 

@@ -301,7 +301,7 @@ async def bake_of(reference: str, digest: str) -> str:
     """A bake that says that it was made of this image; its fingerprint."""
     store = BakeStore()
     fingerprint = hashlib.sha256((reference + digest).encode()).hexdigest()
-    async with store.making(fingerprint), new_snapshot(store.place(fingerprint)) as directory:
+    async with new_snapshot(store.place(fingerprint)) as directory:
         (directory / "restore.snap").write_bytes(b"state")
         write_sparse(directory / "memory.bin", bytes(MIB))
         described = draft(layers=(), image_reference=reference, image_digest=digest)

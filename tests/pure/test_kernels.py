@@ -28,7 +28,8 @@ from trio_supermachine.kernels import fetch_stock_kernel, list_kernels, prepare_
 from trio_supermachine.kernels.image import has_pvh_entry, read_kernel
 from trio_supermachine.kernels.initramfs import build_initramfs
 from trio_supermachine.kernels.modules import NEEDED, Module, pick_modules
-from trio_supermachine.kernels.stock import newest_first, version_key
+from trio_supermachine.kernels.stock import newest_first
+from trio_supermachine.kernels.versions import version_key
 
 
 def elf(release: str = "6.9.1-test", *, pvh: bool = True, machine: int = 62) -> bytes:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import trio
 
 from trio_supermachine import ConfigError, ImageNotFound
-from trio_supermachine.bake.store import Bake, BakeStore
+from trio_supermachine.bake.store import Bake, BakeStore, Moment
 from trio_supermachine.host.locks import exclusive, in_use
 from trio_supermachine.images.layers import ImageStore
 from trio_supermachine.library.prune import KEPT_UNUSED, prune, remove
@@ -49,16 +50,21 @@ async def make_layer(name: str) -> Path:
     return await ImageStore().made("test", fingerprint(name), write)
 
 
+async def write_bake(place: Path, layers: list[Path], **changes: object) -> None:
+    async with new_snapshot(place) as directory:
+        (directory / "restore.snap").write_bytes(b"state")
+        write_sparse(directory / "memory.bin", os.urandom(4096) + bytes(MIB - 4096))
+        await finish_full(directory, draft(layers=await layer_refs(layers), **changes))
+
+
 async def make_bake(text: str, *layers: str, name: str | None = None, old: bool = False) -> str:
     """A bake with a real snapshot of a made-up guest."""
     store = BakeStore()
     found = fingerprint(text)
     files = [await make_layer(layer) for layer in layers]
-    async with store.making(found), new_snapshot(store.place(found)) as directory:
-        (directory / "restore.snap").write_bytes(b"state")
-        write_sparse(directory / "memory.bin", os.urandom(4096) + bytes(MIB - 4096))
-        described = draft(layers=await layer_refs(files), image_reference=f"oci:{text}")
-        await finish_full(directory, described)
+    with store.try_making(found) as alone:
+        assert alone
+        await write_bake(store.place(found), files, image_reference=f"oci:{text}")
     store.mark_used(found)
     if old:
         os.utime(store.place(found).parent / "used", (OLD, OLD))
@@ -145,7 +151,8 @@ async def test_the_bake_of_a_newer_version_keeps_all_layers(home: Path) -> None:
 
 async def test_what_is_being_made_is_left_alone(home: Path) -> None:
     making = await make_bake("making", "a", old=True)
-    async with BakeStore().making(making):
+    with BakeStore().try_making(making) as alone:
+        assert alone
         removed = await prune()
         assert [bake.fingerprint for bake in removed.busy] == [making]
         assert not removed.bakes
@@ -297,3 +304,56 @@ async def test_a_killed_prune_leaves_whole_bakes_or_none(delay: float, home: Pat
     assert not await bakes()
     assert not layers(home)
     assert not list((home / "bakes").glob(".tmp-*"))
+
+
+async def booted_beside(found: str, *layers: str) -> None:
+    """Add the other snapshot of a bake, made before its workload started."""
+    files = [await make_layer(layer) for layer in layers]
+    place = BakeStore().place(found, Moment.BOOTED)
+    await write_bake(place, files, workload_started=False)
+
+
+@pytest.mark.parametrize("damaged", list(Moment))
+async def test_a_damaged_snapshot_beside_a_sound_one_is_removed_alone(
+    home: Path, damaged: Moment
+) -> None:
+    made = await make_bake("made", "a", name="kept")
+    await booted_beside(made, "a")
+    store = BakeStore()
+    (store.place(made, damaged) / "metadata.json").write_bytes(b"{")
+    (sound,) = set(Moment) - {damaged}
+    (bake,) = await store.list()
+    assert (bake.moments, bake.damaged, bake.problem) == ((sound,), (damaged,), None)
+    assert bake.directory == store.place(made, sound)
+    removed = await prune()
+    assert not removed.bakes
+    assert not removed.layers  # the sound one needs it
+    assert not store.place(made, damaged).exists()
+    (bake,) = await store.list()
+    assert (bake.moments, bake.damaged) == ((sound,), ())
+
+
+async def test_a_bake_of_which_nothing_was_ready_yet_is_a_bake(home: Path) -> None:
+    made = await make_bake("made", "a", name="kept")
+    await booted_beside(made, "a")
+    shutil.rmtree(BakeStore().place(made))
+    removed = await prune()
+    assert not removed.bakes
+    (bake,) = await BakeStore().list()
+    assert (bake.moments, bake.names) == ((Moment.BOOTED,), ("kept",))
+    assert (await remove(["kept"])).bakes == (bake,)
+    assert await BakeStore().list() == []
+
+
+@pytest.mark.parametrize("sweep", ["the next bake", "prune"])
+async def test_what_a_killed_capture_left_in_a_bake_goes(home: Path, sweep: str) -> None:
+    made = await make_bake("made", "a", name="kept")
+    left = BakeStore().place(made).parent / ".tmp-killed"
+    left.mkdir()
+    (left / "memory.bin").write_bytes(b"x" * 4096)
+    if sweep == "prune":
+        await prune()
+    else:
+        await BakeStore().clear(made, Moment.BOOTED)
+    assert not left.exists()
+    assert len(await BakeStore().list()) == 1

@@ -19,7 +19,7 @@ from trio_supermachine.guest import init_binary
 PACKET = struct.Struct("<QQIIIHHIII")
 REQUEST, RESPONSE, RST, SHUT, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
 OP_FREEZE, OP_FROZEN, OP_THAW, OP_RESET = range(16, 20)
-VERSION = 3
+VERSION = 4
 HELLO, SETUP, READY, ERROR, OK, RESTORE = range(1, 7)
 EXEC, STARTED, DATA, END, WINDOW, CLOSE, SIGNAL, ACK, RESIZE, EXIT = range(8, 18)
 READ_FILE, WRITE_FILE = 24, 25
@@ -93,9 +93,10 @@ def restore_payload(
     version: int = VERSION,
     machine_id: str = "0123456789abcdef" * 2,
     boot_id: str = "01234567-89ab-cdef-0123-456789abcdef",
+    flags: int = 0,
 ) -> bytes:
     payload = struct.pack("<IQ", version, time.time_ns()) + string("") + string(seed)
-    return payload + string(machine_id) + string(boot_id)
+    return payload + string(machine_id) + string(boot_id) + struct.pack("<I", flags)
 
 
 @attrs.frozen

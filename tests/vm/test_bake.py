@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
@@ -21,12 +22,13 @@ from trio_supermachine import (
     SnapshotResources,
     Vm,
 )
+from trio_supermachine.api import image_for_command
 from trio_supermachine.bake.store import BakeStore
 from trio_supermachine.host import files as hostfiles
 from trio_supermachine.host.locks import unused
 from trio_supermachine.library.prune import prune
 
-from ..support.guests import VCPUS
+from ..support.guests import PATIENCE, VCPUS
 
 pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.small_kernel]
 
@@ -70,8 +72,12 @@ async def output(vm: Vm, script: str) -> str:
 
 async def count(vm: Vm) -> None:
     """A warm-up that leaves a program behind."""
-    script = "(while :; do echo x >>/tmp/count; sleep 0.01; done) </dev/null >/dev/null 2>&1 &"
-    await vm.run_process(["setsid", "sh", "-c", f"{script} until [ -e /tmp/count ]; do :; done"])
+    loop = "while :; do echo x >>/tmp/count; sleep 0.01; done"
+    # When the file is there the program has left the process group, which ends with its shell.
+    script = (
+        f"setsid sh -c '{loop}' </dev/null >/dev/null 2>&1 & until [ -e /tmp/count ]; do :; done"
+    )
+    await vm.run_process(["sh", "-c", script])
     await vm.write_file("/tmp/warm", b"warm")
 
 
@@ -379,3 +385,51 @@ def test_a_builder_never_changes() -> None:
     assert (repr(start), start) == before
     assert changed != start
     assert start.with_env("A", "b").with_vcpus(2).with_pull_policy(PullPolicy.NEVER) == changed
+
+
+def workload_image() -> OciImageBuilder:
+    return Image.builder(BUSYBOX).with_cmd(["touch", "/mark"]).with_memory_mib(128)
+
+
+async def test_a_snapshot_from_before_the_workload_starts_it_unless_told_otherwise() -> None:
+    before = await image_for_command(workload_image().with_vcpus(VCPUS))
+    assert before.snapshot is not None
+    image = await Image.from_snapshot(before.snapshot.directory)
+    async with Vm.start(image) as vm:
+        assert vm.started_by == "restore"
+        assert await vm.wait_workload() == 0
+        assert await vm.read_file("/mark") == b""
+    async with Vm.start(image, workload=False) as vm:
+        assert vm.started_by == "restore"
+        with pytest.raises(ProcessLookupError):
+            await vm.wait_workload()
+        with pytest.raises(FileNotFoundError):
+            await vm.read_file("/mark")
+
+
+async def test_a_bake_begins_anew_if_its_first_snapshot_cannot_be_restored_here() -> None:
+    builder = workload_image().with_vcpus(VCPUS)
+    before = await image_for_command(builder)
+    assert before.snapshot is not None
+    file = before.snapshot.directory / "metadata.json"
+    metadata = before.snapshot.metadata
+    foreign = attrs.evolve(metadata, host={**metadata.host, "cpu": "another"})
+    file.write_bytes(foreign.to_bytes())
+    phases = Phases()
+    image = await builder.build(phases)
+    async with Vm.start(image) as vm:
+        assert await vm.read_file("/mark") == b""
+    again = await image_for_command(builder)
+    assert again.snapshot is not None
+    assert again.snapshot.metadata.host == metadata.host
+
+
+async def test_a_command_does_not_wait_for_the_workload_of_somebody_else() -> None:
+    slow = workload_image().with_vcpus(VCPUS).with_snapshot(SnapshotResources(after_ms=3_600_000))
+    slow = slow.with_trigger_timeout(7200)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slow.build)
+            image = await image_for_command(slow)
+            assert image.snapshot is not None
+            nursery.cancel_scope.cancel()

@@ -31,7 +31,12 @@ from trio_supermachine.snapshots import verify_snapshot
 from ..support.guests import CLOCK, VCPUS, read_until
 from ..support.processes import engines
 
-pytestmark = [pytest.mark.vm, pytest.mark.lab_two_vcpus, pytest.mark.small_kernel]
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.lab,
+    pytest.mark.lab_two_vcpus,
+    pytest.mark.small_kernel,
+]
 
 COUNTER = "i=0; while :; do i=$((i+1)); echo $i >/run/count; usleep 5000; done"
 
@@ -70,7 +75,6 @@ async def drawn_lines(vm: Vm, count: int) -> list[bytes]:
                 return lines
 
 
-@pytest.mark.lab
 async def test_processes_and_files_go_on_in_the_copy_and_in_the_source(
     vm: Vm, tmp_path: Path
 ) -> None:
@@ -89,7 +93,6 @@ async def test_processes_and_files_go_on_in_the_copy_and_in_the_source(
     await count_beyond(vm, after)
 
 
-@pytest.mark.lab
 async def test_streams_go_on_through_a_capture_and_no_byte_is_lost(vm: Vm, tmp_path: Path) -> None:
     data = random.Random(1).randbytes(3_000_000)
     echoed = bytearray()
@@ -186,7 +189,6 @@ async def test_a_copy_changes_nothing_in_its_snapshot(vm: Vm, tmp_path: Path) ->
     await verify_snapshot(tmp_path / "snap")
 
 
-@pytest.mark.lab
 async def test_diffs_make_a_chain_and_store_only_what_changed(vm: Vm, tmp_path: Path) -> None:
     image = await vm.snapshot(tmp_path / "full")
     for name in ("first", "second"):

@@ -28,14 +28,14 @@ import contextlib
 import errno as errno_names
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, final
 
 import attrs
 import trio
 
 from .._util.run import require_trio
-from ..errors import ExecEof, FileTooLarge, VmExited
+from ..errors import ExecEof, FileTooLarge, NotSupported, VmExited
 from ..hv.base import Machine, MachineExit
 from ..vsock.stream import VsockStream
 from . import wire
@@ -123,7 +123,12 @@ class AgentClient:
         :raises VmExited: the machine ended first.
         :raises OSError: the guest could not do something; the message says what.
         """
-        return await self._greeted(HelloKind.BOOT, setup.encode, "setting up the guest")
+        return await self._greeted(
+            HelloKind.BOOT,
+            (wire.VERSION,),
+            lambda realtime_ns, _: setup.encode(realtime_ns),
+            "setting up the guest",
+        )
 
     async def restored(self, restore: Restore) -> Hello:
         """Wait until the restored guest dials, tell it what to be, and wait until it is that.
@@ -133,20 +138,38 @@ class AgentClient:
         :raises VmExited: the machine ended first.
         :raises OSError: the guest could not do something; the message says what.
         """
-        return await self._greeted(HelloKind.RESTORE, restore.encode, "waking the restored guest")
 
-    async def _greeted(self, kind: HelloKind, encode: Callable[[int], bytes], what: str) -> Hello:
+        def encode(realtime_ns: int, version: int) -> bytes:
+            if restore.ends_programs and version < wire.VERSION:
+                message = (
+                    "the snapshot's guest is of an older version, which cannot leave its workload"
+                    " out; bake the image or take the snapshot again"
+                )
+                raise NotSupported("workload=False", message)
+            return restore.encode(realtime_ns, version)
+
+        versions = (*wire.OLDER_VERSIONS, wire.VERSION)
+        what = "waking the restored guest"
+        return await self._greeted(HelloKind.RESTORE, versions, encode, what)
+
+    async def _greeted(
+        self,
+        kind: HelloKind,
+        versions: Sequence[int],
+        encode: Callable[[int, int], bytes],
+        what: str,
+    ) -> Hello:
         try:
             stream = await self._lifeline_listener.accept()
             await self._lifeline_listener.aclose()
             self._lifeline = FrameStream(stream)
             frame = await self._expect(self._lifeline, FrameType.HELLO)
             hello = Hello.decode(frame.payload)
-            if hello.version != wire.VERSION:
+            if hello.version not in versions:
                 raise WireError(f"the guest speaks version {hello.version}, not {wire.VERSION}")
             if hello.kind != kind:
                 raise WireError(f"a greeting for {hello.kind.name}, not for {kind.name}")
-            await self._lifeline.send(encode(time.time_ns()))
+            await self._lifeline.send(encode(time.time_ns(), hello.version))
             await self._expect(self._lifeline, FrameType.READY)
         except (trio.BrokenResourceError, trio.ClosedResourceError, WireError) as exc:
             await self.raise_failure(exc, what)

@@ -114,7 +114,7 @@ class Restore:
     boot_id: str = attrs.field(factory=lambda: str(uuid.uuid4()))
     ends_programs: bool = False
 
-    def encode(self, realtime_ns: int) -> bytes:
+    def encode(self, realtime_ns: int, version: int = VERSION) -> bytes:
         """Encode it as a RESTORE frame.
 
         :param realtime_ns: the time of now, in nanoseconds since 1970.
@@ -123,13 +123,12 @@ class Restore:
             FrameType.RESTORE,
             b"".join(
                 (
-                    struct.pack("<IQ", VERSION, realtime_ns),
+                    struct.pack("<IQ", version, realtime_ns),
                     string(self.hostname),
                     blob(self.seed),
                     string(self.machine_id),
                     string(self.boot_id),
-                    # Absent where it says nothing: agents of older snapshots do not know it.
-                    struct.pack("<I", 1) if self.ends_programs else b"",
+                    struct.pack("<I", self.ends_programs) if version >= 4 else b"",
                 )
             ),
         )

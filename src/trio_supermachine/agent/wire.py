@@ -42,7 +42,9 @@ from .frames import frame as frame
 from .frames import string as string
 from .frames import strings as strings
 
-VERSION: Final = 3
+VERSION: Final = 4
+#: Versions of guests in snapshots that can be restored, too.
+OLDER_VERSIONS: Final = (3,)
 AGENT_PORT: Final = 1028
 LIFELINE_PORT: Final = 1029
 EGRESS_PORT: Final = 1030

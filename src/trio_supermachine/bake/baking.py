@@ -48,7 +48,11 @@ async def bake(
                 await _warm(running, settings)
                 if Moment.READY not in places:
                     await report(progress, "capture", image.reference, 0, None)
-                await running.capture(places[Moment.BOOTED], fingerprint=fingerprint)
+                await running.capture(
+                    places[Moment.BOOTED],
+                    fingerprint=fingerprint,
+                    workload_started=not image.config.argv,
+                )
             if Moment.READY not in places:
                 return
             await report(progress, "wait", image.reference, 0, None)

@@ -18,8 +18,9 @@ import attrs
 import trio
 
 from .._util.progress import ProgressCallback, report
+from .._util.trace import trace
 from ..config.vm import VmConfig
-from ..errors import NotSupported, SupermachineError
+from ..errors import NotSupported, RestoreTimeout, SnapshotInvalid, SupermachineError
 from ..host.locks import in_use
 from ..images.layers import ImageStore
 from ..images.prepare import prepare_image
@@ -31,16 +32,14 @@ from ..snapshots import Snapshot, layer_refs
 from ..snapshots.metadata import FORMAT
 from ..vm.plan import Plan, plan_boot, plan_going_on
 from ..vm.running import RunningVm
-from .baking import bake
 from .builder import BakeSettings
-from .extra import extra_layer
 from .fingerprint import BakeInputs, warmup_identity
 from .store import BakeStore, Moment
 
 #: Awaits the warm-up of the settings with the VM as users hold it.
 WarmUp = Callable[[RunningVm], Awaitable[object]]
 
-_RETRY: Final = 0.02  # seconds, while another program looks whether a layer is needed
+_RETRY: Final = 0.02  # seconds, while another program makes the bake, or looks at its layers
 _ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -57,15 +56,17 @@ async def build_image(
     """
     async with _planned(settings, progress) as (plan, fingerprint):
         bake = _Bake(settings, plan, fingerprint, warm_up, progress)
-        snapshot = await bake.find(moment)
-        if snapshot is None:
-            async with bake.store.making(fingerprint):
-                snapshot = await bake.find(moment) or await bake.make(moment)
+        while (snapshot := await bake.find(moment)) is None:
+            with bake.store.try_making(fingerprint) as alone:
+                if alone:
+                    snapshot = await bake.find(moment) or await bake.make(moment)
+                    break
+            # Somebody else makes it, perhaps for a later moment than this one.
+            await trio.sleep(_RETRY)
         bake.store.mark_used(fingerprint)
         if settings.name is not None:
             bake.store.set_name(settings.name, fingerprint)
-        engine = engine_name(plan.engine.name)
-        return attrs.evolve(plan.image, engine=engine, snapshot=snapshot)
+        return attrs.evolve(plan.image, snapshot=snapshot)
 
 
 @asynccontextmanager
@@ -84,6 +85,12 @@ async def _planned(
         _refuse_foreign(settings)
         config = VmConfig(memory_mib=image.memory_mib, vcpus=image.vcpus, engine=image.engine)
         plan = await plan_boot(image, config, workload=False, for_capture=True, progress=progress)
+        engine = engine_name(plan.engine.name)
+        plan = attrs.evolve(
+            plan,
+            image=attrs.evolve(image, engine=engine),
+            config=attrs.evolve(config, engine=engine),
+        )
         yield plan, _inputs(settings, plan, warmup).fingerprint()
 
 
@@ -100,6 +107,8 @@ async def _prepare(settings: BakeSettings, progress: ProgressCallback | None) ->
     )
     layers = image.layers
     if settings.files:
+        from .extra import extra_layer  # few images have such files
+
         digests = [ref.sha256 for ref in await layer_refs(layers)]
         layers = (*layers, await extra_layer(store, layers, digests, settings.files))
     return attrs.evolve(
@@ -139,20 +148,36 @@ class _Bake:
     async def make(self, moment: Moment) -> Snapshot:
         """Make the snapshots up to a moment. The caller holds the bake's lock.
 
-        The later moment goes on from the snapshot of the earlier one, if there is one.
+        The later moment goes on from the snapshot of the earlier one, if there is one that can be
+        restored.
         """
+        source = None if self._is_idle else await self.find(Moment.BOOTED)
+        if source is not None:
+            try:
+                return await self._make(moment, source)
+            except (RestoreTimeout, SnapshotInvalid) as error:
+                trace("vm", "the bake begins anew: %s", error)
+        return await self._make(moment, None)
+
+    async def _make(self, moment: Moment, source: Snapshot | None) -> Snapshot:
+        from .baking import bake  # each image comes here once
+
+        steps = [moment]
+        if source is None and moment is Moment.READY and not self._is_idle:
+            steps.insert(0, Moment.BOOTED)
         if self._is_idle:
             steps = [Moment.READY]
-            source = None
-        else:
-            source = await self.find(Moment.BOOTED)
-            steps = [Moment.BOOTED] if source is None else []
-            steps += [Moment.READY] if moment is Moment.READY else []
         for step in steps:
             await self.store.clear(self.fingerprint, step)
         places = {step: self.store.place(self.fingerprint, step) for step in steps}
         plan = self.plan if source is None else await plan_going_on(self.plan, source)
-        await bake(self.settings, plan, self.warm_up, places, self.fingerprint, self.progress)
+        try:
+            await bake(self.settings, plan, self.warm_up, places, self.fingerprint, self.progress)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for step in steps:  # the first snapshot goes, too: nobody has asked for it alone
+                    await self.store.clear(self.fingerprint, step)
+            raise
         await report(self.progress, "publish", plan.image.reference, 0, None)
         snapshot = await self.find(moment)
         if snapshot is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
 
@@ -15,8 +15,10 @@ from ..config.vm import MAX_VCPUS, MIN_MEMORY_MIB
 from ..errors import ConfigError
 from ..images.policy import PullPolicy
 from ..images.prepare import check_request
-from .extra import ExtraFile
 from .store import check_name
+
+if TYPE_CHECKING:
+    from .extra import ExtraFile
 
 #: The default bound on the wait for a trigger, in seconds.
 TRIGGER_TIMEOUT: Final = 60.0
@@ -133,6 +135,8 @@ class BakeBuilder(metaclass=NoPublicConstructor):
 
         Directories that the image lacks are made; links on the way are followed.
         """
+        from .extra import ExtraFile  # few images have such files
+
         file = ExtraFile(path, data, mode)
         others = tuple(other for other in self._settings.files if other.path != file.path)
         return self._with(files=(*others, file))
@@ -159,10 +163,10 @@ class BakeBuilder(metaclass=NoPublicConstructor):
 
         Without a trigger an image with a TCP port (exposed, or :meth:`with_guest_port`) is
         captured when something in its guest listens; one with another workload when that
-        listens or has ended, or a second after the boot, whichever is first; and one without a
-        workload at once. ``after_ms`` counts from the moment when the guest's agent has
-        answered, ``at_heartbeat`` counts answers of the agent, ten in a second. The warm-up
-        follows the trigger.
+        listens or has ended, or a second after its start, whichever is first; and one without a
+        workload at once. ``after_ms`` counts from the start of the workload, ``at_heartbeat``
+        counts answers of the agent from then on, ten in a second. The warm-up follows the
+        trigger.
         """
         if not isinstance(resources, SnapshotResources):
             raise ConfigError(f"this must be a SnapshotResources, not {resources!r}")

@@ -14,8 +14,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -23,9 +23,9 @@ from typing import Final
 import attrs
 import trio
 
-from ..errors import ConfigError, SnapshotInvalid
+from ..errors import ConfigError, SnapshotIncompatible, SnapshotInvalid
 from ..host import files as hostfiles
-from ..host.locks import exclusive, try_exclusive
+from ..host.locks import try_exclusive
 from ..snapshots import Metadata, Snapshot, open_snapshot, read_metadata
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -55,15 +55,20 @@ def check_name(name: object) -> str:
 class Bake:
     """A bake in the store.
 
-    :ivar names: those that stand for it.
-    :ivar metadata: what its snapshot says of itself.
-    :ivar problem: why there is no ``metadata``; it is damaged, or of a newer version.
-    :ivar size: the bytes that its snapshot takes on the disk.
-    :ivar used_at: when it was last made or asked for, in seconds since 1970.
+    :ivar directory: its snapshot: that of the later moment, if that is sound.
+    :ivar moments: the moments whose snapshots are sound, the later first.
+    :ivar damaged: the moments whose snapshots are not, beside a sound one.
+    :ivar names: the names that stand for it.
+    :ivar metadata: the metadata of the snapshot; ``None`` if none is sound.
+    :ivar problem: the reason if ``metadata`` is ``None``, or a snapshot is of a newer version.
+    :ivar size: the bytes that its snapshots take on the disk.
+    :ivar used_at: the time when it was last made or asked for, in seconds since 1970.
     """
 
     fingerprint: str
     directory: Path
+    moments: tuple[Moment, ...] = ()
+    damaged: tuple[Moment, ...] = ()
     names: tuple[str, ...]
     metadata: Metadata | None
     problem: SnapshotInvalid | None
@@ -98,16 +103,28 @@ class BakeStore:
         except SnapshotInvalid:
             return None
 
-    @asynccontextmanager
-    async def making(self, fingerprint: str) -> AsyncIterator[None]:
-        """Be the only one, of all programs, who makes this bake. Waiting is cancellable."""
-        async with exclusive(self._lock(fingerprint)):
-            yield
+    def try_making(self, fingerprint: str) -> AbstractContextManager[bool]:
+        """Be the only one, of all programs, who makes this bake; give whether that is so."""
+        self._bakes.mkdir(parents=True, exist_ok=True)
+        return try_exclusive(self._lock(fingerprint))
 
     async def clear(self, fingerprint: str, moment: Moment) -> None:
         """Remove a snapshot that is half made or damaged. The caller makes the bake."""
-        place = self.place(fingerprint, moment)
-        await trio.to_thread.run_sync(self._take_away, place)
+        await trio.to_thread.run_sync(self._clear, fingerprint, moment)
+
+    def remove_damaged(self, bake: Bake) -> None:
+        """Remove damaged snapshots of a bake that has a sound one, unless it is being made.
+
+        In a thread.
+        """
+        with try_exclusive(self._lock(bake.fingerprint)) as held:
+            if held:
+                for moment in bake.damaged:
+                    self._clear(bake.fingerprint, moment)
+
+    def _clear(self, fingerprint: str, moment: Moment) -> None:
+        self._take_away(self.place(fingerprint, moment))
+        hostfiles.sweep(self._bakes / fingerprint)
 
     def mark_used(self, fingerprint: str) -> None:
         """Note that a bake was asked for just now, unless it has gone meanwhile."""
@@ -143,25 +160,29 @@ class BakeStore:
             if not _FINGERPRINT.fullmatch(directory.name):
                 continue
             fingerprint = directory.name
-            if not self._has_any(fingerprint):
+            sound: dict[Moment, Metadata] = {}
+            problems: dict[Moment, SnapshotInvalid] = {}
+            for moment in (Moment.READY, Moment.BOOTED):
+                place = self.place(fingerprint, moment)
+                try:
+                    if place.exists():
+                        sound[moment] = await read_metadata(place)
+                except SnapshotInvalid as error:
+                    if place.exists():  # otherwise it was removed meanwhile
+                        problems[moment] = error
+            foreign = [e for e in problems.values() if isinstance(e, SnapshotIncompatible)]
+            if not (sound or problems):
                 continue
-            place = self.place(fingerprint)
-            if not place.exists():
-                place = self.place(fingerprint, Moment.BOOTED)
-            metadata, problem = None, None
-            try:
-                metadata = await read_metadata(place)
-            except SnapshotInvalid as error:
-                if not place.exists():  # it was removed meanwhile
-                    continue
-                problem = error
+            best = next(iter([*sound, *problems]))
             found.append(
                 Bake(
                     fingerprint=fingerprint,
-                    directory=place,
+                    directory=self.place(fingerprint, best),
+                    moments=tuple(sound),
+                    damaged=tuple(problems) if sound and not foreign else (),
                     names=tuple(name for name, of in names.items() if of == fingerprint),
-                    metadata=metadata,
-                    problem=problem,
+                    metadata=sound.get(best),
+                    problem=next(iter([*foreign, *(() if sound else problems.values())]), None),
                     size=allocated(directory),
                     used_at=_used_at(directory),
                 )
@@ -195,6 +216,11 @@ class BakeStore:
         for name, fingerprint in self.names().items():
             if not self._has_any(fingerprint):
                 self.remove_name(name)
+        for directory in self._bakes.glob("*"):
+            if _FINGERPRINT.fullmatch(directory.name):
+                with try_exclusive(self._lock(directory.name)) as held:
+                    if held:
+                        hostfiles.sweep(directory)
         for lock in self._bakes.glob("*.lock"):
             with try_exclusive(lock):
                 pass  # its file goes with it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the program ``trio-supermachine``."""
+    # What is loaded stays: until that is done, the collector would look through it in vain.
+    gc.disable()
     try:
         _open_standard_files()
         try:

@@ -130,6 +130,7 @@ def describe(bake: Bake) -> dict[str, Any]:
         "fingerprint": bake.fingerprint,
         "names": list(bake.names),
         "path": str(bake.directory),
+        "moments": [moment.value for moment in bake.moments],
         "size": bake.size,
         "layers_size": _layers_size([bake]),
         "used_at": bake.used_at,

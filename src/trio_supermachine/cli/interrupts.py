@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -24,6 +25,9 @@ def run_until_signal(function: Callable[..., Awaitable[_Result]], *arguments: ob
 
     :raises EarlyExit: there was such a signal before the function was done.
     """
+    if not gc.isenabled():  # as main() has it while the program is loaded
+        gc.freeze()
+        gc.enable()
     return trio.run(_run, function, *arguments)
 
 

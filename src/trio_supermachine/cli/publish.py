@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from .._util.validators import MAX_PORT
 from ..api import Vm
 from ..errors import ConfigError
-from ..net.forward import TcpForwarder
 from ..net.serving import format_address
-from ..net.udp import UdpForwarder
+
+if TYPE_CHECKING:
+    from ..net.forward import TcpForwarder
+    from ..net.udp import UdpForwarder
 
 _LOOPBACK: Final = "127.0.0.1"
 

@@ -77,18 +77,24 @@ async def _prepare(
     """Give the image to start, and the command to run in it."""
     config = options.config
     refuse_unbuilt(config)
-    image = await unbaked_image(
-        options.image,
-        pull=options.pull,
-        platform=options.platform,
-        engine=config.engine,
-        progress=progress,
-    )
+    if options.cold:
+        image = await unbaked_image(
+            options.image,
+            pull=options.pull,
+            platform=options.platform,
+            engine=config.engine,
+            progress=progress,
+        )
+    else:
+        image = await _baked(options, progress)
     argv = (*image.config.entrypoint, *(options.command or image.config.cmd))
     if not argv:
         raise ConfigError(f"{options.image} has no command of its own; give one after the image")
-    if options.cold:
-        return image, argv
+    return image, argv
+
+
+async def _baked(options: RunOptions, progress: ProgressCallback) -> Image:
+    config = options.config
     builder = (
         Image.builder(options.image)
         .with_memory_mib(config.effective_memory_mib)
@@ -98,7 +104,7 @@ async def _prepare(
         .with_engine(config.engine)
     )
     try:
-        return await image_for_command(builder, progress), argv
+        return await image_for_command(builder, progress)
     except BakeFailed as error:
         error.add_note("--cold runs it without a bake")
         raise

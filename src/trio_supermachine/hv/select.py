@@ -10,6 +10,8 @@ import trio
 
 from ..errors import ConfigError, EngineUnavailable
 from ..host.assets import AssetPaths
+from ..host.files import home
+from . import probed
 from .base import Engine, EngineReport
 from .qemu.engine import QemuEngine
 
@@ -18,13 +20,13 @@ ENGINES: Final = ("auto", "kvm", "qemu")
 #: The environment variable with the name that ``"auto"`` stands for.
 VARIABLE: Final = "TRIO_SUPERMACHINE_ENGINE"
 
-_DEVICE: Final = "/dev/kvm"
+_KVM: Final = f"{__package__}.kvm.engine"
 _NOT_BUILT: Final = (
     "on x86-64, apt-get install python3-dev, then install this package again from its source"
 )
 
-#: Results of the KVM probe by the identity of the device. A probe takes up to a quarter second.
-_remembered: dict[tuple[int, ...], EngineReport] = {}
+#: Results of the KVM probe by the identity of the device.
+_remembered: dict[tuple[int, ...] | None, EngineReport] = {}
 _lock: Final = trio.lowlevel.RunVar[trio.Lock]("_lock")
 
 
@@ -33,7 +35,7 @@ async def choose_engine(name: str = "auto", assets: AssetPaths | None = None) ->
 
     ``"auto"`` is the engine that ``$TRIO_SUPERMACHINE_ENGINE`` names, if it is set. Else it is
     KVM where that runs Linux at the speed of the hardware, and QEMU elsewhere. Cheap when
-    repeated: results are remembered as long as the device and the program stay the same.
+    repeated, and in later programs: a result is remembered as long as it holds.
 
     :raises EngineUnavailable: this engine, or each engine, cannot; ``tried`` says why.
     :raises ConfigError: there is no engine of that name.
@@ -53,8 +55,11 @@ async def choose_engine(name: str = "auto", assets: AssetPaths | None = None) ->
 
 
 async def probe_engines() -> list[EngineReport]:
-    """Probe each engine, the preferred one first. For people: ``doctor`` prints it."""
-    return [(await _examine(name, None))[1] for name in ENGINES[1:]]
+    """Probe each engine, the preferred one first. For people: ``doctor`` prints it.
+
+    Results of other programs do not count.
+    """
+    return [(await _examine(name, None, anew=True))[1] for name in ENGINES[1:]]
 
 
 def default_engine() -> str:
@@ -69,25 +74,59 @@ def default_engine() -> str:
 
 
 async def _examine(
-    name: str, assets: AssetPaths | None
+    name: str, assets: AssetPaths | None, *, anew: bool = False
 ) -> tuple[Engine, EngineReport] | tuple[None, EngineReport]:
     if name == "qemu":
         engine: Engine = QemuEngine(assets)
         return engine, await engine.probe()
     if sys.platform != "linux":
         return None, _no_kvm("KVM is a part of Linux")
-    try:
-        # The extension is built for Linux only, and not where Python's headers are missing.
-        from .kvm.engine import KvmEngine
-    except ImportError as exc:
-        return None, _no_kvm(f"its extension is not built ({exc})", _NOT_BUILT)
-    engine = KvmEngine()
     async with _probing():
-        device = _identity()
+        device = probed.device_identity()
         report = _remembered.get(device)
         if report is None:
-            report = _remembered[device] = await engine.probe()
-    return engine, report
+            report = _remembered[device] = await _probe_kvm(device, anew=anew)
+    if not report.available:
+        return None, report
+    try:
+        if _KVM in sys.modules:
+            return _load_kvm(), report
+        # In a thread: the import takes too long for a loop that serves other VMs.
+        return await trio.to_thread.run_sync(_load_kvm), report
+    except ImportError as exc:
+        return None, _no_kvm(f"its extension is not built ({exc})", _NOT_BUILT)
+
+
+async def _probe_kvm(device: tuple[int, ...] | None, *, anew: bool) -> EngineReport:
+    """Probe the device, unless a program did so before and its answer holds.
+
+    :param device: the device's identity; ``None`` if there is none.
+    :param anew: probe it in any case.
+    """
+    if device is not None and not anew:
+        kept = await trio.to_thread.run_sync(probed.recall, device)
+        if kept is not None:
+            return kept
+    from .kvm.probe import probe_kvm  # seldom: the answer holds for the rest of the boot
+
+    found = await probe_kvm()
+    report = EngineReport(
+        name="kvm", available=found.usable, detail=found.detail, remedy=found.remedy
+    )
+    # What kept it from being measured may pass, or change with the package. A look at the host
+    # makes no data directory.
+    measured = found.hardware_speed is not None
+    if device is not None and measured and (not anew or home().exists()):
+        await trio.to_thread.run_sync(probed.remember, device, report)
+    return report
+
+
+def _load_kvm() -> Engine:
+    # Only where it can run: the devices and the extension are a quarter of the package. The
+    # extension is made for Linux only, and not at all where Python's headers are missing.
+    from .kvm.engine import KvmEngine
+
+    return KvmEngine()
 
 
 def _probing() -> trio.Lock:
@@ -101,14 +140,3 @@ def _probing() -> trio.Lock:
 
 def _no_kvm(detail: str, remedy: str | None = None) -> EngineReport:
     return EngineReport(name="kvm", available=False, detail=detail, remedy=remedy)
-
-
-def _identity() -> tuple[int, ...]:
-    """Identify the device and this user's rights: while both stay, a probe's result holds."""
-    groups = (os.geteuid(), *os.getgroups())
-    try:
-        found = os.stat(_DEVICE)
-    except OSError:
-        return groups
-    # A kernel module that is loaded again makes a new device, with another time of change.
-    return (found.st_ino, found.st_ctime_ns, found.st_mode, found.st_uid, found.st_gid, *groups)

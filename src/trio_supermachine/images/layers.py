@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -32,12 +33,13 @@ from .._util.progress import ProgressCallback, report
 from ..host import files as hostfiles
 from ..host.locks import exclusive, in_use, locked, unused
 from ..oci import MalformedError
-from ..oci.layer import Sink
 from ..oci.layer_info import DirectoryInfo, LayerInfo, Link
 from ..oci.manifest import LayerSource
-from ..oci.squashfs import convert, write_squashfs
 from .limits import max_layer
 from .verified import VerifiedBlobs
+
+if TYPE_CHECKING:
+    from ..oci.layer import Sink
 
 _SCRATCH = ".tmp-"  # as the temporary names that hostfiles.sweep removes
 
@@ -97,6 +99,8 @@ class ImageStore:
         while (found := self.find_made(kind, fingerprint)) is None:
             async with self._making([fingerprint]) as scratch:
                 if self.find_made(kind, fingerprint) is None:
+                    from ..oci.squashfs import write_squashfs  # each layer comes here once
+
                     await write_squashfs(scratch / "layer", write)
                     dest = self._made(kind, fingerprint)
                     dest.parent.mkdir(exist_ok=True)
@@ -160,6 +164,8 @@ class ImageStore:
         scratch: Path,
         progress: ProgressCallback | None,
     ) -> None:
+        from ..oci.squashfs import convert  # each layer comes here once
+
         size = source.blob.size
         await report(progress, "convert", source.diff_id, 0, size)
         temporary = scratch / f"{len(lookup.found)}.squashfs"

@@ -17,13 +17,9 @@ from ..oci.config import ImageConfig
 from ..oci.manifest import LocalImage, find_in_docker_archive, find_in_layout
 from ..oci.platform import Platform
 from ..oci.reference import Reference, Transport
-from . import busybox
 from .arrival import full_disk
-from .content import ContentStore
 from .layers import ImageStore
 from .policy import PullPolicy
-from .pull import pulled
-from .rootfs import HostTree
 from .spec import ImageSpec
 
 
@@ -90,6 +86,10 @@ async def _pull(
     store: ImageStore,
     progress: ProgressCallback | None,
 ) -> _Prepared:
+    # Each transport brings its own: these are for registries alone.
+    from .content import ContentStore
+    from .pull import pulled
+
     content = ContentStore(store.root)
     pulling = pulled(reference, platform, policy, store=content, progress=progress)
     async with pulling as image:
@@ -132,11 +132,15 @@ async def _prepare(
     reference: Reference, platform: Platform, store: ImageStore, progress: ProgressCallback | None
 ) -> _Prepared:
     if reference.transport == "builtin":
+        from . import busybox
+
         program = await busybox.find_busybox(store.downloads)
         key = program.fingerprint()
         layer = await store.made("builtin", key, program.write)
         return _Prepared("sha256:" + key, busybox.CONFIG, (layer,))
     if reference.transport == "rootfs":
+        from .rootfs import HostTree
+
         tree = HostTree(_existing(reference, directory=True))
         key = await trio.to_thread.run_sync(tree.fingerprint)
         layer = await store.made("rootfs", key, tree.write)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 import attrs
-import zstandard
 
 from ..errors import AssetNotFound
 
@@ -179,7 +178,7 @@ def _payload(data: bytes) -> bytes | None:
         if payload.startswith(magic):
             try:
                 return decompress(payload)
-            except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFError):
+            except (zlib.error, lzma.LZMAError, ValueError, OSError, EOFError):
                 return None
     return None
 
@@ -197,13 +196,18 @@ def _bzip2(data: bytes) -> bytes:
 
 
 def _zstd(data: bytes) -> bytes:
+    import zstandard  # kernels are read when one is prepared, which a start seldom does
+
     # The frame need not have its size. The kernel's build appends it, in four bytes.
     (size,) = struct.unpack("<I", data[-4:])
     if size > MAX_IMAGE:
-        raise zstandard.ZstdError("too large")
-    return zstandard.ZstdDecompressor(max_window_size=1 << 30).decompress(
-        data[:-4], max_output_size=size
-    )
+        raise ValueError("too large")
+    try:
+        return zstandard.ZstdDecompressor(max_window_size=1 << 30).decompress(
+            data[:-4], max_output_size=size
+        )
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
 
 
 _DECOMPRESSORS: Final[tuple[tuple[bytes, _Decompress], ...]] = (

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 import attrs
-import zstandard
 
 from ..errors import AssetNotFound
 
@@ -85,6 +84,8 @@ def _read(file: Path) -> bytes:
     if file.suffix == ".xz":
         return lzma.LZMADecompressor().decompress(data, _MAX_MODULE)
     if file.suffix == ".zst":
+        import zstandard  # modules are read when a kernel is prepared, which a start seldom does
+
         return zstandard.ZstdDecompressor().decompress(data, max_output_size=_MAX_MODULE)
     if file.suffix == ".gz":
         return gzip.decompress(data)

@@ -21,7 +21,7 @@ from ..errors import AssetNotFound, NotSupported
 from .debian import REMEDY, Package, check_apt, download, first_available, package_names
 from .fragment import missing_options
 from .group import CommandFailed, run_group
-from .stock import version_key
+from .versions import version_key
 
 #: The programs that a build runs, each with the package that has it.
 _PROGRAMS: Final = {

@@ -12,6 +12,7 @@ from typing import Final
 from .._util.progress import ProgressCallback
 from ..errors import AssetNotFound
 from .debian import REMEDY, check_apt, dependencies, download, first_available, package_names
+from .versions import version_key
 
 _META: Final = "linux-image-cloud-amd64"
 _PREFIX: Final = "linux-image-6."
@@ -47,9 +48,3 @@ def newest_first(packages: Sequence[str]) -> list[str]:
     found = [match for package in packages if (match := _PREFERRED.fullmatch(package))]
     found.sort(key=lambda match: (version_key(match[1]), match[2] is None), reverse=True)
     return [match[0] for match in found]
-
-
-def version_key(version: str) -> tuple[tuple[int, str], ...]:
-    """Make a key that sorts kernel releases as people do."""
-    parts = re.findall(r"\d+|[^\d]+", version)
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)

@@ -27,8 +27,7 @@ from .fragment import fragment_digest, read_fragment
 from .image import KernelImage, read_kernel
 from .initramfs import LAYOUT, build_initramfs
 from .modules import NEEDED, Module, pick_modules
-from .small import built_kernel, check_tools, choose_source
-from .stock import stock_kernel, version_key
+from .versions import version_key
 
 ARCH: Final = "x86_64"
 
@@ -135,6 +134,8 @@ async def fetch_stock_kernel(*, progress: ProgressCallback | None = None) -> Cac
 
     Cancellation and errors are those of :func:`prepare_kernel`.
     """
+    from .stock import stock_kernel  # with apt, for hosts that have no kernel yet
+
     store = _store()
     async with locked(store / ".lock"):
         if kernels := [kernel for kernel in _list(store) if kernel.stock]:
@@ -162,6 +163,8 @@ async def build_small_kernel(
         cannot be downloaded, do not take the configuration, or fail to compile.
     :raises NotSupported: the host is not an x86-64 one.
     """
+    from .small import built_kernel, check_tools, choose_source  # with make, for this call alone
+
     if offline():
         preferred = await preferred_kernel()
         if preferred is not None and preferred.kind == "small":

@@ -84,6 +84,9 @@ async def prune(*, everything: bool = False, dry_run: bool = False) -> Removed:
     names = [record.name for record in ContentStore().records()] if everything else []
     removed = await _forget(removed, names, dry_run=dry_run)
     if not dry_run:
+        for bake in bakes:
+            if bake.damaged and bake not in going:
+                await trio.to_thread.run_sync(BakeStore().remove_damaged, bake)
         await trio.to_thread.run_sync(_tidy)
         await ImageStore().sweep()
     return removed

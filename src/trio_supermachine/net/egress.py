@@ -39,7 +39,7 @@ import socket
 import struct
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import trio
 
@@ -51,12 +51,14 @@ from .addresses import DNS_PORT, RESOLVER, Address, is_host, is_own
 from .decisions import Decision, decide
 from .events import MAX_BUFFER, EgressEvent, EventFeed
 from .flows import receive_exactly, relay_datagrams, serve_dns_datagrams, serve_dns_stream
-from .lookup import HostLookups
 from .names import ToldNames
 from .policy import EgressPolicy
 from .rate import PacedStream, TokenBucket
 from .relay import relay
-from .resolver import MAX_QUESTIONS, Resolver
+
+if TYPE_CHECKING:
+    from .lookup import HostLookups
+    from .resolver import Resolver
 
 #: Seconds for a connection to send OPEN, and for the guest to take the answer.
 OPEN_TIMEOUT: Final = 5.0
@@ -66,6 +68,8 @@ CONNECT_TIMEOUT: Final = 30.0
 MAX_UNDECIDED: Final = 256
 #: Connections to the resolver at once.
 MAX_RESOLVING: Final = 320
+#: Questions of one VM at once.
+MAX_QUESTIONS: Final = 64
 
 _LOOPBACK4: Final = IPv4Address("127.0.0.1")
 _LOOPBACK6: Final = IPv6Address("::1")
@@ -96,9 +100,8 @@ class EgressServer:
         self._policy = policy
         self._names = ToldNames()
         self._feed = EventFeed()
-        self._resolver = Resolver(
-            policy, self._names, lookups or HostLookups(), self._report_question
-        )
+        self._lookups = lookups
+        self._resolver: Resolver | None = None
         self._questions = trio.Semaphore(MAX_QUESTIONS)
         rate = policy.bytes_per_second
         self._bucket = None if rate is None else TokenBucket(rate)
@@ -165,13 +168,27 @@ class EgressServer:
         try:
             if not await _accept_open(stream):
                 return
+            resolver = await self._load_resolver()
             if wanted.protocol is Protocol.UDP:
-                await serve_dns_datagrams(stream, self._resolver, self._questions)
+                await serve_dns_datagrams(stream, resolver, self._questions)
             else:
-                await serve_dns_stream(stream, self._resolver, self._questions)
+                await serve_dns_stream(stream, resolver, self._questions)
         finally:
             self._resolving -= 1
         await stream.aclose()
+
+    async def _load_resolver(self) -> Resolver:
+        """Give the VM's resolver, made when its guest asks for the first time."""
+        if self._resolver is None:
+            # In a thread: the import takes too long for a loop that serves other VMs. Not one of
+            # Trio's default limiter, for the same reason as lookups.
+            limiter = trio.CapacityLimiter(1)
+            resolver, lookups = await trio.to_thread.run_sync(_import_resolver, limiter=limiter)
+            if self._resolver is None:
+                self._resolver = resolver(
+                    self._policy, self._names, self._lookups or lookups(), self._report_question
+                )
+        return self._resolver
 
     async def _open(self, stream: VsockStream, wanted: wire.Open) -> None:
         decision, error = self._decide(wanted)
@@ -257,6 +274,14 @@ class EgressServer:
                 reason=decision.reason,
             )
         )
+
+
+def _import_resolver() -> tuple[type[Resolver], type[HostLookups]]:
+    # With dnspython, a tenth of what a short run would import, for guests that ask for names.
+    from .lookup import HostLookups
+    from .resolver import Resolver
+
+    return Resolver, HostLookups
 
 
 async def _read_open(stream: VsockStream) -> wire.Open | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ..agent.wire import WireError
 from ..vsock.stream import VsockStream
 from .datagrams import DatagramStream, encode
-from .dnsmessage import MAX_QUERY
 from .rate import TokenBucket
-from .resolver import Resolver
+
+if TYPE_CHECKING:
+    from .resolver import Resolver
 
 #: Seconds of silence in both directions after which a UDP flow ends.
 UDP_IDLE: Final = 60.0
@@ -130,6 +131,8 @@ async def _receive_message(stream: VsockStream) -> bytes | None:
     head = await receive_exactly(stream, _LENGTH.size)
     if head is None:
         return None
+    from .dnsmessage import MAX_QUERY  # with dnspython, which a resolver has loaded by now
+
     (length,) = _LENGTH.unpack(head)
     return await receive_exactly(stream, length) if length <= MAX_QUERY else None
 

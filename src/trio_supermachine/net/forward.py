@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import trio
 
@@ -12,7 +12,9 @@ from .._public import NoPublicConstructor, public
 from .._util import validators as check
 from .relay import relay
 from .serving import Server, bind, format_address, local_addr
-from .tls import TlsConfig, TlsStream, load_context
+
+if TYPE_CHECKING:
+    from .tls import TlsConfig
 
 #: A function that connects to a TCP port of the guest; 0 is that of the first listener.
 Connect = Callable[[int], Awaitable[trio.abc.HalfCloseableStream]]
@@ -91,6 +93,8 @@ async def open_tls(
     connect: Connect, config: TlsConfig, limit: int = MAX_CONNECTIONS
 ) -> tuple[Server, TcpForwarder]:
     """Take a TCP port of the host, with TLS towards the client, as :meth:`Vm.expose_tls` does."""
+    from .tls import TlsStream, load_context  # few VMs have such a forward
+
     check.integer("max_connections", limit, 1)
     context = await load_context(config)
     sock = await bind(*config.listen_addr, socket.SOCK_STREAM)

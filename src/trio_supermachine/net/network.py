@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import trio
 
@@ -17,8 +17,10 @@ from .forward import TcpForwarder, open_tcp, open_tls
 from .policy import EgressPolicy
 from .serving import Server
 from .sockets import UnixSockets
-from .tls import TlsConfig
-from .udp import UdpForwarder, UdpServer, open_udp
+
+if TYPE_CHECKING:
+    from .tls import TlsConfig
+    from .udp import UdpForwarder, UdpServer
 
 
 @final
@@ -106,6 +108,8 @@ class VmNetwork:
 
     async def expose_udp(self, host: str, host_port: int, guest_port: int) -> UdpForwarder:
         """Serve a forward as :meth:`Vm.expose_udp`."""
+        from .udp import open_udp  # few VMs have such a forward
+
         self._live()
         server, forwarder = await open_udp(self._client.connect_udp, host, host_port, guest_port)
         self._start(server, name=repr(forwarder))

@@ -44,8 +44,6 @@ TTL: Final = 30
 TIMEOUT: Final = 5.0
 #: Addresses that are told for one question; a hostile name server gives thousands.
 MAX_TOLD: Final = 256
-#: Questions of one VM at once.
-MAX_QUESTIONS: Final = 64
 
 # Below it there are no names but the host's.
 _ZONE: Final = HOST_NAME.partition(".")[2]

@@ -18,7 +18,6 @@ from typing import BinaryIO, Protocol, cast
 
 import attrs
 import trio
-import zstandard
 
 from . import MalformedError
 from .tar import Source
@@ -124,6 +123,9 @@ class _Gunzip:
 
 class _Unzstd:
     def __init__(self, source: Source) -> None:
+        import zstandard  # most layers are gzipped, and most runs read none
+
+        self._error = zstandard.ZstdError
         self._reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(
             cast(BinaryIO, source),  # the reader calls nothing but read
             read_across_frames=True,
@@ -132,7 +134,7 @@ class _Unzstd:
     def read(self, size: int, /) -> bytes:
         try:
             return self._reader.read(size)
-        except zstandard.ZstdError as error:
+        except self._error as error:
             raise MalformedError(f"a zstd stream is damaged: {error}") from None
 
 

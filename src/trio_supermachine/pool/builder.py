@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import attrs
 
@@ -15,7 +15,9 @@ from ..config.vm import VmConfig
 from ..errors import AdmissionRefused, ConfigError
 from ..images.spec import ImageSpec
 from ..vm.limits import refuse_impossible
-from .core import PoolSettings
+
+if TYPE_CHECKING:
+    from .core import PoolSettings
 
 ImageT = TypeVar("ImageT", bound=ImageSpec)
 
@@ -36,6 +38,8 @@ class _Options:
 
     def settings(self) -> PoolSettings:
         """Make the settings. :raises ConfigError: ``min`` is above ``max``."""
+        from .core import PoolSettings  # most programs start VMs one by one
+
         most = max(os.cpu_count() or 1, self.min) if self.max is None else self.max
         settings = PoolSettings(
             min=self.min,

@@ -90,6 +90,7 @@ class Draft:
     :ivar layers: the image's squashfs files, lowest first.
     :ivar guest_port: the TCP port that the workload listens on, if that is known.
     :ivar fingerprint: the fingerprint of everything that a bake was made of, if this is one.
+    :ivar workload_started: whether the image's workload had been started before the capture.
     :ivar created_at: the time of the capture, in seconds since 1970.
     """
 
@@ -121,6 +122,7 @@ class Draft:
     fingerprint: str | None = attrs.field(
         validator=attrs.validators.optional(short_text), default=None
     )
+    workload_started: bool = attrs.field(validator=attrs.validators.instance_of(bool), default=True)
     created_by: str = attrs.field(validator=short_text, default=f"trio-supermachine {__version__}")
     created_at: int = attrs.field(validator=integer(0, 1 << 40), factory=lambda: int(time.time()))
 
@@ -198,6 +200,7 @@ class Metadata(Draft):
         document.pop("checksum", None)
         try:
             document["image_config"] = ImageConfig.from_json(document.get("image_config"))
+            document.setdefault("workload_started", True)
             metadata = decode(cls, document)
             if metadata.to_bytes() != data:
                 raise ValueError("it does not match its own checksum")
@@ -209,6 +212,8 @@ class Metadata(Draft):
         document: dict[str, Any] = encode(self)
         document["format"] = FORMAT
         document["image_config"] = self.image_config.to_json()
+        if self.workload_started:  # the usual value is left out, as older versions have it
+            del document["workload_started"]
         return document
 
 

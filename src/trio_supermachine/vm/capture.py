@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
@@ -31,6 +31,7 @@ from ..snapshots import (
     open_snapshot,
 )
 from ..snapshots.files import FULL_MEMORY, STATE
+from ..snapshots.metadata import LayerRef
 from .plan import Plan
 
 _THAW: Final = 5.0  # seconds for the guest to go on, also when the capture is being cancelled
@@ -43,14 +44,17 @@ async def capture(
     *,
     base: Snapshot | None = None,
     fingerprint: str | None = None,
+    workload_started: bool = True,
 ) -> Snapshot:
     """Write a snapshot of the machine to ``dest``; with ``base`` only what differs from that.
 
     The guest goes on as soon as its memory is copied. Cancelled or failed, nothing is at ``dest``.
     """
     image = plan.image
-    layers = await layer_refs(image.layers) if plan.layers is None else plan.layers
     async with new_snapshot(dest) as directory:
+        layers = await layer_refs(image.layers)  # remembered, if they are as they were
+        if plan.layers is not None and _digests(layers) != _digests(plan.layers):
+            raise CaptureFailed(f"the layers of {image.reference} have changed since the start")
         draft = Draft(
             engine=plan.engine.name,
             host=plan.host,
@@ -66,6 +70,7 @@ async def capture(
             layers=layers,
             guest_port=image.guest_port,
             fingerprint=fingerprint,
+            workload_started=workload_started,
         )
         captured = await client.machine.capture(
             directory / STATE,
@@ -82,6 +87,10 @@ async def capture(
         snapshot = await open_snapshot(dest)
     trace("vm", "snapshot %s of %r", snapshot.identity, image.reference)
     return snapshot
+
+
+def _digests(layers: Iterable[LayerRef]) -> list[str]:
+    return [layer.sha256 for layer in layers]
 
 
 @asynccontextmanager

@@ -20,12 +20,13 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Final
 
 import trio
 
 from .._util.trace import trace
-from ..agent import greeting
+from ..agent import greeting, wire
 from ..agent.client import AgentClient
 from ..errors import ImageNotFound, RestoreTimeout, SnapshotInvalid, StartTimeout
 from ..host.assets import find_initramfs, find_kernel
@@ -76,6 +77,8 @@ async def launch(plan: Plan) -> AsyncIterator[tuple[AgentClient, VmNetwork]]:
                 await machine.resume()
                 with trio.move_on_after(config.restore_timeout) as scope:
                     await client.restored(_renewal(plan))
+                    if plan.workload:
+                        await client.call(wire.workload_start(plan.workload))
                 if scope.cancelled_caught:
                     raise RestoreTimeout(
                         config.restore_timeout, console=machine.console.text_tail()
@@ -139,7 +142,14 @@ async def _start_timeout(plan: Plan, console: str) -> StartTimeout:
         "its console is empty: the firmware or the first steps of the kernel hang, or the host is"
         f" very slow. It was on {engine.detail}, with {spec.memory_mib} MiB of memory, the kernel"
         f" {spec.kernel} ({plan.kernel.release}) and the initramfs {spec.initramfs}"
-        f" ({spec.initramfs.stat().st_size} bytes). To try: `trio-supermachine doctor`; {other};"
+        f" ({_size(spec.initramfs)}). To try: `trio-supermachine doctor`; {other};"
         " a longer start_timeout"
     )
     return StartTimeout(seconds, console=console, detail=detail)
+
+
+def _size(file: Path) -> str:
+    try:
+        return f"{file.stat().st_size} bytes"
+    except OSError:
+        return "removed meanwhile"

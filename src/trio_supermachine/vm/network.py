@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from .._util import validators as check
 from ..net.events import EgressEvent
 from ..net.forward import MAX_CONNECTIONS, TcpForwarder
-from ..net.tls import TlsConfig
-from ..net.udp import UdpForwarder
 from .running import RunningVm
+
+if TYPE_CHECKING:
+    from ..net.tls import TlsConfig
+    from ..net.udp import UdpForwarder
 
 
 class GuestNetwork:

@@ -41,8 +41,8 @@ class Plan:
 
     :ivar host: the engine's facts about this host, on which a snapshot depends.
     :ivar layers: the files of the image's layers with their digests; ``None`` until they are read.
-    :ivar workload: the command of the workload that the guest starts; a restored guest has its
-        own already.
+    :ivar workload: the command of the workload that the guest starts; empty if it starts none, or
+        has started it before it was captured.
     :ivar source: the snapshot that the machine is restored from; ``None`` for a boot.
     :ivar ends_programs: kill the programs of a restored guest, its workload among them, before
         they run again.
@@ -130,7 +130,7 @@ async def plan_boot(
 
 async def plan_going_on(plan: Plan, snapshot: Snapshot) -> Plan:
     """Plan a restore in the place of a boot: from a snapshot that was made by the same plan."""
-    return await _plan_restore(plan.image, snapshot, plan.config, workload=True)
+    return await _plan_restore(plan.image, snapshot, plan.config, workload=False)
 
 
 def _difference(snapshot: Snapshot, config: VmConfig) -> str | None:
@@ -185,6 +185,7 @@ async def _plan_restore(
             initramfs=metadata.initramfs,
             release=metadata.kernel_release,
         ),
+        workload=tuple(image.config.argv) if workload and not metadata.workload_started else (),
         source=snapshot,
-        ends_programs=bool(image.config.argv) and not workload,
+        ends_programs=metadata.workload_started and not workload,
     )

@@ -126,16 +126,25 @@ class RunningVm:
         *,
         base: Snapshot | None = None,
         fingerprint: str | None = None,
+        workload_started: bool = True,
     ) -> Snapshot:
         """Write a snapshot to ``dest``; captures of one VM wait for each other.
 
         :param base: write only the memory that differs from this.
-        :param fingerprint: what the snapshot says of the bake that it is.
+        :param fingerprint: the fingerprint of the bake that the snapshot belongs to.
+        :param workload_started: whether the image's workload has been started by now.
         """
         if self.plan.spec.devices:
             raise NotSupported("snapshot", "a VM with devices of the program's own has no snapshot")
         async with self._capturing:
-            return await capture(self.client, self.plan, dest, base=base, fingerprint=fingerprint)
+            return await capture(
+                self.client,
+                self.plan,
+                dest,
+                base=base,
+                fingerprint=fingerprint,
+                workload_started=workload_started,
+            )
 
     async def stop(self, grace: float) -> None:
         """Shut the guest down in order, within ``grace`` seconds, and wait for its end.

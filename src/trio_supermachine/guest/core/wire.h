@@ -6,7 +6,7 @@
 
 #include "core/util.h"
 
-#define WIRE_VERSION 3
+#define WIRE_VERSION 4
 #define AGENT_PORT 1028
 #define LIFELINE_PORT 1029
 #define EGRESS_PORT 1030

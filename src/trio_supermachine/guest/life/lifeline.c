@@ -97,7 +97,7 @@ static bool restore(struct session *session, struct reader *payload) {
     const char *hostname = read_string(payload);
     const uint8_t *seed = read_bytes(payload, &seed_size);
     const char *machine_id = read_string(payload), *boot_id = read_string(payload);
-    bool ends_programs = payload->left && read_u32(payload) == 1;
+    bool ends_programs = read_u32(payload) & 1;
     if (!read_whole(payload) || !is_seed(seed_size) || !is_machine_id(machine_id) ||
         !is_boot_id(boot_id))
         return false;
@@ -113,8 +113,11 @@ static bool restore(struct session *session, struct reader *payload) {
         name_host(hostname);
     }
     if (ends_programs) {
+        if ((errno = freezer_kill())) {
+            fail(session, "killing the programs of the original");
+            return true;
+        }
         workload_drop();
-        freezer_kill();
     } else {
         freezer_thaw();
     }

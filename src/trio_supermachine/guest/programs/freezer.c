@@ -239,21 +239,33 @@ static void await_empty(int directory, uint64_t deadline) {
     if (fd >= 0) close(fd);
 }
 
-void freezer_kill(void) {
-    int killed[MAX_CGROUPS];
+int freezer_kill(void) {
+    int killed[MAX_CGROUPS], error = 0;
     size_t killed_count = 0;
-    for (size_t at = 0; at < frozen_count; at++) {
-        int error = write_at(frozen[at], "cgroup.kill", "1");
-        if (error) say("cgroup.kill: %s", strerror(error));
-        int directory = fcntl(frozen[at], F_DUPFD_CLOEXEC, 0);
-        if (directory >= 0) killed[killed_count++] = directory;
+    int top = openat(cgroup, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *directories = top < 0 ? NULL : fdopendir(top);
+    if (!directories) {
+        error = errno;
+        if (top >= 0) close(top);
+        return error;
     }
-    thaw();
+    struct dirent *entry;
+    while (!error && (entry = readdir(directories))) {
+        if (entry->d_type != DT_DIR || *entry->d_name == '.') continue;
+        int directory = openat(top, entry->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (directory < 0) continue; /* it was removed, so nothing was in it */
+        error = write_at(directory, "cgroup.kill", "1");
+        if (!error && killed_count < MAX_CGROUPS) killed[killed_count++] = directory;
+        else close(directory);
+    }
+    closedir(directories);
+    if (!error) thaw();
     uint64_t deadline = now_ns() + PATIENCE_MS * NS_PER_MS;
     while (killed_count) {
-        await_empty(killed[--killed_count], deadline);
-        close(killed[killed_count]);
+        if (!error) await_empty(killed[killed_count - 1], deadline);
+        close(killed[--killed_count]);
     }
+    return error;
 }
 
 void freezer_forget(struct session *session) {

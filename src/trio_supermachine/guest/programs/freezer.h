@@ -50,9 +50,9 @@ void freezer_freeze(struct session *session);
 /* Let all run again. A freeze that is under way fails. */
 void freezer_thaw(void);
 
-/* Kill all that is frozen, and let the rest run again; return when nothing of it is left, or after
- * PATIENCE_MS. What was killed has run nothing since it was frozen. */
-void freezer_kill(void);
+/* Kill all programs, and go back to THAWED: none has run since it was frozen. Return 0 when none is
+ * left, or after PATIENCE_MS; or the error, and then all stay frozen. */
+int freezer_kill(void);
 
 /* Let all run again if this session waits for a freeze: it has gone. */
 void freezer_forget(struct session *session);

@@ -52,8 +52,12 @@ static void workload_ended(struct watch *watch, uint32_t events) {
         child_reap(&workload);
         group = 0; /* its number may be another's soon */
     }
-    if (dropped) phase = NONE;
-    else end();
+    if (!dropped) {
+        end();
+        return;
+    }
+    dropped = false;
+    phase = NONE;
 }
 
 static void write_pid(const char *path) {
