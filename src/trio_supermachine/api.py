@@ -29,7 +29,7 @@ from .errors import ConfigError
 from .hv.base import Console
 from .images.policy import PullPolicy
 from .images.prepare import prepare_image
-from .images.spec import ImageSpec, image_of
+from .images.spec import ImageSpec, image_of, require_image
 from .pool.builder import PoolOptions, check_bounds
 from .snapshots import Snapshot, open_snapshot
 from .vm.files import GuestFiles
@@ -118,6 +118,7 @@ class Image(ImageSpec):
 
         :meth:`OciImageBuilder.build` does it.
 
+        :param ref: see :meth:`from_oci`.
         :raises ReferenceInvalid: the reference does not parse.
         """
         return OciImageBuilder._create(BakeSettings(reference=ref))
@@ -137,13 +138,18 @@ class Image(ImageSpec):
         return _image(image_of(await open_snapshot(path)))
 
     def start(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[Vm]:
-        """Start a VM of this image; the same as :meth:`Vm.start`."""
+        """Start a VM of this image; the same as :meth:`Vm.start`.
+
+        :param config: how to start it; ``None`` is ``VmConfig()``.
+        """
         return Vm.start(self, config)
 
     def acquire(self, config: VmConfig | None = None) -> AbstractAsyncContextManager[PooledVm]:
         """Acquire a VM of this image for an ``async with`` block, without a pool.
 
         The VM is restored on entry and ended on exit. :meth:`pool` keeps VMs warm across calls.
+
+        :param config: how to start it; ``None`` is ``VmConfig()``.
         """
         return _acquire(self, config)
 
@@ -293,7 +299,8 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, GuestLife, metaclass=NoPublicC
         :raises AdmissionRefused: its memory can never be admitted (``memory_admission``).
         :raises VmExited: the guest ended before it answered.
         """
-        return _start(_checked_image(image), config or VmConfig(), workload)
+        require_image(image)
+        return _start(image, config or VmConfig(), workload)
 
     async def snapshot(self, dest: StrPath) -> Image:
         """Write the VM as it is at this moment to the directory ``dest``; it goes on running.
@@ -309,6 +316,14 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, GuestLife, metaclass=NoPublicC
         :raises FileExistsError: there is something at ``dest``.
         :raises OSError: it cannot be written, as on a full disk.
         :raises CaptureFailed: the guest did not come to rest, or the engine refused.
+        :raises NotSupported: the VM has devices of the program's own, or its kernel no cgroups.
+        :raises VmExited: the VM has ended.
+
+        Example::
+
+            image = await vm.snapshot("checkpoint")
+            async with image.start() as copy:
+                await copy.ping()
         """
         return self._restoring(await self._running.capture(dest))
 
@@ -320,8 +335,12 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, GuestLife, metaclass=NoPublicC
         It is fast if this VM was restored from ``base``; with any other snapshot of a guest of
         the same size all memory is compared. Restoring needs the base, byte for byte as it is.
 
+        :param dest: must not exist, or be an empty directory.
         :param base: a snapshot, full or itself a diff, or an image that has one.
+        :returns: an image that restores.
         :raises SnapshotInvalid: the base is damaged, or no base for this VM.
+        :raises ConfigError: the base is an image without a snapshot.
+        :raises CaptureFailed: the guest did not come to rest, or the engine refused.
         """
         place = base if isinstance(base, str | os.PathLike) else base.snapshot
         if place is None:
@@ -350,22 +369,6 @@ async def _start(image: Image, config: VmConfig, workload: bool) -> AsyncIterato
     plan = await plan_start(image, config, workload=workload)
     async with open_vm(plan) as running:
         yield Vm._create(running, image)
-
-
-def _checked_image(image: object) -> Image:
-    """Check what a caller gave as an image. :raises TypeError: it is none."""
-    if isinstance(image, Image):
-        return image
-    if isinstance(image, Awaitable):
-        close = getattr(image, "close", None)
-        if close is not None:
-            close()  # so that Python does not warn of it, too
-        raise TypeError("this image is still to be awaited: write 'await Image.from_oci(...)'")
-    if isinstance(image, str):
-        raise TypeError(
-            f"{image!r} names an image: write 'Vm.start(await Image.from_oci({image!r}))'"
-        )
-    raise TypeError(f"a VM is started from an Image, not {image!r}")
 
 
 @public
@@ -448,6 +451,8 @@ class Pool(metaclass=NoPublicConstructor):
         Raising ``min`` restores more in the background. Lowering ``max`` ends VMs that are idle
         or being restored; those in use stay with their acquirers, and end when released.
 
+        :param min: see :meth:`PoolBuilder.min`.
+        :param max: see :meth:`PoolBuilder.max`.
         :raises ConfigError: ``min`` is above ``max``, or one of them makes no sense.
         :raises AdmissionRefused: the memory of ``min`` VMs can never be admitted.
         """

@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 
 from trio_supermachine import AdmissionRefused, ConfigError
 from trio_supermachine.host.memory import usable_memory_mib
-from trio_supermachine.vm.limits import MemoryAdmission, SpawnConcurrency, memory_admission
+from trio_supermachine.vm.limits import (
+    MemoryAdmission,
+    SpawnConcurrency,
+    memory_admission,
+    refuse_impossible,
+)
 
 
 def admission(limit: float) -> MemoryAdmission:
@@ -62,9 +67,17 @@ async def test_what_can_never_fit_is_refused_at_once_with_the_numbers() -> None:
         async with gate.admit(101):
             pytest.fail("admitted")
     assert (caught.value.requested_mib, caught.value.limit_mib) == (101, 100)
-    gate.refuse_impossible(100)
-    with pytest.raises(AdmissionRefused):
-        gate.refuse_impossible(101)
+
+
+def test_what_can_never_fit_is_known_before_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_admission, "limit", 100)
+    refuse_impossible(100)
+    with pytest.raises(AdmissionRefused) as caught:
+        refuse_impossible(101)
+    assert (caught.value.requested_mib, caught.value.limit_mib) == (101, 100)
+    assert memory_admission.statistics().in_use == 0
 
 
 async def test_admission_is_in_order_so_that_a_large_request_is_served(

@@ -145,6 +145,21 @@ def test_types_of_fields_can_be_found_out(name: str) -> None:
         assert {field.name for field in attrs.fields(cls)} <= hints.keys()
 
 
+@pytest.mark.parametrize(
+    "cls", [public.Image, public.OciImageBuilder, public.Vm, public.Pool, public.PoolBuilder]
+)
+def test_methods_say_what_each_parameter_means(cls: type) -> None:
+    missing = []
+    for name in dir(cls):
+        method = getattr(cls, name)
+        if isinstance(method, FunctionType) and not name.startswith("_"):
+            described = re.findall(r":param (\w+): \S", inspect.getdoc(method) or "")
+            parameters = [*inspect.signature(method).parameters]
+            missing += [f"{name}({key})" for key in parameters if key not in ("self", *described)]
+            assert {*described} <= {*parameters}, name
+    assert missing == []
+
+
 def test_the_tables_of_public_names_agree() -> None:
     source = Path(public.__file__).read_text()
     (block,) = [

@@ -152,3 +152,19 @@ def test_a_call_outside_trio_says_what_to_do(
 ) -> None:
     with pytest.raises(RuntimeError, match=r"runs on Trio.*start the program by trio\.run\(main\)"):
         run(call)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: "builtin:busybox", r"await Image\.from_oci\('builtin:busybox'\)"),
+        (lambda: Image.from_oci("builtin:busybox"), r"still to be awaited: write 'await"),
+        (lambda: None, "a VM is started from an Image, not None"),
+    ],
+    ids=["text", "coroutine", "None"],
+)
+def test_what_is_no_image_is_refused_and_told_how_to_get_one(
+    make: Callable[[], object], told: str
+) -> None:
+    with pytest.raises(TypeError, match=told):
+        Vm.start(make())  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import cast, get_args
 
@@ -74,3 +75,19 @@ def engine_name(name: str) -> EngineName:
     """Give the name of an engine of this version its type."""
     assert name in get_args(EngineName)
     return cast(EngineName, name)
+
+
+def require_image(image: object) -> None:
+    """Check what a caller gave as an image. :raises TypeError: it is none."""
+    if isinstance(image, ImageSpec):
+        return
+    if isinstance(image, Awaitable):
+        close = getattr(image, "close", None)
+        if close is not None:
+            close()  # so that Python does not warn of it, too
+        raise TypeError("this image is still to be awaited: write 'await Image.from_oci(...)'")
+    if isinstance(image, str):
+        raise TypeError(
+            f"{image!r} names an image: write 'Vm.start(await Image.from_oci({image!r}))'"
+        )
+    raise TypeError(f"a VM is started from an Image, not {image!r}")

@@ -14,7 +14,7 @@ from ..config.defaults import DEFAULT_MEMORY_MIB
 from ..config.vm import VmConfig
 from ..errors import AdmissionRefused, ConfigError
 from ..images.spec import ImageSpec
-from ..vm.limits import memory_admission
+from ..vm.limits import refuse_impossible
 
 if TYPE_CHECKING:
     from .core import PoolSettings
@@ -63,24 +63,34 @@ class PoolOptions(Generic[ImageT], metaclass=NoPublicConstructor):
     _options: _Options = attrs.field(factory=_Options)
 
     def min(self, vms: int) -> Self:
-        """Keep this many idle VMs ready, as far as ``max`` allows; 0 unless given."""
+        """Keep this many idle VMs ready, as far as ``max`` allows; 0 unless given.
+
+        :param vms: a number of VMs, 0 or more.
+        """
         return self._with(min=check.integer("min", vms, 0))
 
     def max(self, vms: int) -> Self:
         """Let no more than this many VMs exist, those that start or end too.
 
         Unless given, the number of the host's CPUs, or ``min`` where that is more.
+
+        :param vms: a number of VMs, 1 or more.
         """
         return self._with(max=check.integer("max", vms, 1))
 
     def idle_timeout(self, seconds: float) -> Self:
-        """End idle VMs beyond ``min`` after this many seconds; unless given, never."""
+        """End idle VMs beyond ``min`` after this many seconds; unless given, never.
+
+        :param seconds: above 0; ``math.inf`` is never.
+        """
         return self._with(idle_timeout=check.seconds("idle_timeout", seconds))
 
     def acquire_timeout(self, seconds: float) -> Self:
         """Let an acquire raise :exc:`AcquireTimeout` after this many seconds.
 
         Unless given, it never does: a cancel scope does that.
+
+        :param seconds: above 0; ``math.inf`` is never.
         """
         return self._with(acquire_timeout=check.seconds("acquire_timeout", seconds))
 
@@ -89,11 +99,16 @@ class PoolOptions(Generic[ImageT], metaclass=NoPublicConstructor):
 
         With ``False`` the next acquirer gets the same VM, with all that was left in it, and
         sees :attr:`PooledVm.reused` set.
+
+        :param enabled: whether it ends.
         """
         return self._with(restore_on_release=check.boolean("restore_on_release", enabled))
 
     def config(self, config: VmConfig) -> Self:
-        """Start the VMs with this configuration."""
+        """Start the VMs with this configuration.
+
+        :param config: what :meth:`Vm.start` takes.
+        """
         if not isinstance(config, VmConfig):
             raise ConfigError(f"config must be a VmConfig, not {config!r}")
         return self._with(config=config)
@@ -118,7 +133,7 @@ def check_bounds(settings: PoolSettings, image: ImageSpec, config: VmConfig) -> 
     baked = DEFAULT_MEMORY_MIB if image.memory_mib is None else image.memory_mib
     each = baked if config.memory_mib is None else config.memory_mib
     try:
-        memory_admission.refuse_impossible(settings.min * each)
+        refuse_impossible(settings.min * each)
     except AdmissionRefused as error:
         error.add_note(f"the pool keeps min={settings.min} VMs of {each} MiB each")
         raise

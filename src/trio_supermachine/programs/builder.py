@@ -141,6 +141,8 @@ class ExecBuilder(metaclass=NoPublicConstructor):
     def env(self, key: str, value: str) -> ExecBuilder:
         """Add a variable to the image's environment.
 
+        :param key: its name.
+        :param value: its value.
         :raises ValueError: the name is empty or holds ``=``, or one of them holds NUL.
         """
         return self._with(environment=(*self._spec.environment, env_entry(key, value)))
@@ -163,7 +165,10 @@ class ExecBuilder(metaclass=NoPublicConstructor):
         return self._with(user=user_field(user))
 
     def tty(self, tty: bool = True) -> ExecBuilder:
-        """Run it on a terminal of its own; then ``stderr`` is empty."""
+        """Run it on a terminal of its own; then ``stderr`` is empty.
+
+        :param tty: whether it has one.
+        """
         return self._with(tty=tty)
 
     def winsize(self, cols: int, rows: int) -> ExecBuilder:
@@ -178,6 +183,7 @@ class ExecBuilder(metaclass=NoPublicConstructor):
     def timeout(self, seconds: float) -> ExecBuilder:
         """Kill the process group after ``seconds``, measured in the guest.
 
+        :param seconds: from the program's start.
         :raises ConfigError: it is not above 0, or beyond 49 days.
         """
         if not 0 < seconds < 0xFFFFFFFF / 1000:
@@ -185,7 +191,11 @@ class ExecBuilder(metaclass=NoPublicConstructor):
         return self._with(timeout=seconds)
 
     def stage_file(self, path: StrOrBytesPath, data: bytes) -> ExecBuilder:
-        """Write a file with mode 0644 before the program starts: see :meth:`stage_file_mode`."""
+        """Write a file with mode 0644 before the program starts: see :meth:`stage_file_mode`.
+
+        :param path: where to; relative paths start at the working directory.
+        :param data: the file's content.
+        """
         return self.stage_file_mode(path, data, 0o644)
 
     def stage_file_mode(self, path: StrOrBytesPath, data: bytes, mode: int) -> ExecBuilder:
@@ -226,6 +236,8 @@ class ExecBuilder(metaclass=NoPublicConstructor):
         """Run it as :meth:`output` does, and end it when ``event`` is set.
 
         Then the process group is killed, and the outcome is ``cancelled``.
+
+        :param event: what another task sets.
         """
         return await self._run(event)
 

@@ -34,6 +34,8 @@ class GuestFiles:
         :param data: the whole content.
         :param mode: the file's mode.
         :raises OSError: the guest's error, with its errno.
+        :raises ValueError: ``mode`` is no mode, or the path is empty or holds NUL.
+        :raises VmExited: the VM has ended.
 
         Example::
 
@@ -48,10 +50,13 @@ class GuestFiles:
                 await stream.send_all(view)
 
     async def read_file(self, path: StrOrBytesPath) -> bytes:
-        """Read a guest file of up to 32 MiB.
+        """Read a guest file of up to 32 MiB. Cancelled, it leaves nothing open in the guest.
 
+        :param path: absolute, or relative to the image's working directory.
         :raises FileTooLarge: it is larger.
         :raises OSError: the guest's error, such as :exc:`FileNotFoundError`.
+        :raises ValueError: the path is empty or holds NUL.
+        :raises VmExited: the VM has ended.
 
         Example::
 
@@ -62,8 +67,12 @@ class GuestFiles:
     async def read_file_with_max_bytes(self, path: StrOrBytesPath, max_bytes: int) -> bytes:
         """Read a guest file of up to ``max_bytes`` bytes; the guest enforces the bound.
 
+        :param path: absolute, or relative to the image's working directory.
+        :param max_bytes: the most bytes that it may have.
         :raises FileTooLarge: it is larger.
         :raises OSError: the guest's error.
+        :raises ValueError: ``max_bytes`` is out of range, or the path is empty or holds NUL.
+        :raises VmExited: the VM has ended.
         """
         if not 0 <= max_bytes < wire.NO_CAP:
             raise ValueError("max_bytes is out of range")
@@ -80,7 +89,12 @@ class GuestFiles:
     async def open_read(self, path: StrOrBytesPath) -> AsyncIterator[trio.abc.ReceiveStream]:
         """Read a guest file of any size in constant memory: ``async with`` gives a stream.
 
+        The block, however it is left, closes the file.
+
+        :param path: absolute, or relative to the image's working directory.
         :raises OSError: the guest's error, on entry.
+        :raises ValueError: on entry: the path is empty or holds NUL.
+        :raises VmExited: the VM has ended, on entry or while receiving.
 
         Example::
 
@@ -97,9 +111,14 @@ class GuestFiles:
     ) -> AsyncIterator[trio.abc.SendStream]:
         """Write a guest file of any size in constant memory: ``async with`` gives a stream.
 
-        The file is renamed to ``path`` when the block ends well, and discarded when it does not.
+        The file is renamed to ``path`` when the block ends well, and discarded when it does not,
+        as when it is cancelled.
 
+        :param path: absolute, or relative to the image's working directory.
+        :param mode: the file's mode.
         :raises OSError: the guest's error: on entry, while sending, or at the end.
+        :raises ValueError: on entry: ``mode`` is no mode, or the path is empty or holds NUL.
+        :raises VmExited: the VM has ended.
 
         Example::
 

@@ -201,12 +201,6 @@ class MemoryAdmission:
         finally:
             gate.release(mib)
 
-    def refuse_impossible(self, mib: int) -> None:
-        """Raise :exc:`AdmissionRefused` when ``mib`` MiB are more than the whole limit."""
-        limit = self.limit
-        if mib > limit:
-            raise AdmissionRefused(mib, int(limit))
-
     def statistics(self) -> LimitStatistics:
         """Give the numbers, now, in MiB."""
         return self._gate.statistics()
@@ -273,3 +267,13 @@ memory_admission: Final = MemoryAdmission()
 #: makes each of them late. The default is the number of CPUs this process may use, but at least
 #: 2, so that one start that hangs does not hold up all others until its timeout.
 spawn_concurrency: Final = SpawnConcurrency()
+
+
+def refuse_impossible(mib: int) -> None:
+    """Check that ``mib`` MiB can be admitted some day.
+
+    :raises AdmissionRefused: they are more than the whole limit of :data:`memory_admission`.
+    """
+    limit = memory_admission.limit
+    if mib > limit:
+        raise AdmissionRefused(mib, int(limit))

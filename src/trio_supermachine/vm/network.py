@@ -105,6 +105,7 @@ class GuestNetwork:
         :param max_connections: see :meth:`expose_tcp`.
         :raises ConfigError: a file is not the PEM that it should be; the message names it.
         :raises OSError: a file cannot be read, or see :meth:`expose_tcp`.
+        :raises VmExited: the VM has ended.
         """
         return await self._running.network.expose_tls(config, max_connections)
 
@@ -117,10 +118,12 @@ class GuestNetwork:
         most: a new client ends the flow that was silent for the longest. Datagrams are dropped
         where the guest is slow.
 
-        :param host_port: see :meth:`expose_tcp`, also for ``host``.
+        :param host_port: see :meth:`expose_tcp`.
         :param guest_port: the guest's port; it must be given.
+        :param host: see :meth:`expose_tcp`.
         :raises OSError: see :meth:`expose_tcp`.
         :raises ConfigError: a value makes no sense.
+        :raises VmExited: the VM has ended.
         """
         return await self._running.network.expose_udp(host, host_port, guest_port)
 

@@ -90,13 +90,22 @@ class GuestPrograms:
         Cancelling it kills the process group in the guest, with SIGKILL, and waits, shielded and
         for 2 s at most, until that is confirmed.
 
+        :param command: the program and its arguments; looked up in ``PATH`` without a slash.
         :param stdin: its input, ``subprocess.PIPE`` or ``subprocess.DEVNULL``.
+        :param capture_stdout: give its output in the result.
+        :param capture_stderr: give its errors in the result.
+        :param check: raise an error when it does not return 0.
+        :param stdout: an open host file, or ``subprocess.DEVNULL``; ``None`` is the host's stdout.
+        :param stderr: the same for its errors, or ``subprocess.STDOUT``.
         :param env: its whole environment; ``None`` is the image's.
         :param cwd: its working directory, from the image's; ``None`` is the image's.
         :param user: name or id with an optional group.
         :param shell: ``command`` is a string for the guest's ``/bin/sh``.
+        :param task_status: what ``nursery.start`` gives.
         :raises subprocess.CalledProcessError: ``check`` is true and it did not return 0.
         :raises OSError: it could not be started.
+        :raises VmExited: the VM ended first.
+        :raises ExecEof: the agent's connection ended first.
         """
 
         def open_exec(
@@ -123,7 +132,11 @@ class GuestPrograms:
     async def workload_signal(self, signum: int) -> None:
         """Send a signal to the image's workload.
 
+        Cancelled, it may have sent it or not.
+
+        :param signum: the signal's number, such as ``signal.SIGHUP``.
         :raises ProcessLookupError: there is none, or it has ended.
+        :raises VmExited: the VM has ended.
         """
         await self._running.client.call(wire.workload_signal(signum))
 
@@ -131,7 +144,9 @@ class GuestPrograms:
         """Wait for the end of the image's workload; give its return code, negative for a signal.
 
         127 and 126 mean that it could not be started, as in a shell; the console says why.
+        Cancelled, it leaves the workload running. Any number of tasks may wait.
 
         :raises ProcessLookupError: the image has none.
+        :raises VmExited: the VM has ended.
         """
         return await self._running.wait_workload()
