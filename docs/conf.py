@@ -29,6 +29,11 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"{project} {version}"
+html_theme_options = {
+    "source_repository": "https://github.com/trio-supermachine/trio-supermachine/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
 
 autosectionlabel_prefix_document = True
 autodoc_member_order = "bysource"

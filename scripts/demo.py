@@ -61,8 +61,9 @@ async def boot_and_restore(image: Image) -> None:
             async with Vm.start(image, config) as vm:
                 release = await output(vm, "uname", "-r")
                 times.append(clock.seconds)
-        of = f"median of {len(times)}" if len(times) > 1 else "other memory than baked"
-        print(f"  {median(times) * 1e3:6.0f} ms  {vm.started_by} ({of})")
+        name = "a boot" if vm.started_by == "boot" else "a restore"
+        of = f"median of {len(times)}" if len(times) > 1 else "for comparison"
+        print(f"  {median(times) * 1e3:6.0f} ms  {name} ({of})")
     if release.endswith("-supermachine"):
         print(f"  The guest's kernel is the small one, {release}.")
     else:

@@ -5,7 +5,8 @@
 - Fields of attrs classes and members of enumerations are listed, also without a comment.
 - ``:ivar name: text`` in the docstring of a class becomes the text of that field, or an entry of
   its own for an attribute that Sphinx does not find. Either can be linked to.
-- A method that ``asynccontextmanager`` made gives an async context manager, not an iterator.
+- A method that gives an async context manager is shown as an ``async with`` block.
+- A default that is a number with a name is shown as the number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from operator import attrgetter
 from typing import Any
 
 import attrs
+from sphinx.addnodes import desc_signature
 from sphinx.application import Sphinx
+from sphinxcontrib_trio import ExtendedPyMethod
 
 _IVAR = re.compile(r":ivar (?P<name>\w+): *(?P<text>.*)")
 
@@ -135,10 +138,48 @@ def _show_managers(
     return signature, manager
 
 
+_NUMBER_WITH_NAME = re.compile(r"(?<== )[A-Z][A-Z0-9_]+\b")
+
+
+def _show_numbers(
+    app: Sphinx,
+    what: str,
+    name: str,
+    documented: Any,
+    options: object,
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str, str | None] | None:
+    """Show ``size: int = 1024`` for ``size: int = MOST``."""
+    known = getattr(inspect.unwrap(documented), "__globals__", {})
+
+    def number(match: re.Match[str]) -> str:
+        value = known.get(match[0])
+        return repr(value) if isinstance(value, int | float) else match[0]
+
+    return None if signature is None else (_NUMBER_WITH_NAME.sub(number, signature), returns)
+
+
+_MANAGER = re.compile(r" -> [\w.~]*AbstractAsyncContextManager\[(.+)\]")
+
+
+class _Method(ExtendedPyMethod):  # type: ignore[misc]
+    """A method, or the ``async with`` block that it gives and what the block is given."""
+
+    def handle_signature(self, sig: str, signode: desc_signature) -> Any:
+        block = _MANAGER.sub(r" -> \1", sig)
+        if block != sig:
+            self.options["async-with"] = ""
+        return super().handle_signature(block, signode)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     # After preserve_defaults, which shows what the source has.
     app.connect("autodoc-before-process-signature", _show_defaults, priority=900)
     app.connect("autodoc-skip-member", _keep_fields)
-    app.connect("autodoc-process-signature", _show_managers)
+    app.connect("autodoc-process-signature", _show_managers, priority=400)
+    app.connect("autodoc-process-signature", _show_numbers)
+    app.setup_extension("sphinxcontrib_trio")
+    app.add_directive_to_domain("py", "method", _Method, override=True)
     app.connect("autodoc-process-docstring", _place_texts)
     return {"parallel_read_safe": True}

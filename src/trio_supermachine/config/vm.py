@@ -45,7 +45,7 @@ class SymlinkPolicy(Enum):
 @public
 @attrs.frozen
 class MountSpec:
-    """A host directory that the guest mounts.
+    """A host directory that the guest mounts (refused by this version: :exc:`NotSupported`).
 
     :ivar host_path: the directory.
     :ivar tag: the name of its virtio-fs device, 1 to 36 bytes of text.
@@ -101,11 +101,15 @@ def _policy(value: EgressPolicy | str | None) -> EgressPolicy | None:
 class VmConfig:
     """The configuration of a VM. It never changes: each ``with_*`` method gives a changed copy.
 
-    :ivar memory_mib: guest memory in MiB, at least 32; ``None`` is the image's baked value, or 256.
+    :ivar memory_mib: guest memory in MiB, at least 32; the stock kernel needs about 72. ``None`` is
+        the image's baked value, or 256.
     :ivar vcpus: virtual CPUs, 1 to 16; ``None`` is the image's baked value, or 1.
-    :ivar balloon: the host can take memory back from the running guest.
-    :ivar volumes: writable disks that outlive the VM.
-    :ivar mounts: host directories that the guest mounts.
+    :ivar balloon: the host can take memory back from the running guest (refused by this version:
+        :exc:`NotSupported`).
+    :ivar volumes: writable disks that outlive the VM (refused by this version:
+        :exc:`NotSupported`).
+    :ivar mounts: host directories that the guest mounts (refused by this version:
+        :exc:`NotSupported`).
     :ivar assets: kernel, initramfs and engine program; ``None`` finds them.
     :ivar vsock_mux_dir: the directory in which the VM's unix sockets are made as it starts;
         ``None`` makes them when they are asked for, in a private directory.
@@ -178,15 +182,21 @@ class VmConfig:
         return attrs.evolve(self, vcpus=vcpus)
 
     def with_balloon(self, enabled: bool = True) -> VmConfig:
-        """Give a copy with a memory balloon, or without."""
+        """Give a copy with a memory balloon, or without.
+
+        A start with one is refused by this version: :exc:`NotSupported`.
+        """
         return attrs.evolve(self, balloon=enabled)
 
     def with_volume(self, volume: VolumeSpec) -> VmConfig:
-        """Give a copy with one more volume."""
+        """Give a copy with one more volume (refused by this version: :exc:`NotSupported`)."""
         return attrs.evolve(self, volumes=(*self.volumes, volume))
 
     def with_virtiofs(self, mount: MountSpec) -> VmConfig:
-        """Give a copy with one more mounted host directory."""
+        """Give a copy with one more mounted host directory.
+
+        A start with one is refused by this version: :exc:`NotSupported`.
+        """
         return attrs.evolve(self, mounts=(*self.mounts, mount))
 
     def with_device(self, make: Callable[[], VirtioDevice]) -> VmConfig:

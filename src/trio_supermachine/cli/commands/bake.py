@@ -11,7 +11,11 @@ from . import options
 
 
 @click.command("bake", options_metavar="[OPTIONS]")
-@click.option("--name", metavar="NAME", help="A name for the bake; it moves to the newest.")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="A name for rmi, which keeps the bake from prune; it moves to the newest.",
+)
 @click.option(
     "--memory",
     type=int,
@@ -57,7 +61,8 @@ def bake_command(image: str, as_json: bool, **given: Any) -> None:
     """Boot IMAGE once, wait until it is ready, and keep it as a snapshot.
 
     VMs of the same image, memory, CPUs, environment, command, files and warm-up are restored from
-    it from then on. A bake that was done before costs nothing. Without a warm-up the capture
+    it from then on. A name is no image reference: a program gets this bake by the same settings.
+    A bake that was done before costs nothing. Without a warm-up the capture
     waits for a listener if the image serves a TCP port, else for up to a second.
     """
     from ..bake import bake
