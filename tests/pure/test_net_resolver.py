@@ -486,7 +486,7 @@ async def test_the_program_goes_on_while_the_worst_answer_is_parsed() -> None:
         async with parsing:  # the answer waits to be parsed
             nursery.start_soon(ask)
             while not parsing.statistics().tasks_waiting:
-                await trio.sleep(0.001)
+                await trio.lowlevel.checkpoint()
         turns = 0
         while parsing.borrowed_tokens:
             await trio.lowlevel.checkpoint()
