@@ -148,6 +148,12 @@ async def test_a_program_that_is_awaited_says_what_to_write(vm: Vm) -> None:
         await child
 
 
+async def test_a_variable_that_is_no_text_is_named(vm: Vm) -> None:
+    environment: Any = {"A": 1}
+    with pytest.raises(TypeError, match=r"not 'A': 1$"):
+        await vm.run_process(["true"], env=environment)
+
+
 @pytest.mark.parametrize("argv", [[], ["a\0b"], ["true", "\0"]])
 async def test_an_impossible_argv_is_a_value_error(vm: Vm, argv: list[str]) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - which of two does not matter
