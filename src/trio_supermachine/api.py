@@ -17,6 +17,7 @@ import attrs
 
 from ._public import NoPublicConstructor, public
 from ._util import validators as check
+from ._util.block import Block
 from ._util.progress import ProgressCallback
 from ._util.run import require_trio
 from ._util.validators import StrPath
@@ -151,7 +152,7 @@ class Image(ImageSpec):
 
         :param config: how to start it; ``None`` is ``VmConfig()``.
         """
-        return _acquire(self, config)
+        return Block(_acquire(self, config), "image.acquire() as vm")
 
     def pool(self) -> PoolBuilder:
         """Begin to describe a pool of VMs of this image."""
@@ -300,7 +301,8 @@ class Vm(GuestPrograms, GuestFiles, GuestNetwork, GuestLife, metaclass=NoPublicC
         :raises VmExited: the guest ended before it answered.
         """
         require_image(image)
-        return _start(image, config or VmConfig(), workload)
+        starting = _start(image, config or VmConfig(), workload)
+        return Block(starting, "Vm.start(image) as vm")
 
     async def snapshot(self, dest: StrPath) -> Image:
         """Write the VM as it is at this moment to the directory ``dest``; it goes on running.
@@ -415,8 +417,7 @@ class Pool(metaclass=NoPublicConstructor):
     def __repr__(self) -> str:
         return f"<Pool of {self._image.reference!r}: {self.stats()}>"
 
-    @asynccontextmanager
-    async def acquire(self) -> AsyncIterator[PooledVm]:
+    def acquire(self) -> AbstractAsyncContextManager[PooledVm]:
         """Acquire a VM: an async context manager giving a :class:`PooledVm`.
 
         An idle VM is handed over at once. Else the acquirer waits, in the order of arrival, for
@@ -435,6 +436,10 @@ class Pool(metaclass=NoPublicConstructor):
             of :meth:`Vm.start`. Each failed restore is told to one acquirer, the first that
             waits, unless another restore in flight may serve it.
         """
+        return Block(self._acquire(), "pool.acquire() as vm")
+
+    @asynccontextmanager
+    async def _acquire(self) -> AsyncIterator[PooledVm]:
         async with self._core.acquire() as lease:
             try:
                 yield PooledVm._create(lease.item, self._image, reused=lease.uses > 1)
@@ -492,7 +497,18 @@ class PoolBuilder(PoolOptions[Image]):
         :raises SupermachineError: on entry: one of the first VMs could not be started; errors
             are as of :meth:`Vm.start`.
         """
-        return _open_pool(self._image, self._options.config, self._options.settings())
+        opening = _open_pool(self._image, self._options.config, self._options.settings())
+        return Block(opening, "image.pool().build() as pool")
+
+    if not TYPE_CHECKING:  # type checkers see that a builder is no block
+
+        def __enter__(self):
+            raise TypeError("write 'async with image.pool()....build() as pool:'")
+
+        def __exit__(self, *_):
+            pass
+
+        __aenter__, __aexit__ = __enter__, __exit__
 
 
 @asynccontextmanager

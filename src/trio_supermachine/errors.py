@@ -218,14 +218,17 @@ class AssetNotFound(SupermachineError):
 
 @public
 class EngineUnavailable(SupermachineError):
-    """No engine can run a guest here.
+    """No engine can run a guest here, or not the only one that may.
 
     :ivar tried: the reason of each engine, by its name.
     """
 
-    def __init__(self, tried: Mapping[str, str]) -> None:
+    def __init__(self, tried: Mapping[str, str], *, remedy: str = "") -> None:
         said = "; ".join(f"{name}: {reason}" for name, reason in tried.items())
-        super().__init__(f"no engine can start a VM here ({said})")
+        message = f"no engine can start a VM here ({said})"
+        if len(tried) == 1:
+            message = f"the engine {said.replace(': ', ' cannot start a VM here: ', 1)}"
+        super().__init__(f"{message}; {remedy}" if remedy else message)
         self.tried: dict[str, str] = dict(tried)
 
 

@@ -44,7 +44,7 @@ async def test_auto_is_the_first_engine_that_can() -> None:
     assert (await choose_engine()).name == first
 
 
-async def test_kvm_is_chosen_only_where_it_runs_linux() -> None:
+async def test_kvm_is_chosen_only_where_it_runs_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (await probe_kvm()).usable:
         assert (await choose_engine()).name == "qemu"
         with pytest.raises(EngineUnavailable) as caught:
@@ -53,6 +53,11 @@ async def test_kvm_is_chosen_only_where_it_runs_linux() -> None:
         (kvm, _) = await probe_engines()
         assert kvm.detail in str(caught.value)
         assert kvm.remedy is None or kvm.remedy in str(caught.value)
+        assert str(caught.value).startswith(f"the engine kvm cannot start a VM here: {kvm.detail}")
+        assert "; leave the engine out to use qemu" in str(caught.value)
+        monkeypatch.setenv(VARIABLE, "kvm")
+        with pytest.raises(EngineUnavailable, match=f"; unset {VARIABLE} to use qemu"):
+            await choose_engine()
     else:
         assert (await choose_engine("kvm")).name == "kvm"
 

@@ -60,9 +60,11 @@ def test_room_is_refused_exactly_where_there_is_none(
         return
     with pytest.raises(ConfigError, match=f"^{memory_mib} MiB of memory are too little") as caught:
         check_room(kernel, initramfs, memory_mib)
-    found = re.search(r"alone take (\d+);", str(caught.value))
+    found = re.search(r"alone take (\d+); give it at least (\d+),", str(caught.value))
     assert found is not None
     check_room(kernel, initramfs, int(found[1]))
+    assert int(found[2]) * MIB >= end + 2 * size
+    check_room(kernel, initramfs, int(found[2]))
 
 
 def test_a_bzimage_may_want_its_initramfs_lower(tmp_path: Path) -> None:

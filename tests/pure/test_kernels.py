@@ -8,9 +8,12 @@ import hashlib
 import lzma
 import os
 import shutil
+import signal
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -338,6 +341,57 @@ async def test_a_host_without_apt_is_told_what_to_do(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AssetNotFound, match="no apt-get"):
         await prepare_kernel()
+
+
+_FETCHES = """
+import signal, trio
+from trio_supermachine.kernels import prepare_kernel
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    trio.run(prepare_kernel)
+except BaseException as exc:
+    print(repr(exc))
+"""
+
+
+async def test_ctrl_c_during_a_download_is_a_bare_keyboard_interrupt(
+    empty_home: Path, tmp_path: Path
+) -> None:
+    tools, began = tmp_path / "tools", tmp_path / "began"
+    name = "linux-image-6.12.1-cloud-amd64"
+    scripts = {
+        "apt-cache": f'case "$1" in pkgnames) echo {name} ;; show) echo Package: {name} ;; esac',
+        "apt-get": f"echo >{began}; exec sleep 1000",
+        "dpkg-deb": "exit 1",
+    }
+    tools.mkdir()
+    for tool, script in scripts.items():
+        (tools / tool).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / tool).chmod(0o755)
+    os.mkfifo(began)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [sys.executable, "-c", _FETCHES]
+    with trio.fail_after(60):
+        async with (
+            trio.lowlevel.FdStream(os.open(began, os.O_RDWR)) as pipe,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def interrupt() -> None:
+                await pipe.receive_some(1)
+                process.send_signal(signal.SIGINT)
+
+            process = await nursery.start(
+                partial(
+                    trio.run_process, command, env=environment, stdout=subprocess.PIPE, check=False
+                )
+            )
+            nursery.start_soon(interrupt)
+            async with process.stdout as output:
+                said = b"".join([chunk async for chunk in output])
+    assert said == b"KeyboardInterrupt()\n"
+    assert process.returncode == 0
+    assert not strays(empty_home)
 
 
 async def test_the_stock_kernel_is_downloaded_once_and_boots_by_pvh(

@@ -178,13 +178,24 @@ async def _use(address: tuple[str, int]) -> None:
 async def test_addresses_that_cannot_be_had_are_named() -> None:
     taken = await bind("127.0.0.1", 0, socket.SOCK_STREAM)
     port = taken.getsockname()[1]
-    with pytest.raises(OSError, match=rf"127\.0\.0\.1:{port}.*another program") as caught:
+    with pytest.raises(OSError, match=rf"127\.0\.0\.1:{port}.*the port is taken$") as caught:
         await bind("127.0.0.1", port, socket.SOCK_STREAM)
     assert caught.value.errno == errno.EADDRINUSE
     taken.close()
     with pytest.raises(OSError, match=r"192\.0\.2\.1:80") as caught:
         await bind("192.0.2.1", 80, socket.SOCK_STREAM)
     assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+@pytest.mark.parametrize(
+    ("guest_port", "target"), [(0, "the first listener"), (GUEST_PORT, f"port {GUEST_PORT}")]
+)
+async def test_a_forward_shows_where_it_leads(guest_port: int, target: str) -> None:
+    async with behind() as connect:
+        opened = await open_tcp(connect, "127.0.0.1", 0, guest_port)
+        async with running(opened) as forward:
+            port = forward.local_addr[1]
+            assert repr(forward) == f"<TcpForwarder 127.0.0.1:{port} to {target}>"
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64, "nobody.invalid", ""])

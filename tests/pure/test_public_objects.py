@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import pytest
 
@@ -168,3 +169,40 @@ def test_what_is_no_image_is_refused_and_told_how_to_get_one(
 ) -> None:
     with pytest.raises(TypeError, match=told):
         Vm.start(make())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("block", "usage"),
+    [
+        (Vm.start(IMAGE), "Vm.start(...) gives a block: write 'async with Vm.start(image) as vm:'"),
+        (
+            IMAGE.acquire(),
+            "image.acquire(...) gives a block: write 'async with image.acquire() as vm:'",
+        ),
+        (
+            IMAGE.pool().build(),
+            "image.pool().build(...) gives a block: write"
+            " 'async with image.pool().build() as pool:'",
+        ),
+    ],
+)
+async def test_a_block_that_is_awaited_or_entered_without_async_says_what_to_write(
+    block: Any, usage: str
+) -> None:
+    assert AbstractAsyncContextManager in type(block).__mro__
+    with pytest.raises(TypeError) as caught:
+        await block
+    assert str(caught.value) == usage
+    with pytest.raises(TypeError) as caught, block:
+        pytest.fail("entered")
+    assert str(caught.value) == usage
+
+
+async def test_a_pool_that_is_not_built_says_what_to_write() -> None:
+    builder: Any = IMAGE.pool().min(1)
+    remedy = r"^write 'async with image\.pool\(\)\.\.\.\.build\(\) as pool:'$"
+    with pytest.raises(TypeError, match=remedy):
+        async with builder:
+            pytest.fail("entered")
+    with pytest.raises(TypeError, match=remedy), builder:
+        pytest.fail("entered")

@@ -401,7 +401,9 @@ async def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path: Path, 
             dest.mkdir()
             (dest / "file").touch()
     before = names(tmp_path)
-    with pytest.raises(FileExistsError):
+    what = "the directory is not empty" if there == "directory" else "something else is there"
+    said = f"{what}: remove it, or give another directory"
+    with pytest.raises(FileExistsError, match=said):
         async with new_snapshot(dest):
             pytest.fail("the block ran")
     assert names(tmp_path) == before
@@ -412,6 +414,14 @@ async def test_an_empty_directory_or_a_new_path_is_a_place(tmp_path: Path) -> No
     for name in ("empty", "new/path"):
         await write_full(tmp_path / name, MEMORY)
     assert names(tmp_path / "empty") == {"metadata.json", "restore.snap", "memory.bin"}
+
+
+async def test_a_place_that_has_a_snapshot_says_how_to_restore_it(tmp_path: Path) -> None:
+    await write_full(tmp_path / "dest", MEMORY)
+    way_out = r"remove it, give another directory, or restore it by Image\.from_snapshot\("
+    with pytest.raises(FileExistsError, match=f"is not empty: {way_out}"):
+        async with new_snapshot(tmp_path / "dest"):
+            pytest.fail("the block ran")
 
 
 async def test_of_two_captures_to_one_place_the_first_wins(tmp_path: Path) -> None:

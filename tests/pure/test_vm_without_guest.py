@@ -342,3 +342,26 @@ async def test_programs_run_in_the_real_agent_without_a_machine() -> None:
             assert (await pwd.cwd("/proc").cwd(none).output()).stdout == directory
         with pytest.raises(ValueError, match="null"):
             pwd.cwd("a\0b")
+
+
+async def test_what_the_guest_does_not_find_is_named_once(tmp_path: Path) -> None:
+    engine = FakeEngine(AgentProcess(), raw_channel=True)
+    missing = str(tmp_path / "missing")
+    long = "/" + "/".join(["ä" * 50] * 5)
+    async with open_vm(boot(engine)) as running:
+        for path in (missing, long):
+            with pytest.raises(FileNotFoundError) as caught:
+                await running.client.open_read(path)
+            assert str(caught.value) == f"[Errno 2] No such file or directory: {path!r}"
+        pwd = ExecBuilder._create(running.open_exec).argv(["pwd"])
+        for builder, name in (
+            (pwd.argv([missing]), missing),
+            (pwd.cwd(missing), missing),
+            (pwd.cwd("no/such"), "no/such"),
+        ):
+            with pytest.raises(FileNotFoundError) as caught:
+                await builder.output()
+            assert str(caught.value) == f"[Errno 2] No such file or directory: {name!r}"
+        for user, said in (("bob", "user 'bob'"), ("0:staffers", "group 'staffers'")):
+            with pytest.raises(FileNotFoundError, match=f"the image has no {said}"):
+                await pwd.user(user).output()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 
 import pytest
@@ -196,8 +197,14 @@ def test_anything_may_be_given_for_a_kernel(tail: bytes) -> None:
     ],
 )
 def test_too_little_memory_is_a_configuration_error(kernel: bytes, initramfs: bytes | None) -> None:
-    with pytest.raises(ConfigError, match="2 MiB of memory are too little"):
+    with pytest.raises(ConfigError, match="2 MiB of memory are too little") as caught:
         boot(guest_memory(), kernel, initramfs)
+    found = re.search(r"; give it at least (\d+)$", str(caught.value))
+    assert found is not None
+    end = read_pvh_kernel(io.BytesIO(kernel), "test").end
+    assert int(found[1]) * layout.MIB >= end + 2 * len(initramfs or b"")
+    if end < 1 << 60:
+        boot(guest_memory(int(found[1])), kernel, initramfs)
 
 
 def test_a_command_line_is_as_long_as_the_kernel_reads() -> None:

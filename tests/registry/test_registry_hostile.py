@@ -514,8 +514,15 @@ class TestStatuses:
     async def test_nobody_there(self) -> None:
         async with hostile_server(always(b"")) as server:
             pass
-        with pytest.raises(RegistryError, match="cannot be reached"):
+        with pytest.raises(RegistryError) as caught:
             await manifest(server)
+        said = str(caught.value)
+        image = f"{server.host}/some/image:tag"
+        unreachable = f"its registry ({server.host}) cannot be reached ("
+        assert said.startswith(f"{image} cannot be pulled: {unreachable}")
+        assert "the network and HTTPS_PROXY" in said
+        assert said.endswith(", or load it from a file: trio-supermachine load")
+        assert caught.value.registry == server.host
 
     async def test_a_name_that_does_not_exist(self) -> None:
         nowhere = Reference.parse("docker://registry.invalid/x")

@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -97,6 +98,9 @@ async def test_the_defaults_are_as_documented(image: Image) -> None:
             pool.resize(min=3, max=2)
         pool.resize(max=5)
         assert pool.stats().max == 5
+        vm: Any = pool.acquire()
+        with pytest.raises(TypeError, match=r"write 'async with pool\.acquire\(\) as vm:'"):
+            await vm
     with pytest.raises(trio.ClosedResourceError):
         async with pool.acquire():
             pytest.fail("acquired")

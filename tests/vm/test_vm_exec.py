@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -139,6 +140,18 @@ async def test_a_program_that_does_not_exist_raises_as_subprocess_does(vm: Vm) -
         await vm.run_process(["/etc/passwd"])
     with pytest.raises(FileNotFoundError):
         await vm.run_process(["true"], cwd="/no/such/directory")
+
+
+async def test_a_program_that_is_awaited_says_what_to_write(vm: Vm) -> None:
+    child: Any = vm.exec(["true"])
+    with pytest.raises(TypeError, match=r"write 'async with vm\.exec\(argv\) as child:'"):
+        await child
+
+
+async def test_a_variable_that_is_no_text_is_named(vm: Vm) -> None:
+    environment: Any = {"A": 1}
+    with pytest.raises(TypeError, match=r"not 'A': 1$"):
+        await vm.run_process(["true"], env=environment)
 
 
 @pytest.mark.parametrize("argv", [[], ["a\0b"], ["true", "\0"]])

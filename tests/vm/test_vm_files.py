@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,14 @@ async def test_failures_are_the_guests_errno(vm: Vm) -> None:
         await vm.write_file("/proc/new", b"")
     with pytest.raises(ValueError, match="null"):
         await vm.read_file("/tmp/\0")
+
+
+async def test_text_is_to_be_encoded_by_the_caller(vm: Vm) -> None:
+    text: Any = "text"
+    with pytest.raises(TypeError, match=r"^data must be bytes, not str: write text\.encode\(\)$"):
+        await vm.write_file("/tmp/text", text)
+    with pytest.raises(FileNotFoundError):
+        await vm.read_file("/tmp/text")
 
 
 async def test_a_cap_is_an_error_never_a_truncation(vm: Vm) -> None:

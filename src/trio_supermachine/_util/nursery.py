@@ -25,14 +25,27 @@ async def open_flat_nursery() -> AsyncIterator[trio.Nursery]:
                 body_error = exc
                 raise
     except BaseExceptionGroup as group:
-        failures = [exc for exc in group.exceptions if not isinstance(exc, trio.Cancelled)]
-        if len(failures) > 1:
-            raise
-        lone = failures[0] if failures else body_error or group.exceptions[0]
-        context = lone.__context__
-        try:
-            raise lone
-        finally:
-            # Restore the context, in the place of which "raise" has put the nursery's group.
-            lone.__context__ = context
-            del lone, context, body_error, failures
+        raise_lone(group, body_error)
+        raise
+    finally:
+        del body_error
+
+
+def raise_lone(group: BaseExceptionGroup[BaseException], body: BaseException | None = None) -> None:
+    """Raise the lone error in a nursery's group, and return if there are several.
+
+    Call it while the group is being handled.
+
+    :param body: what the nursery's body raised, to be preferred where all tasks were cancelled.
+    """
+    failures = [exc for exc in group.exceptions if not isinstance(exc, trio.Cancelled)]
+    if len(failures) > 1:
+        return
+    lone = failures[0] if failures else body or group.exceptions[0]
+    context = lone.__context__
+    try:
+        raise lone
+    finally:
+        # Restore the context, in the place of which "raise" has put the nursery's group.
+        lone.__context__ = context
+        del lone, context, group, body, failures

@@ -470,7 +470,15 @@ class FileSendStream(trio.abc.SendStream):
 def guest_os_error(error: GuestError, path: str | bytes | None) -> OSError:
     """Make an :class:`OSError` of a guest's ERROR, of the subclass that belongs to its errno."""
     errno = error.errno or errno_names.EIO
-    return OSError(errno, error.message or os.strerror(errno), path)
+    message = error.message or os.strerror(errno)
+    if path is not None:
+        # The guest names what failed, as the error itself will: cut to 300 bytes, and made absolute
+        # if it is a working directory.
+        name, _, reason = message.rpartition(": ")
+        given = os.fsencode(path)[:300].decode("utf-8", "surrogateescape")
+        if name and (name == given or name.endswith(f"/{given}")):
+            message = reason
+    return OSError(errno, message, path)
 
 
 def file_error(error: GuestError, path: str | bytes, max_bytes: int) -> Exception:

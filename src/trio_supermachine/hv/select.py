@@ -42,8 +42,9 @@ async def choose_engine(name: str = "auto", assets: AssetPaths | None = None) ->
     """
     if name not in ENGINES:
         raise ConfigError(f"no engine {name!r}; there are {', '.join(ENGINES)}")
+    way_out = "leave the engine out"
     if name == "auto":
-        name = default_engine()
+        name, way_out = default_engine(), f"unset {VARIABLE}"
     tried = {}
     for candidate in ENGINES[1:] if name == "auto" else (name,):
         engine, report = await _examine(candidate, assets)
@@ -51,7 +52,8 @@ async def choose_engine(name: str = "auto", assets: AssetPaths | None = None) ->
             return engine
         remedy = f"; to get it: {report.remedy}" if report.remedy else ""
         tried[candidate] = report.detail + remedy
-    raise EngineUnavailable(tried)
+    other = f"{way_out} to use qemu; a snapshot that was made on kvm needs kvm"
+    raise EngineUnavailable(tried, remedy=other if name == "kvm" else "")
 
 
 async def probe_engines() -> list[EngineReport]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import attrs
 import trio
 
+from .._util.process import run_process
 from ..errors import AssetNotFound
 from ..host import files as hostfiles
 from ..host.locks import locked
@@ -157,7 +158,7 @@ async def _fetch(dest: Path) -> None:
 
 
 async def _run(command: list[str], cwd: str) -> None:
-    done = await trio.run_process(
+    done = await run_process(
         command, cwd=cwd, check=False, capture_stdout=True, capture_stderr=True
     )
     if done.returncode:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 import attrs
-import trio
 
+from .._util.process import run_process
 from .._util.progress import ProgressCallback, report
 from ..errors import AssetNotFound
 from ..host.files import offline
@@ -117,7 +117,7 @@ async def _download(package: str, directory: Path) -> None:
 
 
 async def _run(command: Sequence[str], cwd: Path = Path("/"), *, check: bool = False) -> str:
-    done = await trio.run_process(
+    done = await run_process(
         command,
         cwd=cwd,
         stdin=b"",

@@ -52,6 +52,14 @@ class KernelImage:
     data: bytes
 
 
+def least_memory_mib(kernel_end: int, initramfs_size: int) -> int:
+    """Give the memory in MiB, a multiple of 8, to which users are told to go at least.
+
+    It holds the kernel, the initramfs, and beside that the files that are unpacked from it.
+    """
+    return -(-(kernel_end + 2 * initramfs_size + 1) // (8 << 20)) * 8
+
+
 def read_kernel(data: bytes, origin: str) -> KernelImage:
     """Find the kernel in ``data``, the bytes of a file.
 

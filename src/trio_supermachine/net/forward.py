@@ -47,7 +47,8 @@ class TcpForwarder(trio.abc.AsyncResource, metaclass=NoPublicConstructor):
         self.guest_port: int = guest_port
 
     def __repr__(self) -> str:
-        return f"<TcpForwarder {format_address(*self.local_addr)} to port {self.guest_port}>"
+        target = f"port {self.guest_port}" if self.guest_port else "the first listener"
+        return f"<TcpForwarder {format_address(*self.local_addr)} to {target}>"
 
     async def stop(self) -> None:
         """Accept no more connections, and wait for the end of those in flight. Idempotent.

@@ -131,7 +131,7 @@ async def bind(host: str, port: int, kind: socket.SocketKind) -> trio.socket.Soc
             sock.listen(socket.SOMAXCONN)
     except OSError as exc:
         sock.close()
-        why = "another program has it" if exc.errno == errno.EADDRINUSE else exc.strerror
+        why = "the port is taken" if exc.errno == errno.EADDRINUSE else exc.strerror
         raise OSError(exc.errno, f"cannot listen on {format_address(host, port)}: {why}") from exc
     except BaseException:
         sock.close()

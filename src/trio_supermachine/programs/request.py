@@ -80,7 +80,12 @@ def command_argv(command: Command, *, shell: bool = False) -> list[StrOrBytes]:
 
 def env_entry(key: StrOrBytes, value: StrOrBytes) -> bytes:
     """Convert a variable to a field of the wire. :raises ValueError: ``=`` in its name, or NUL."""
-    raw_key, raw_value = os.fsencode(key), os.fsencode(value)
+    try:
+        raw_key, raw_value = os.fsencode(key), os.fsencode(value)
+    except TypeError:
+        raise TypeError(
+            f"an environment variable has str or bytes as name and value, not {key!r}: {value!r}"
+        ) from None
     if not raw_key or b"=" in raw_key:
         raise ValueError("illegal environment variable name")
     check_no_nul(raw_key)

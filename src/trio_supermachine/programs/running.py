@@ -31,6 +31,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Final, TypeAlias, final
 
+import attrs
 import trio
 
 from .._util.conflict import OneAtATime
@@ -38,7 +39,7 @@ from .._util.trace import trace
 from ..agent import wire
 from ..agent.client import AgentClient, guest_os_error
 from ..agent.execution import ExecProtocol
-from ..agent.wire import ExecFlags, ExecRequest, Exit, StreamId, WireError
+from ..agent.wire import ExecFlags, ExecRequest, Exit, GuestError, StreamId, WireError
 from ..vsock.stream import VsockStream
 
 #: Seconds to wait for the last output of a program that has ended, where a process that has left
@@ -151,7 +152,7 @@ class RunningExec:
             if self.protocol.error is not None:
                 at_cwd = self.protocol.error.value == wire.FAILED_AT_CWD
                 failed = self.request.cwd if at_cwd else self.request.chain[0][0]
-                raise guest_os_error(self.protocol.error, failed)
+                raise guest_os_error(_explained(self.protocol.error), failed)
             await self.changed()
 
     async def wait(self) -> Exit:
@@ -257,3 +258,11 @@ async def open_exec(client: AgentClient, request: ExecRequest) -> AsyncIterator[
     finally:
         running.close()
         trace("exec", "end of %r: %r", request.chain, running.protocol.exit)
+
+
+def _explained(error: GuestError) -> GuestError:
+    """Say whose the users and groups are, of which the guest found none."""
+    what, _, name = error.message.partition(": ")
+    if what not in ("no such user", "no such group"):
+        return error
+    return attrs.evolve(error, message=f"the image has no {what.removeprefix('no such ')} {name!r}")

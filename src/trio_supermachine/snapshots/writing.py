@@ -110,15 +110,23 @@ async def layer_refs(paths: Iterable[Path]) -> tuple[LayerRef, ...]:
 def _absent(dest: str | os.PathLike[str]) -> Path:
     """Give the absolute path of a new snapshot. :raises FileExistsError: something is there."""
     path = Path(os.path.abspath(dest))
+    what, remedy = "something else is there", "remove it, or give another directory"
     try:
-        if not path.is_symlink() and not os.listdir(path):
-            return path
+        if not path.is_symlink():
+            names = os.listdir(path)
+            if not names:
+                return path
+            what = "the directory is not empty"
+            if METADATA in names:
+                remedy = (
+                    "remove it, give another directory, or restore it by Image.from_snapshot(...)"
+                )
     except FileNotFoundError:
         return path
     except NotADirectoryError:
         if not os.path.lexists(path):  # one of the parents is no directory
             raise
-    raise FileExistsError(errno.EEXIST, "there is something at the snapshot's place", str(path))
+    raise FileExistsError(errno.EEXIST, f"{what}: {remedy}", str(path))
 
 
 def _publish(pending: AbstractContextManager[Path], path: Path, metadata: Metadata) -> None:

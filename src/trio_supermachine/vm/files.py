@@ -41,6 +41,8 @@ class GuestFiles:
 
             await vm.write_file("/etc/motd", b"hello\n", mode=0o644)
         """
+        if isinstance(data, str):
+            raise TypeError("data must be bytes, not str: write text.encode()")
         with memoryview(data).cast("B") as view:
             if len(view) <= wire.MAX_DATA:
                 check_mode(mode)

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 
 import trio
 
+from .._util.block import Block
 from ..agent import wire
 from ..agent.wire import ExecFlags
 from ..programs.builder import ExecBuilder
@@ -58,7 +59,7 @@ class GuestPrograms:
         request = exec_request(
             [command_argv(argv)], flags, env=env, cwd=cwd, user=user, winsize=winsize
         )
-        return open_child(self._running.open_exec(request))
+        return Block(open_child(self._running.open_exec(request)), "vm.exec(argv) as child")
 
     def exec_builder(self) -> ExecBuilder:
         """Give an empty :class:`ExecBuilder`, to describe an exec step by step."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from ...errors import ConfigError
-from ...kernels.image import KernelExtent, kernel_extent
+from ...kernels.image import KernelExtent, kernel_extent, least_memory_mib
 
 #: Name of the firmware; QEMU looks for it among its own files.
 FIRMWARE: Final = "qboot.rom"
@@ -61,6 +61,6 @@ def check_room(kernel: Path, initramfs: Path, memory_mib: int) -> None:
     least = -(-(extent.end + size + _PAGE) // _MIB)
     raise ConfigError(
         f"{memory_mib} MiB of memory are too little for this kernel and initramfs, which alone"
-        f" take {least}; give the VM more, or build the small kernel"
-        " (trio-supermachine kernel build)"
+        f" take {least}; give it at least {least_memory_mib(extent.end, size + _PAGE)}, or build"
+        " the small kernel (trio-supermachine kernel build)"
     )

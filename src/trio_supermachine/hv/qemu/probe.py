@@ -11,6 +11,7 @@ from typing import Final
 
 import trio
 
+from ..._util.process import run_process
 from ...errors import EngineUnavailable
 from ..base import EngineReport
 from .firmware import FIRMWARE
@@ -125,7 +126,7 @@ async def _output(command: list[Path | str]) -> str | None:
     """Run ``command`` and give what it prints; ``None`` if it fails."""
     try:
         with trio.fail_after(_TIMEOUT):
-            done = await trio.run_process(
+            done = await run_process(
                 command,
                 capture_stdout=True,
                 stdin=subprocess.DEVNULL,

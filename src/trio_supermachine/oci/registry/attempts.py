@@ -21,11 +21,17 @@ _ATTEMPTS_AT_MIRROR: Final = 2
 
 
 class Attempts:
-    """The attempts at one operation, host after host. The caller gets the last host's failure."""
+    """The attempts at one operation, host after host. The caller gets the last host's failure.
 
-    def __init__(self, hosts: Sequence[Host], settings: RegistrySettings) -> None:
+    :param image: the image that the operation serves, to be named where no host can be reached.
+    """
+
+    def __init__(
+        self, hosts: Sequence[Host], settings: RegistrySettings, image: str | None = None
+    ) -> None:
         self._hosts = hosts
         self._settings = settings
+        self._image = image
         self._number = 0
         self._retry = self._fresh()
 
@@ -49,7 +55,10 @@ class Attempts:
         try:
             if not isinstance(failure, Transient):
                 raise failure
-            pause = self._retry.after(failure)
+            try:
+                pause = self._retry.after(failure)
+            except RegistryError as error:
+                raise self._naming_the_image(failure, error) from error.__cause__
         except (RegistryError, ImageNotFound, ImageCorrupt):
             if self._number + 1 == len(self._hosts):
                 raise
@@ -66,6 +75,15 @@ class Attempts:
                 return await operation(self.host)
             except Failed as failure:
                 await self.failed(failure)
+
+    def _naming_the_image(self, failure: Transient, error: RegistryError) -> RegistryError:
+        if self._image is None or failure.unreachable is None:
+            return error
+        return RegistryError(
+            f"{self._image} cannot be pulled: its registry ({error.registry})"
+            f" {failure.unreachable}, or load it from a file: trio-supermachine load",
+            registry=error.registry,
+        )
 
     def _fresh(self) -> Retry:
         limit = self._settings.attempts

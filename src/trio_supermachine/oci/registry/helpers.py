@@ -8,6 +8,7 @@ import subprocess
 
 import trio
 
+from ..._util.process import run_process
 from ...errors import ConfigError
 from ..names import show_text
 
@@ -62,7 +63,7 @@ async def _run(name: str, action: str, stdin: str) -> subprocess.CompletedProces
     program = f"docker-credential-{name}"
     try:
         with trio.fail_after(_TIMEOUT):
-            return await trio.run_process(
+            return await run_process(
                 [program, action],
                 stdin=stdin.encode(),
                 capture_stdout=True,

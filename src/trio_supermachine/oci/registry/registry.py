@@ -112,7 +112,7 @@ class Registry:
             await stream.aclose()
 
     def _attempts(self) -> Attempts:
-        return Attempts(self._hosts, self._settings)
+        return Attempts(self._hosts, self._settings, self._reference.removeprefix("docker://"))
 
     def _check_name(self, name: str) -> None:
         if not _TAG.fullmatch(name) and not _DIGEST.fullmatch(name):

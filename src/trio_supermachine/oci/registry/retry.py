@@ -18,12 +18,20 @@ class Transient(Exception):
 
     :ivar error: the error to raise if it does not.
     :ivar retry_after: the pause in seconds that the server asked for.
+    :ivar unreachable: of a server that no connection can be made to, what to say behind its name.
     """
 
-    def __init__(self, error: SupermachineError, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        error: SupermachineError,
+        retry_after: float | None = None,
+        *,
+        unreachable: str | None = None,
+    ) -> None:
         super().__init__(str(error))
         self.error = error
         self.retry_after = retry_after
+        self.unreachable = unreachable
 
 
 @attrs.define

@@ -239,19 +239,23 @@ def _failure(url: httpx.URL, exc: httpx.HTTPError) -> Exception:
             )
     said = show_text(str(exc)) or type(exc).__name__
     if isinstance(exc, httpx.ProxyError):
-        return Transient(
-            RegistryError(
-                f"{host} cannot be reached through the proxy ({said}); check HTTPS_PROXY,"
-                " HTTP_PROXY and NO_PROXY",
-                registry=host,
-            )
+        return _unreachable(
+            host, f"through the proxy ({said}); check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
         )
     if isinstance(exc, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
         return RegistryError(f"{host} cannot be asked: {said}", registry=host)
-    what = "cannot be reached" if isinstance(exc, httpx.ConnectError) else "broke the connection"
+    if isinstance(exc, httpx.ConnectError):
+        return _unreachable(host, f"({said}); check its name, the network and HTTPS_PROXY")
     return Transient(
-        RegistryError(f"{host} {what} ({said}); check its name and the network", registry=host)
+        RegistryError(
+            f"{host} broke the connection ({said}); check its name and the network", registry=host
+        )
     )
+
+
+def _unreachable(host: str, why: str) -> Transient:
+    what = f"cannot be reached {why}"
+    return Transient(RegistryError(f"{host} {what}", registry=host), unreachable=what)
 
 
 def _stalled(url: httpx.URL, seconds: float) -> Transient:

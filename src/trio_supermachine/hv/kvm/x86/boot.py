@@ -15,7 +15,7 @@ import attrs
 
 from ....devices.memory import GuestMemory, GuestMemoryError
 from ....errors import ConfigError
-from ....kernels.image import MAX_IMAGE, read_kernel
+from ....kernels.image import MAX_IMAGE, least_memory_mib, read_kernel
 from . import acpi, elf, layout
 from .elf import Source
 
@@ -114,8 +114,10 @@ def load_linux(
         memory.write(layout.COMMAND_LINE, command_line)
         _write_start_info(memory, memory_map(memory_mib), module)
     except GuestMemoryError:
+        size = 0 if initramfs is None else initramfs.seek(0, io.SEEK_END)
         raise ConfigError(
-            f"{memory_mib} MiB of memory are too little for this kernel and initramfs"
+            f"{memory_mib} MiB of memory are too little for this kernel and initramfs; give it at"
+            f" least {least_memory_mib(parsed.end, size + _PAGE)}"
         ) from None
     return BootRegisters(rip=parsed.entry, rbx=layout.START_INFO)
 
