@@ -190,7 +190,7 @@ async def test_the_variant_for_a_platform_is_taken_and_a_foreign_one_not_run(
             await prepare_image(proxied, platform="linux/arm64")
         assert proxy.count("/blobs/") == blobs + 1  # the configuration, and no layer
         with pytest.raises(
-            ImageNotFound, match="has linux/amd64, linux/arm64, but nothing for linux/s390x"
+            ImageNotFound, match="has linux/amd64, linux/arm64/v8, but nothing for linux/s390x"
         ):
             await prepare_image(proxied, platform="linux/s390x")
         parsed, wanted = Reference.parse(proxied), Platform.parse("linux/arm64")

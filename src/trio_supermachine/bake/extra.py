@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import attrs
-import trio
 
 from .._util import validators as check
+from .._util.process import run_process
 from ..errors import ConfigError
 from ..images.layers import ImageStore
 from ..oci import tar
@@ -190,7 +190,7 @@ class _Below:
     async def _listed(self, layer: Path, path: str) -> _Found | None:
         depth = str(path.count("/") + 1 if path else 0)
         command = [self._tool, "-no-wildcards", "-max-depth", depth, "-lln", os.fspath(layer)]
-        done = await trio.run_process([*command, path] if path else command, capture_stdout=True)
+        done = await run_process([*command, path] if path else command, capture_stdout=True)
         name = os.fsencode("squashfs-root" + ("/" + path if path else ""))
         for line in done.stdout.split(b"\n"):
             match = _LINE.fullmatch(line)
