@@ -13,12 +13,14 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from trio_supermachine import Image, VmConfig
 from trio_supermachine.errors import AssetNotFound, EngineUnavailable, VmExited
 from trio_supermachine.hv.base import Disk, Machine, MachineSpec
 from trio_supermachine.hv.qemu.engine import QemuEngine
 from trio_supermachine.hv.qemu.machine import QemuMachine
 from trio_supermachine.hv.select import choose_engine
 from trio_supermachine.kernels import prepare_kernel
+from trio_supermachine.vm.plan import plan_start
 
 from ..pure.test_fake_machine import StepCanceller
 from ..support.processes import open_files
@@ -318,3 +320,16 @@ async def test_an_engine_is_chosen_without_running_anything_twice() -> None:
     assert await first.probe() is report
     with pytest.raises(ValueError, match="no engine 'xen'"):
         await choose_engine("xen")
+
+
+@pytest.mark.qemu
+async def test_an_engine_that_is_killed_while_it_loads_does_not_blame_the_snapshot(
+    baked: Image,
+) -> None:
+    plan = await plan_start(baked, VmConfig())
+    async with plan.engine.open(plan.spec) as machine:
+        assert isinstance(machine, QemuMachine)
+        os.kill(machine.pid, signal.SIGKILL)
+        with pytest.raises(VmExited) as caught:
+            await machine.resume()
+        assert caught.value.reason == "killed"

@@ -28,6 +28,7 @@ class AgentProcess:
 
     def __init__(self) -> None:
         self._process: trio.Process | None = None
+        self.started = trio.Event()
 
     async def __call__(self, guest: FakeGuest) -> None:
         with guest.channel as channel:
@@ -36,6 +37,7 @@ class AgentProcess:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[channel.fileno()],
             )
+        self.started.set()
         try:
             await process.wait()
             guest.end("shutdown")
@@ -68,4 +70,5 @@ async def open_agent() -> AsyncIterator[tuple[AgentClient, AgentProcess]]:
     async with FakeEngine(agent, raw_channel=True).open(MachineSpec()) as machine:
         client = AgentClient(machine)
         await client.set_up(greeting.Setup(seed=bytes(32), hostname="tester", layers=0))
+        await agent.started.wait()  # it may have answered before its start was told here
         yield client, agent

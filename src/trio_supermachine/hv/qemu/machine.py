@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import (
@@ -117,6 +118,7 @@ class QemuMachine(Machine):
         self._killed_for: ExitReason | None = None
         self._cause: str | None = None
         self._fault: str | None = None
+        self._was_killed = False  # by somebody else; a state that is damaged may crash it
         self._exit: MachineExit | None = None
         self._gone = trio.Event()  # the process has ended
         self._exited = trio.Event()  # and its channels are read
@@ -146,6 +148,8 @@ class QemuMachine(Machine):
             await self._or_exited(self._qmp.execute, "cont")
         await self._running.wait()
         if self._exit is not None:
+            if self._was_killed:
+                raise self._vm_exited()
             reason = f"QEMU cannot load it: {self._exit.detail}; make the snapshot again"
             raise SnapshotInvalid(str(self._restore.state), reason)
 
@@ -327,6 +331,7 @@ class QemuMachine(Machine):
         if self._killed_for is not None:
             return MachineExit(reason=self._killed_for)
         if status is not None and status < 0:
+            self._was_killed = status == -signal.SIGKILL
             return MachineExit(reason="killed", detail=f"QEMU was killed by signal {-status}")
         detail = self._process.stderr_tail or f"QEMU left with status {status}"
         return MachineExit(reason="failed", detail=detail)
