@@ -16,6 +16,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_supermachine import (
     ExecBuilder,
+    ExecEof,
     ExecOutcome,
     NotSupported,
     RestoreTimeout,
@@ -292,6 +293,22 @@ async def test_a_guest_without_a_freezer_cannot_be_captured(tmp_path: Path) -> N
         with pytest.raises(NotSupported, match="CONFIG_CGROUPS"):
             await running.capture(tmp_path / "snapshot")
         assert os.listdir(tmp_path) == []
+        await running.ping()
+
+
+@pytest.mark.parametrize(
+    "answer", [wire.frame(FrameType.ERROR, b"x"), wire.frame(FrameType.OK, b"x")]
+)
+async def test_an_answer_that_makes_no_sense_is_a_failed_call(answer: bytes) -> None:
+    async def nonsense(guest: FakeGuest, stream: VsockStream) -> None:
+        await stream.send_all(answer)
+
+    agent = PlayedAgent({FrameType.AWAIT_LISTENER: nonsense, FrameType.WORKLOAD_WAIT: nonsense})
+    async with open_vm(boot(FakeEngine(agent))) as running:
+        with pytest.raises(ExecEof):
+            await running.wait_listening()
+        with pytest.raises(ExecEof):
+            await running.wait_workload()
         await running.ping()
 
 

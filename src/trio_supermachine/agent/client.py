@@ -29,7 +29,7 @@ import errno as errno_names
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, NoReturn, final
+from typing import Final, NoReturn, TypeVar, final
 
 import attrs
 import trio
@@ -43,6 +43,9 @@ from .greeting import Hello, HelloKind, Restore, Setup
 from .wire import Frame, FrameType, GuestError, Protocol, WireError
 
 _RECEIVE: Final = 65536
+T = TypeVar("T")
+
+_A_CALL: Final = "a call to the guest's agent"
 _EXIT_GRACE: Final = 1.0  # seconds to learn that a broken connection was the machine's end
 
 
@@ -218,13 +221,28 @@ class AgentClient:
                 frame = await connection.receive()
             finally:
                 connection.leave(complete=frame is not None)
+            refused = frame is not None and frame.type == FrameType.ERROR
+            error = GuestError.decode(frame.payload) if frame is not None and refused else None
         except (trio.BrokenResourceError, WireError) as exc:
-            await self.raise_failure(exc, "a call to the guest's agent")
+            await self.raise_failure(exc, _A_CALL)
         if frame is None:
-            await self.raise_failure(None, "a call to the guest's agent")
-        if frame.type == FrameType.ERROR:
-            raise guest_os_error(GuestError.decode(frame.payload), path)
+            await self.raise_failure(None, _A_CALL)
+        if error is not None:
+            raise guest_os_error(error, path)
         return frame
+
+    async def call_for(self, request: bytes, read: Callable[[bytes], T]) -> T:
+        """Make a one-shot request, and read a value from the payload of its answer.
+
+        Errors are those of :meth:`call`.
+
+        :raises ExecEof: the payload is none that ``read`` understands.
+        """
+        answer = await self.call(request)
+        try:
+            return read(answer.payload)
+        except WireError as exc:
+            await self.raise_failure(exc, _A_CALL)
 
     async def connect(self, port: int = 0) -> tuple[VsockStream, int]:
         """Connect to a TCP port in the guest, and give the stream and the port.

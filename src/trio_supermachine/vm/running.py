@@ -92,14 +92,14 @@ class RunningVm:
 
     async def wait_workload(self) -> int:
         """Wait for the end of the workload; give its return code."""
-        answer = await self.client.call(wire.frame(wire.FrameType.WORKLOAD_WAIT))
-        return Exit.decode(answer.payload).returncode
+        request = wire.frame(wire.FrameType.WORKLOAD_WAIT)
+        return (await self.client.call_for(request, Exit.decode)).returncode
 
     async def wait_listening(self, port: int = 0) -> int:
         """Wait until something listens on a TCP port, or with 0 on any; give the port."""
         while True:
-            answer = await self.client.call(wire.await_listener(_LISTENER_MS, port))
-            if found := wire.decode_u64(answer.payload):
+            request = wire.await_listener(_LISTENER_MS, port)
+            if found := await self.client.call_for(request, wire.decode_u64):
                 return found
 
     async def pause(self) -> None:
