@@ -31,12 +31,12 @@ from trio_supermachine.vsock.packet import (
 from trio_supermachine.vsock.stream import VsockListener, VsockMux, VsockStream
 
 from ..support.device_driver import Driver
+from ..support.vsock_ends import DATA, exchange
 
 PORT = 1028
 RX, TX, EVENT = range(3)
 #: What Linux gives for rx: a header and 4 KiB.
 RX_BUFFER = HEADER_SIZE + 4096
-DATA = bytes(range(256)) * 8192  # 2 MiB
 
 
 def make_driver(device: VsockDevice) -> Driver:
@@ -146,30 +146,8 @@ async def ends(nursery: trio.Nursery) -> AsyncIterator[Ends]:
     ends.scope.cancel()
 
 
-async def read_all(stream: VsockStream) -> bytes:
-    return b"".join([chunk async for chunk in stream])
-
-
 async def test_they_pass_trios_own_checks(ends: Ends) -> None:
     await trio.testing.check_half_closeable_stream(ends.connect, ends.clogged)
-
-
-async def exchange(one: VsockStream, two: VsockStream) -> None:
-    """Send both ways at once, and their ends."""
-    got: dict[str, bytes] = {}
-
-    async def send(stream: VsockStream) -> None:
-        await stream.send_all(DATA)
-        await stream.send_eof()
-
-    async def receive(name: str, stream: VsockStream) -> None:
-        got[name] = await read_all(stream)
-
-    async with trio.open_nursery() as nursery:
-        for name, stream in (("one", one), ("two", two)):
-            nursery.start_soon(send, stream)
-            nursery.start_soon(receive, name, stream)
-    assert got == {"one": DATA, "two": DATA}
 
 
 async def test_both_ways_at_once_with_packets_as_large_as_their_buffers(ends: Ends) -> None:

@@ -17,8 +17,9 @@ from trio_supermachine.vsock.memory import Line
 from trio_supermachine.vsock.packet import Op, Packet, VsockProtocolError
 from trio_supermachine.vsock.stream import VsockListener, VsockMux, VsockStream
 
+from ..support.vsock_ends import DATA, exchange, read_all
+
 PORT = 1028
-DATA = bytes(range(256)) * 8192  # 2 MiB
 
 
 @attrs.frozen
@@ -54,10 +55,6 @@ async def ends(request: pytest.FixtureRequest, nursery: trio.Nursery) -> AsyncIt
     yield Ends(host, guest, guest.listen(PORT))
     host.close()
     guest.close()
-
-
-async def read_all(stream: VsockStream) -> bytes:
-    return b"".join([chunk async for chunk in stream])
 
 
 async def test_they_pass_trios_own_checks(ends: Ends) -> None:
@@ -107,21 +104,7 @@ async def test_half_closes_leave_the_other_half(ends: Ends) -> None:
 
 
 async def test_both_ends_at_full_speed_at_once(ends: Ends) -> None:
-    one, two = await ends.connect()
-    got: dict[str, bytes] = {}
-
-    async def send(stream: VsockStream) -> None:
-        await stream.send_all(DATA)
-        await stream.send_eof()
-
-    async def receive(name: str, stream: VsockStream) -> None:
-        got[name] = await read_all(stream)
-
-    async with trio.open_nursery() as nursery:
-        for name, stream in (("one", one), ("two", two)):
-            nursery.start_soon(send, stream)
-            nursery.start_soon(receive, name, stream)
-    assert got == {"one": DATA, "two": DATA}
+    await exchange(*await ends.connect())
 
 
 async def test_one_clogged_stream_does_not_stop_the_others(ends: Ends) -> None:

@@ -110,6 +110,18 @@ async def log_in(server: RegistryServer) -> None:
     await store_credentials(server.host, Credentials(username=USER, password=PASSWORD))
 
 
+async def admitted(
+    registries: dict[str, RegistryServer], form: str, tmp_path: Path
+) -> RegistryServer:
+    """Give the registry of this form, when its certificate is trusted and its password stored."""
+    server = registries[form]
+    if server.ca is not None:
+        server.trust(tmp_path / "config")
+    if form in ("basic", "token"):
+        await log_in(server)
+    return server
+
+
 class TestForms:
     @pytest.mark.parametrize("form", FORMS)
     async def test_an_image_is_pulled_whole(
@@ -119,11 +131,7 @@ class TestForms:
         pushed: Layout,
         tmp_path: Path,
     ) -> None:
-        server = registries[form]
-        if server.ca is not None:
-            server.trust(tmp_path / "config")
-        if form in ("basic", "token"):
-            await log_in(server)
+        server = await admitted(registries, form, tmp_path)
         document, blobs = await pull(server.host, "private/image:one")
         assert document.digest == digest_in(pushed)
         assert document.data == pushed.file_of(document.digest).read_bytes()
@@ -134,11 +142,7 @@ class TestForms:
     async def test_what_is_not_there_is_not_found(
         self, form: str, registries: dict[str, RegistryServer], pushed: Layout, tmp_path: Path
     ) -> None:
-        server = registries[form]
-        if server.ca is not None:
-            server.trust(tmp_path / "config")
-        if form in ("basic", "token"):
-            await log_in(server)
+        server = await admitted(registries, form, tmp_path)
         asked = reference(server.host)
         async with open_registry(asked, settings=QUICK) as registry:
             nothing = "sha256:" + "0" * 64
@@ -476,11 +480,7 @@ class TestNetwork:
     ) -> None:
         # The claim is that of the fixture which looks for files that stay open. The garbage
         # collector would complain, too: about sockets and generators.
-        server = registries[form]
-        if server.ca is not None:
-            server.trust(tmp_path / "config")
-        if form in ("basic", "token"):
-            await log_in(server)
+        server = await admitted(registries, form, tmp_path)
         finished = False
         for steps in range(2000):
             with trio.CancelScope() as scope, _countdown(scope, steps):
