@@ -65,4 +65,6 @@ class NoPublicConstructor(ABCMeta):
         raise TypeError(f"{_PACKAGE}.{cls.__qualname__} has no public constructor{remedy}")
 
     def _create(cls: type[T], *args: Any, **kwargs: Any) -> T:
-        return super().__call__(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        # ``cls`` is an instance of this metaclass, which its annotation as type[T] cannot say.
+        made: T = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return made

@@ -50,6 +50,7 @@ class SupermachineError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception calls the class with its args when it is unpickled. Here that is the message
         # alone, which is not what __init__ takes.
+        # (typeshed does not have the function that pickle itself uses for this.)
         new = copyreg.__newobj__  # type: ignore[attr-defined]
         return new, (type(self),), {**self.__dict__, "args": self.args}
 

@@ -232,9 +232,10 @@ def _load(directory: Path) -> CachedKernel | None:
 
 
 def _kind(value: object) -> Kind:
+    kind: Kind
     for kind in get_args(Kind):
         if kind == value:
-            return kind  # type: ignore[no-any-return]
+            return kind
     raise ValueError(value)
 
 

@@ -84,6 +84,7 @@ def decode(cls: type[T], document: object) -> T:
 
     :raises ValueError: a key is missing or not known, or a value is out of bounds.
     """
+    # T has no bound: no type says "a class that attrs made" and keeps what the caller gets.
     hints = _hints(cls)  # type: ignore[arg-type]
     if not isinstance(document, dict):
         raise ValueError(f"there is no {cls.__name__} where there should be one")
