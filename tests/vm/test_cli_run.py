@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tarfile
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 import pexpect
@@ -423,73 +425,65 @@ def read_until(terminal: int, text: bytes) -> None:
         said += os.read(terminal, 1000)
 
 
-@pytest.mark.parametrize(
-    "command", ["exit 0", "kill -9 $$", "poweroff -f"], ids=["exit", "killed", "power-off"]
-)
-def test_the_terminal_is_restored_however_the_command_ends(command: str) -> None:
+class InTerminal(NamedTuple):
+    """A program, its terminal from outside and inside, and how that was set before."""
+
+    process: subprocess.Popen[bytes]
+    ours: int
+    theirs: int
+    before: list[Any]
+
+
+@contextmanager
+def run_in_terminal(script: str) -> Iterator[InTerminal]:
+    """Say ``up`` and run a script, with ``-it``; at the end the terminal must be as before."""
     ours, theirs = pty.openpty()
     try:
         before = termios.tcgetattr(theirs)
         with subprocess.Popen(
-            [*PROGRAM, "run", "-it", BUSYBOX, "sh", "-c", f"echo up; read x; {command}"],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            read_until(ours, b"up")
-            assert not termios.tcgetattr(theirs)[3] & termios.ICANON
-            os.write(ours, b"\r")
-            process.wait(ANSWER)
-        assert termios.tcgetattr(theirs) == before
-        assert not fcntl.fcntl(theirs, fcntl.F_GETFL) & os.O_NONBLOCK
-    finally:
-        os.close(ours)
-        os.close(theirs)
-
-
-def test_the_terminal_is_restored_after_sigterm() -> None:
-    ours, theirs = pty.openpty()
-    try:
-        before = termios.tcgetattr(theirs)
-        with subprocess.Popen(
-            [*PROGRAM, "run", "-it", BUSYBOX, "sh", "-c", "echo up; sleep 1000"],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            read_until(ours, b"up")
-            process.terminate()
-            assert process.wait(ANSWER) == 128 + signal.SIGTERM
-        assert termios.tcgetattr(theirs) == before
-    finally:
-        os.close(ours)
-        os.close(theirs)
-
-
-def test_a_stopped_run_leaves_the_terminal_to_others_and_takes_it_again() -> None:
-    ours, theirs = pty.openpty()
-    try:
-        before = termios.tcgetattr(theirs)
-        with subprocess.Popen(
-            [*PROGRAM, "run", "-it", BUSYBOX, "sh", "-c", "echo up; read x; echo $x-came"],
+            [*PROGRAM, "run", "-it", BUSYBOX, "sh", "-c", f"echo up; {script}"],
             stdin=theirs,
             stdout=theirs,
             stderr=subprocess.DEVNULL,
         ) as process:
             try:
-                read_until(ours, b"up")
-                process.send_signal(signal.SIGTSTP)
-                os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-                assert termios.tcgetattr(theirs) == before
-                process.send_signal(signal.SIGCONT)
-                while termios.tcgetattr(theirs)[3] & termios.ICANON:
-                    assert process.poll() is None
-                os.write(ours, b"it\r")
-                read_until(ours, b"it-came")
-                assert process.wait(ANSWER) == 0
+                yield InTerminal(process, ours, theirs, before)
             finally:
                 process.kill()
         assert termios.tcgetattr(theirs) == before
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+@pytest.mark.parametrize(
+    "command", ["exit 0", "kill -9 $$", "poweroff -f"], ids=["exit", "killed", "power-off"]
+)
+def test_the_terminal_is_restored_however_the_command_ends(command: str) -> None:
+    with run_in_terminal(f"read x; {command}") as (process, ours, theirs, _):
+        read_until(ours, b"up")
+        assert not termios.tcgetattr(theirs)[3] & termios.ICANON
+        os.write(ours, b"\r")
+        process.wait(ANSWER)
+        assert not fcntl.fcntl(theirs, fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+def test_the_terminal_is_restored_after_sigterm() -> None:
+    with run_in_terminal("sleep 1000") as (process, ours, _, _):
+        read_until(ours, b"up")
+        process.terminate()
+        assert process.wait(ANSWER) == 128 + signal.SIGTERM
+
+
+def test_a_stopped_run_leaves_the_terminal_to_others_and_takes_it_again() -> None:
+    with run_in_terminal("read x; echo $x-came") as (process, ours, theirs, before):
+        read_until(ours, b"up")
+        process.send_signal(signal.SIGTSTP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert termios.tcgetattr(theirs) == before
+        process.send_signal(signal.SIGCONT)
+        while termios.tcgetattr(theirs)[3] & termios.ICANON:
+            assert process.poll() is None
+        os.write(ours, b"it\r")
+        read_until(ours, b"it-came")
+        assert process.wait(ANSWER) == 0
