@@ -28,6 +28,7 @@ from trio_supermachine import (
 )
 from trio_supermachine.snapshots import verify_snapshot
 
+from ..support.echo import echoing
 from ..support.guests import CLOCK, VCPUS, read_until
 from ..support.processes import engines
 
@@ -94,26 +95,9 @@ async def test_processes_and_files_go_on_in_the_copy_and_in_the_source(
 
 
 async def test_streams_go_on_through_a_capture_and_no_byte_is_lost(vm: Vm, tmp_path: Path) -> None:
-    data = random.Random(1).randbytes(3_000_000)
-    echoed = bytearray()
-
-    async with vm.exec(["cat"]) as child, trio.open_nursery() as nursery:
-
-        async def feed() -> None:
-            assert child.stdin is not None
-            for start in range(0, len(data), 50_000):
-                await child.stdin.send_all(data[start : start + 50_000])
-            await child.stdin.aclose()
-
-        async def collect() -> None:
-            async for chunk in child.stdout:
-                echoed.extend(chunk)
-
-        nursery.start_soon(feed)
-        nursery.start_soon(collect)
+    async with echoing(vm, 3_000_000, 50_000):
         for number in range(3):
             await vm.snapshot(tmp_path / str(number))
-    assert echoed == data
 
 
 async def test_an_exec_that_was_open_is_ended_in_the_copy(vm: Vm, tmp_path: Path) -> None:
